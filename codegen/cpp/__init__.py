@@ -1,0 +1,1 @@
+"""The C++ target: `emit` writes the source, `build` compiles and loads it."""

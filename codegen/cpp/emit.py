@@ -1,0 +1,409 @@
+"""C++ from a kernel: one function per block, one loop over all blocks of all tensors.
+
+Elements are computed plane by plane (16 lanes, 8 planes a block). A reduction ends a loop over the
+planes, so the body is cut into phases; element values that cross a phase are kept in arrays of 8
+registers. Emission is deterministic: the same kernel gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stq_compile.codegen.ir import (
+    OPCODES,
+    REDUCTIONS,
+    STORES,
+    Kernel,
+    KernelOperand,
+    OperandKind,
+    Space,
+    Type,
+    Value,
+)
+
+TEMPLATES: dict[str, str] = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "not": "stq::logical_not({0})",
+    "int_select": "stq::select({0}, {1}, {2})",
+    "int_add": "{0} + {1}",
+    "int_sub": "{0} - {1}",
+    "int_and": "{0} & {1}",
+    "int_or": "{0} | {1}",
+    "int_min": "stq::min({0}, {1})",
+    "int_max": "stq::max({0}, {1})",
+    "int_lt": "{0} < {1}",
+    "int_eq": "{0} == {1}",
+    "shift_left": "{0} << {1}",
+    "shift_right": "{0} >> {1}",
+    **{
+        name: f"stq::{name}({{0}}, {{1}}, {{2}})"
+        for name in ("fma", "select")
+    },
+    **{name: f"stq::{name}({{0}}, {{1}})" for name in ("min", "max", "minimum", "maximum", "pow", "lookup")},
+    **{
+        name: f"stq::{name}({{0}})"
+        for name in ("abs", "sqrt", "exp", "log", "sign", "floor", "ceil",
+                     "bits_of", "from_bits", "to_float", "to_int")  # fmt: skip
+    },
+}
+
+POINTERS = {
+    OperandKind.FLOATS: "float*",
+    OperandKind.HALVES: "uint16_t*",
+    OperandKind.CODES: "uint8_t*",
+    OperandKind.WORDS: "uint16_t*",
+    OperandKind.SCALAR: "float*",
+    OperandKind.NUMBER: "double",
+    OperandKind.KEY: "uint64_t",
+}
+
+KEYWORDS = frozenset(
+    "and or not xor signed unsigned float double int long short char bool const static new "
+    "delete this class struct union enum if else for while do switch case default return "
+    "template typename public private protected void auto register volatile".split()
+)
+
+
+@dataclass
+class _Phase:
+    """Operations between two reductions."""
+
+    uniform: list[Value]  # once per block: block values and tables
+    planes: list[Value]  # once per plane
+    after: list[Value]  # results of the reductions over this phase's planes, and packing
+
+
+def emit(kernel: Kernel) -> str:
+    """C++ source of a kernel."""
+    return _Emitter(kernel).source()
+
+
+class _Emitter:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.phase_of: dict[int, int] = {}
+        for v in kernel.body:
+            reached = [self.phase_of[id(a)] for a in v.args if isinstance(a, Value)]
+            phase = max(reached, default=0)
+            self.phase_of[id(v)] = phase + (v.opcode in REDUCTIONS)
+        self.kept = self._crossing()
+
+    def source(self) -> str:
+        parts = [
+            f"// {self.kernel.summary}\n#include \"stq_kernel.h\"",
+            self._row(),
+            self._scalars(),
+            self._block(),
+            _RUN,
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    # What crosses from one phase to a later one, or to a pack after the loop.
+    def _crossing(self) -> set[int]:
+        kept: set[int] = set()
+        for v in self.kernel.body:
+            for a in v.args:
+                if isinstance(a, Value) and a.space is Space.ELEMENT:
+                    later = self.phase_of[id(v)] - (v.opcode in REDUCTIONS)
+                    if v.opcode == "pack" or later > self.phase_of[id(a)]:
+                        kept.add(id(a))
+        return kept
+
+    def _row(self) -> str:
+        lines = ["struct Row {"]
+        lines += [f"  {POINTERS[o.kind]} {_name(o.name)};" for o in self.kernel.operands]
+        lines += ["  int64_t numel;", "  int64_t first_block;", "};"]
+        return "\n".join(lines)
+
+    def _scalars(self) -> str:
+        """The tensor space: float64, once per tensor."""
+        tensor = [v for v in self.kernel.body if v.space is Space.TENSOR and v.opcode not in STORES]
+        stores = [v for v in self.kernel.body if v.opcode == "store_scalar"]
+        used = self._used_below()
+        fields = [f"  {self._field_type(v)} {_name(v.name)};" for v in tensor if id(v) in used]
+        lines = ["struct Scalars {", *fields, "};", ""]
+        lines.append("static void scalars(const Row& row, Scalars& s) {")
+        for v in tensor:
+            type_ = {Type.FLOAT: "double", Type.BOOL: "bool", Type.INT: "int"}[v.type]
+            lines.append(f"  const {type_} {_name(v.name)} = {self._tensor(v)};{_note(v)}")
+        for v in stores:
+            lines.append(
+                f"  *row.{_name(v.operand)} = static_cast<float>({self._double(v.args[0])});{_note(v)}"
+            )
+        for v in tensor:
+            if id(v) in used:
+                cast = f"static_cast<{self._field_type(v)}>({_name(v.name)})"
+                lines.append(f"  s.{_name(v.name)} = {cast};")
+        return "\n".join([*lines, "}"])
+
+    def _used_below(self) -> set[int]:
+        return {
+            id(a)
+            for v in self.kernel.body
+            for a in v.args
+            if isinstance(a, Value) and a.space is Space.TENSOR and v.space is not Space.TENSOR
+        }
+
+    @staticmethod
+    def _field_type(v: Value) -> str:
+        return {Type.FLOAT: "float", Type.BOOL: "bool", Type.INT: "int"}[v.type]
+
+    def _tensor(self, v: Value) -> str:
+        if v.opcode == "load_scalar":
+            return f"*row.{_name(v.operand)}"
+        if v.opcode == "argument":
+            return f"row.{_name(v.operand)}"
+        types = OPCODES[v.opcode][0]
+        args = [
+            self._double(a) if t is Type.FLOAT else self._plain(a)
+            for a, t in zip(v.args, types, strict=True)
+        ]
+        return TEMPLATES[v.opcode].format(*args)
+
+    @staticmethod
+    def _double(a: Value | float) -> str:
+        return _name(a.name) if isinstance(a, Value) else _double_literal(a)
+
+    @staticmethod
+    def _plain(a: Value | float) -> str:
+        return _name(a.name) if isinstance(a, Value) else str(int(a)).lower()
+
+    # The block function.
+    def _block(self) -> str:
+        lines = [
+            "template <bool tail>",
+            "STQ_INLINE void block(const Row& row, const Scalars& s, uint64_t step, int64_t index,",
+            "                      int count) {",
+        ]
+        lines += self._pointers()
+        for number, phase in enumerate(self._phases()):
+            lines += [f"  {line}" for v in phase.uniform for line in self._uniform(v)]
+            lines += self._planes(phase)
+            for v in phase.after:
+                lines.append(f"  {self._after(v)}{_note(v)}")
+            del number
+        lines += self._copy_back()
+        return "\n".join([*lines, "}"])
+
+    def _pointers(self) -> list[str]:
+        lines = ["  const int64_t first = index * stq::kBlock;"]
+        for o in self.kernel.operands:
+            name = _name(o.name)
+            if o.kind in (OperandKind.FLOATS, OperandKind.HALVES):
+                type_ = POINTERS[o.kind].removesuffix("*")
+                lines.append(f"  {type_}* {name} = row.{name} + first;")
+                lines.append(f"  {type_} {name}_tail[tail ? stq::kBlock : 1];")
+                lines.append("  if constexpr (tail) {")
+                lines.append(f"    std::memset({name}_tail, 0, sizeof {name}_tail);")
+                lines.append(f"    std::memcpy({name}_tail, {name}, count * sizeof(*{name}));")
+                lines.append(f"    {name} = {name}_tail;")
+                lines.append("  }")
+            elif o.kind is OperandKind.CODES:
+                stride = o.width * 16
+                lines.append(f"  uint8_t* {name} = row.{name} + index * {stride};")
+            elif o.kind is OperandKind.KEY:
+                key = f"stq::block_key(row.{name}, step, row.first_block + index)"
+                lines.append(f"  const stq::BlockKey {name} = {key};")
+        return lines
+
+    def _copy_back(self) -> list[str]:
+        lines = []
+        for o in self.kernel.operands:
+            if o.kind in (OperandKind.FLOATS, OperandKind.HALVES) and o.written:
+                name = _name(o.name)
+                copy = f"std::memcpy(row.{name} + first, {name}, count * sizeof(*{name}))"
+                lines.append(f"  if constexpr (tail) {copy};")
+        return lines
+
+    def _phases(self) -> list[_Phase]:
+        count = max(self.phase_of.values(), default=0) + 1
+        phases = [_Phase([], [], []) for _ in range(count)]
+        for v in self.kernel.body:
+            phase = self.phase_of[id(v)]
+            if v.opcode in REDUCTIONS:
+                phases[phase - 1].planes.append(v)
+                phases[phase - 1].after.append(v)
+            elif v.opcode in ("pack", "store_word"):
+                phases[phase].after.append(v)
+            elif v.space is Space.ELEMENT:
+                phases[phase].planes.append(v)
+            elif v.space in (Space.BLOCK, Space.TABLE):
+                phases[phase].uniform.append(v)
+        return phases
+
+    def _uniform(self, v: Value) -> list[str]:
+        name = _name(v.name)
+        if v.opcode == "load_word":
+            text = f"const int {name} = row.{_name(v.operand)}[index];"
+        elif v.opcode == "valid_count":
+            text = f"const float {name} = tail ? static_cast<float>(count) : 128.0f;"
+        elif v.opcode == "iota":
+            text = f"const stq::i32v {name} = stq::iota();"
+        else:
+            type_ = _type(v)
+            text = f"const {type_} {name} = {self._expression(v)};"
+        return [text + _note(v)]
+
+    def _planes(self, phase: _Phase) -> list[str]:
+        if not phase.planes:
+            return []
+        lines = []
+        for v in phase.planes:
+            name = _name(v.name)
+            if v.opcode in REDUCTIONS:
+                type_ = "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
+                lines.append(f"  {type_} {name}_lanes{{}};")
+            elif id(v) in self.kept:
+                lines.append(f"  {_type(v)} {name}[stq::kPlanes];")
+        lines.append("#pragma GCC unroll 8")
+        lines.append("  for (int p = 0; p < stq::kPlanes; ++p) {")
+        lines += [f"    {self._plane(v)}{_note(v)}" for v in phase.planes]
+        return [*lines, "  }"]
+
+    def _plane(self, v: Value) -> str:
+        name, operand = _name(v.name), _name(v.operand)
+        if v.opcode == "block_sum":
+            x = self._argument(v.args[0], Space.ELEMENT)
+            return f"{name}_lanes = p == 0 ? {x} : {name}_lanes + {x};"
+        if v.opcode == "block_max":
+            return f"{name}_lanes = stq::max({name}_lanes, {self._argument(v.args[0], Space.ELEMENT)});"
+        if v.opcode in ("store", "store_half"):
+            kind = Type.FLOAT if v.opcode == "store" else Type.INT
+            x = self._broadcast(v.args[0], kind)
+            return f"stq::{v.opcode}({operand} + p * stq::kLanes, {x});"
+        if v.opcode in ("load", "load_half"):
+            expression = f"stq::{v.opcode}({operand} + p * stq::kLanes)"
+        elif v.opcode == "unpack":
+            expression = f"stq::unpack<{v.width}>({operand}, p)"
+        elif v.opcode in ("uniform", "random"):
+            expression = f"stq::{v.opcode}({operand}, p)"
+        elif v.opcode == "valid":
+            expression = "tail ? stq::valid(p, count) : stq::all(true)"
+        else:
+            expression = self._expression(v)
+        if id(v) in self.kept:
+            return f"{name}[p] = {expression};"
+        return f"const {_type(v)} {name} = {expression};"
+
+    def _after(self, v: Value) -> str:
+        name = _name(v.name)
+        if v.opcode == "block_sum":
+            return f"const float {name} = stq::sum_lanes({name}_lanes);"
+        if v.opcode == "block_max":
+            return f"const int {name} = stq::max_lanes({name}_lanes);"
+        if v.opcode == "store_word":
+            return f"row.{_name(v.operand)}[index] = static_cast<uint16_t>({self._argument(v.args[0], Space.BLOCK)});"
+        code = v.args[0]
+        assert isinstance(code, Value)
+        return f"stq::pack<{v.width}>({_name(v.operand)}, {_name(code.name)});"
+
+    def _expression(self, v: Value) -> str:
+        """A pure operation in the block, table or element space."""
+        types = OPCODES[v.opcode][0]
+        vector = v.space in (Space.TABLE, Space.ELEMENT)
+        template = TEMPLATES[v.opcode]
+        wide = any(isinstance(a, Value) and a.space >= Space.TABLE for a in v.args)
+        args = []
+        for a, t in zip(v.args, types, strict=True):
+            if vector and (template.startswith("stq::") or not wide):
+                args.append(self._broadcast(a, t))
+            else:
+                args.append(self._argument(a, v.space, t))
+        return template.format(*args)
+
+    def _broadcast(self, a: Value | float, t: Type) -> str:
+        text = self._argument(a, Space.ELEMENT, t)
+        if isinstance(a, Value) and a.space >= Space.TABLE:
+            return text
+        return f"stq::all({text})"
+
+    def _argument(self, a: Value | float, space: Space, t: Type = Type.FLOAT) -> str:
+        if not isinstance(a, Value):
+            return _float_literal(a) if t is Type.FLOAT else _int_literal(a)
+        name = _name(a.name)
+        if a.space is Space.TENSOR:
+            return f"s.{name}"
+        return f"{name}[p]" if a.space is Space.ELEMENT and id(a) in self.kept else name
+
+
+def _type(v: Value) -> str:
+    if v.space is Space.BLOCK:
+        return {Type.FLOAT: "float", Type.INT: "int", Type.BOOL: "bool"}[v.type]
+    return "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
+
+
+def _name(name: str) -> str:
+    return f"{name}_" if name in KEYWORDS else name
+
+
+def _note(v: Value) -> str:
+    return f"  // {v.origin}" if v.origin else ""
+
+
+def _int_literal(x: float) -> str:
+    return str(int(x))
+
+
+def _double_literal(x: float) -> str:
+    x = float(x)
+    if math.isinf(x) or math.isnan(x):
+        return {"inf": "INFINITY", "-inf": "-INFINITY"}.get(str(x), "NAN")
+    return repr(x)
+
+
+def _float_literal(x: float) -> str:
+    x = float(np.float32(x))
+    if math.isinf(x) or math.isnan(x):
+        return {"inf": "INFINITY", "-inf": "-INFINITY"}.get(str(x), "NAN")
+    text = str(np.float32(x))
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+_RUN = """\
+// One row per tensor. Work is spread over blocks, not tensors; threads is what torch uses.
+extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
+  std::vector<Scalars> s(n_rows);
+  std::vector<int64_t> start(n_rows + 1);
+  for (int64_t r = 0; r < n_rows; ++r) {
+    scalars(rows[r], s[r]);
+    start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
+  }
+  const int64_t blocks = start[n_rows];
+  const int workers = blocks < 64 ? 1 : threads;
+#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
+  for (int w = 0; w < workers; ++w) {
+    int64_t b = blocks * w / workers;
+    const int64_t end = blocks * (w + 1) / workers;
+    int64_t r = 0;
+    while (b < end) {
+      while (start[r + 1] <= b) ++r;
+      const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
+      const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
+      for (int64_t i = b - start[r]; i < stop; ++i) {
+        if (i < last) block<false>(rows[r], s[r], step, i, stq::kBlock);
+        else block<true>(rows[r], s[r], step, i, static_cast<int>(rows[r].numel - i * stq::kBlock));
+      }
+      b = start[r] + stop;
+    }
+  }
+}
+
+extern "C" int64_t row_bytes() { return sizeof(Row); }"""
+
+
+__all__ = ["KernelOperand", "emit"]

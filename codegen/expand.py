@@ -1,0 +1,205 @@
+"""Decoding and encoding of every format as kernel instructions.
+
+The arithmetic is that of `stq_compile.reference`, operation by operation and in the same order, so
+that a kernel's codes equal the reference's bit for bit where its inputs do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stq_compile.codegen.ir import Builder, Value
+from stq_compile.formats import (
+    EXP2_COEFFICIENTS,
+    LOG2_COEFFICIENTS,
+    MAX_RANGE,
+    MIDRISE_CLIP,
+    RANGE_STEP,
+    TAIL_DEVIATIONS,
+    Format,
+)
+
+INFINITY_BITS = 0x7F800000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A packed state inside a kernel: the operands' stem and its format."""
+
+    codes: str
+    scales: str
+    key: str | None
+    format: Format
+
+
+def decode(b: Builder, state: Stored, normalizer: Value | None) -> Value:
+    """Read a state from memory."""
+    if state.format.kind == "bfloat16":
+        return b.op("from_bits", b.op("shift_left", b.read("load_half", state.codes), 16))
+    code = b.read("unpack", state.codes, width=state.format.width)
+    word = b.read("load_word", state.scales)
+    return decode_block(b, code, word, state.format, normalizer)
+
+
+def decode_block(
+    b: Builder, code: Value, word: Value, format: Format, normalizer: Value | None
+) -> Value:
+    """The value of a code under a scale word."""
+    if format.kind == "softsign":
+        top = format.top_code // 2
+        signed = b.op("to_float", b.op("int_sub", code, top))
+        level = b.op("div", signed, b.op("sub", 2.0 * top, b.op("abs", signed)))
+        return b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
+    if format.kind == "adaptive_log":
+        octave_range = _octave_range(b, b.op("to_float", b.op("int_and", word, 31)))
+        ratio = b.op("mul", octave_range, 1.0 / format.top_code)
+        octaves = b.op("fma", b.op("to_float", code), ratio, b.op("neg", octave_range))
+        scale = b.op("from_bits", b.op("shift_left", b.op("shift_right", word, 5), 20))
+        return b.op("mul", scale, exp2(b, octaves))
+    assert format.kind == "midrise" and normalizer is not None
+    step = b.op("from_bits", b.op("shift_left", word, 16))
+    level = b.op("mul", b.op("sub", b.op("to_float", code), format.top_code / 2), step)
+    return b.op("mul", level, b.op("sqrt", normalizer))
+
+
+def encode(b: Builder, x: Value, state: Stored, normalizer: Value | None) -> tuple[Value, Value | None]:
+    """Encode elements; returns the code and the scale word, not yet stored."""
+    format = state.format
+    if format.kind == "bfloat16":
+        return _encode_bfloat16(b, x, state), None
+    uniform = 0.5 if state.key is None else b.read("uniform", state.key)
+    if format.kind == "softsign":
+        code, word = _encode_softsign(b, x, format, uniform)
+    elif format.kind == "adaptive_log":
+        code, word = _encode_adaptive_log(b, x, format, uniform)
+    else:
+        assert normalizer is not None
+        code, word = _encode_midrise(b, x, normalizer, format, uniform)
+    return b.op("int_select", b.read("valid"), b.op("to_int", code), 0), word
+
+
+def _octave_range(b: Builder, step: Value) -> Value:
+    return b.op("mul", b.op("add", step, 1.0), RANGE_STEP)
+
+
+def log2(b: Builder, x: Value) -> Value:
+    bits = b.op("bits_of", x)
+    exponent = b.op("shift_right", b.op("int_sub", bits, 0x3F3504F3), 23)
+    mantissa = b.op("from_bits", b.op("int_sub", bits, b.op("shift_left", exponent, 23)))
+    f = b.op("sub", mantissa, 1.0)
+    p = _polynomial(b, f, LOG2_COEFFICIENTS)
+    return b.op("fma", f, p, b.op("to_float", exponent))
+
+
+def exp2(b: Builder, x: Value) -> Value:
+    whole = b.op("floor", b.op("add", x, 0.5))
+    f = b.op("sub", x, whole)
+    p = _polynomial(b, f, EXP2_COEFFICIENTS)
+    power = b.op("shift_left", b.op("int_add", b.op("to_int", whole), 127), 23)
+    return b.op("mul", p, b.op("from_bits", power))
+
+
+def _polynomial(b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
+    p = b.op("fma", x, coefficients[-1], coefficients[-2])
+    for c in reversed(coefficients[:-2]):
+        p = b.op("fma", p, x, c)
+    return p
+
+
+def _magnitude(b: Builder, x: Value) -> Value:
+    return b.op("int_and", b.op("bits_of", x), 0x7FFFFFFF)
+
+
+def _absmax(b: Builder, x: Value) -> Value:
+    magnitude = b.op("int_select", b.read("valid"), _magnitude(b, x), 0)
+    return b.reduce("block_max", magnitude, name="absmax")
+
+
+def _scale_up(b: Builder, absmax: Value, drop: int) -> Value:
+    """`reference._scale_up`: the upper bits, rounded up, kept finite and normal."""
+    rounded = b.op("shift_right", b.op("int_add", absmax, (1 << drop) - 1), drop)
+    low, high = 0x00800000 >> drop, (INFINITY_BITS >> drop) - 1
+    bounded = b.op("int_min", b.op("int_max", rounded, low), high)
+    bounded = b.op("int_select", b.op("int_eq", absmax, 0), 0, bounded)
+    nan = b.op("int_lt", INFINITY_BITS, absmax)
+    kept = b.op("int_select", nan, 0x7FC00000 >> drop, INFINITY_BITS >> drop)
+    finite = b.op("int_lt", absmax, INFINITY_BITS)
+    return b.op("int_select", finite, bounded, kept)
+
+
+def _reciprocal(b: Builder, scale: Value) -> Value:
+    return b.op("select", b.op("gt", scale, 0.0), b.op("div", 1.0, scale), 0.0)
+
+
+def _encode_softsign(
+    b: Builder, x: Value, format: Format, uniform: Value | float
+) -> tuple[Value, Value]:
+    top = float(format.top_code // 2)
+    word = _scale_up(b, _absmax(b, x), 16)
+    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    a = b.op("min", b.op("mul", b.op("abs", x), inverse), 1.0)
+    w = b.op("add", a, 1.0)
+    t = b.op("div", b.op("mul", a, 2.0 * top), w)
+    k = b.op("min", b.op("floor", t), top - 1.0)
+    p = b.op("mul", b.op("sub", t, k), b.op("sub", 2.0 * top - 1.0, k))
+    p = b.op("mul", p, b.op("mul", w, 1.0 / (2.0 * top)))
+    level = b.op("select", b.op("lt", uniform, p), b.op("add", k, 1.0), k)
+    signed = b.op("select", b.op("lt", x, 0.0), b.op("neg", level), level)
+    return b.op("add", signed, top), word
+
+
+def _encode_adaptive_log(
+    b: Builder, x: Value, format: Format, uniform: Value | float
+) -> tuple[Value, Value]:
+    levels = float(format.top_code)
+    top = _scale_up(b, _absmax(b, x), 20)
+    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", top, 20)))
+    octaves = b.op("max", log2(b, b.op("mul", x, inverse)), -MAX_RANGE)
+    counted = b.op("select", b.read("valid"), octaves, 0.0)
+    share = b.op("div", 1.0, b.read("valid_count"))
+    mean = b.op("mul", b.reduce("block_sum", counted), share)
+    square = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
+    variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
+    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS, b.op("neg", mean))
+    step = b.op("sub", b.op("ceil", b.op("mul", spread, 1.0 / RANGE_STEP)), 1.0)
+    step = b.op("min", b.op("max", step, 0.0), 31.0)
+    octave_range = _octave_range(b, step)
+    ratio = b.op("div", levels, octave_range)
+    bounded = b.op("max", octaves, b.op("neg", octave_range))
+    t = b.op("fma", bounded, ratio, levels)
+    code = b.op("min", b.op("max", b.op("floor", b.op("add", t, uniform)), 0.0), levels)
+    word = b.op("int_or", b.op("shift_left", top, 5), b.op("to_int", step))
+    zero = b.op("int_eq", top, 0)
+    return b.op("select", zero, 0.0, code), b.op("int_select", zero, 0, word)
+
+
+def _encode_midrise(
+    b: Builder, x: Value, normalizer: Value, format: Format, uniform: Value | float
+) -> tuple[Value, Value]:
+    half = format.top_code / 2
+    unit = b.op("sqrt", normalizer)
+    u = b.op("select", b.op("gt", unit, 0.0), b.op("div", x, unit), 0.0)
+    u = b.op("select", b.read("valid"), u, 0.0)
+    share = b.op("div", 1.0, b.read("valid_count"))
+    rms = b.op("sqrt", b.op("mul", b.reduce("block_sum", b.op("mul", u, u)), share))
+    scaled = b.op("mul", rms, MIDRISE_CLIP[format.width] / half)
+    word = _scale_up(b, _magnitude(b, scaled), 16)
+    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    t = b.op("fma", u, inverse, half)
+    code = b.op("floor", b.op("add", t, uniform))
+    return b.op("min", b.op("max", code, 0.0), float(format.top_code)), word
+
+
+def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:
+    bits = b.op("bits_of", x)
+    magnitude = b.op("int_and", bits, 0x7FFFFFFF)
+    finite = b.op("int_lt", magnitude, INFINITY_BITS)
+    nan = b.op("int_lt", INFINITY_BITS, magnitude)
+    quiet = b.op("int_select", nan, b.op("int_or", bits, 0x400000), bits)
+    if state.key is None:
+        odd = b.op("int_and", b.op("shift_right", bits, 16), 1)
+        low = b.op("int_add", odd, 0x7FFF)
+    else:
+        low = b.op("int_and", b.op("shift_right", b.read("random", state.key), 16), 0xFFFF)
+    rounded = b.op("int_select", finite, b.op("int_add", bits, low), quiet)
+    return b.op("int_and", b.op("shift_right", rounded, 16), 0xFFFF)

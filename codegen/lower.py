@@ -1,0 +1,313 @@
+"""From a quantized step graph to a kernel: one lowering per operator, listed in `LOWERINGS`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import inductor_prims
+
+from stq_compile.codegen.expand import Stored, decode, decode_block, encode
+from stq_compile.codegen.ir import (
+    Argument,
+    Builder,
+    Kernel,
+    KernelOperand,
+    OperandKind,
+    Space,
+    Value,
+    verify_kernel,
+)
+from stq_compile.errors import DuplicateLoweringError
+from stq_compile.formats import FORMATS
+from stq_compile.passes.partition import element_nodes
+from stq_compile.passes.quantize import DEQUANTIZE, QUANTIZE
+from stq_compile.step_graph import Operand, Role, StepGraph, location_of
+
+Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Argument]
+
+aten = torch.ops.aten
+LOWERINGS: dict[Any, Lowering] = {}
+
+
+def lowers(*targets: Any) -> Callable[[Lowering], Lowering]:
+    """Register the lowering of operators; a second one for the same operator is an error."""
+
+    def register(lowering: Lowering) -> Lowering:
+        for target in targets:
+            if target in LOWERINGS:
+                raise DuplicateLoweringError(operator=target)
+            LOWERINGS[target] = lowering
+        return lowering
+
+    return register
+
+
+def why_not(node: fx.Node) -> str:
+    """Why ``node`` cannot be lowered; empty if it can."""
+    if node.target in (DEQUANTIZE, QUANTIZE) or node.target in LOWERINGS:
+        pass
+    elif node.target is operator.getitem and node.args[0].target is QUANTIZE:  # type: ignore[union-attr]
+        pass
+    else:
+        return "it is not a pointwise operator that the kernel IR knows"
+    for value in (node.meta.get("val"), *(a.meta.get("val") for a in node.all_input_nodes)):
+        if isinstance(value, torch.Tensor) and value.dtype not in (
+            torch.float32,
+            torch.float64,
+            torch.bool,
+        ):
+            return f"its values are {value.dtype}; only float32 is supported"
+    return ""
+
+
+def lower(unit: StepGraph) -> Kernel:
+    """Lower a functional, quantized, partitioned unit to a verified kernel."""
+    elements = element_nodes(unit)
+    operands = _operands(unit, elements)
+    b = Builder(unit.name, operands)
+    env: dict[fx.Node, Any] = {}
+    states = _stored(unit)
+    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
+        b.origin = operand.describe()
+        env[node] = _read(b, node, operand, node in elements)
+    for node in unit.calls:
+        where = location_of(node)
+        b.origin = f"{node.name}  {where}" if where else node.name
+        env[node] = _lower_node(b, node, env, states)
+        b.rename(env[node], node.name)
+    roles = {o.name: o.role for o in unit.operands}
+    for target, out in zip(unit.writes or (), unit.outputs, strict=True):
+        b.origin = f"-> {target}"
+        _write(b, target, roles[target], env[out])
+    kernel = _without_dead_code(b.kernel)
+    kernel.summary = _summary(unit, kernel)
+    verify_kernel(kernel)
+    return kernel
+
+
+def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
+    kinds = {
+        Role.SCALAR: OperandKind.NUMBER,
+        Role.KEY: OperandKind.KEY,
+        Role.SCALES: OperandKind.WORDS,
+        Role.CODES: OperandKind.CODES,
+    }
+    operands = []
+    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
+        default = OperandKind.FLOATS if node in elements else OperandKind.SCALAR
+        kind = kinds.get(operand.role, default)
+        width = 0
+        if kind is OperandKind.CODES:
+            width = unit.formats[node.name].width
+            kind = OperandKind.HALVES if width == 16 else kind
+        operands.append(KernelOperand(node.name, kind, node.name in (unit.writes or ()), width))
+    return operands
+
+
+def _stored(unit: StepGraph) -> dict[str, Stored]:
+    """The packed state behind each codes placeholder."""
+    names = {n.name for n in unit.placeholders}
+    stored = {}
+    for codes, format in unit.formats.items():
+        stem = codes.removesuffix("_codes")
+        key = f"{stem}_key" if f"{stem}_key" in names else None
+        stored[codes] = Stored(codes, f"{stem}_scales", key, format)
+    return stored
+
+
+def _read(b: Builder, node: fx.Node, operand: Operand, elementwise: bool) -> Value | None:
+    if operand.role in (Role.CODES, Role.SCALES, Role.KEY):
+        return None
+    if operand.role is Role.SCALAR:
+        return b.read("argument", node.name)
+    return b.read("load" if elementwise else "load_scalar", node.name)
+
+
+def _lower_node(
+    b: Builder, node: fx.Node, env: dict[fx.Node, Any], states: dict[str, Stored]
+) -> Any:
+    b.prefix = ""
+    if node.target is DEQUANTIZE:
+        b.prefix = f"{node.name}_"
+        codes, scales, normalizer, format = node.args[:4]
+        unit = env[normalizer] if isinstance(normalizer, fx.Node) else None
+        if isinstance(codes, fx.Node) and codes.name in states:
+            return decode(b, states[codes.name], unit)
+        if FORMATS[str(format)].kind == "bfloat16":
+            return b.op("from_bits", b.op("shift_left", env[codes], 16))  # type: ignore[index]
+        return decode_block(b, env[codes], env[scales], FORMATS[str(format)], unit)  # type: ignore[index]
+    if node.target is QUANTIZE:
+        b.prefix = f"{node.name}_"
+        value, normalizer, format, key = node.args
+        unit = env[normalizer] if isinstance(normalizer, fx.Node) else None
+        name = key.name if isinstance(key, fx.Node) else None
+        return encode(b, env[value], Stored("", "", name, FORMATS[str(format)]), unit)  # type: ignore[index]
+    args = fx.map_arg(node.args, env.__getitem__)
+    kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+    if node.target is operator.getitem:
+        return args[0][args[1]]  # type: ignore[index]
+    return LOWERINGS[node.target](b, args, kwargs)  # type: ignore[arg-type]
+
+
+def _write(b: Builder, target: str, role: Role, value: Any) -> None:
+    operand = b.kernel.operand(target)
+    if role is Role.SCALES:
+        if value is not None:
+            b.store("store_word", target, value)
+    elif role is Role.CODES:
+        opcode = "store_half" if operand.kind is OperandKind.HALVES else "pack"
+        b.store(opcode, target, value, width=operand.width)
+    else:
+        b.store("store_scalar" if operand.kind is OperandKind.SCALAR else "store", target, value)
+
+
+def _without_dead_code(kernel: Kernel) -> Kernel:
+    live: set[int] = set()
+    for value in reversed(kernel.body):
+        if value.opcode.startswith("store") or value.opcode == "pack" or id(value) in live:
+            live.add(id(value))
+            live.update(id(a) for a in value.args if isinstance(a, Value))
+    kernel.body = [v for v in kernel.body if id(v) in live]
+    return kernel
+
+
+def bytes_per_element(kernel: Kernel) -> float:
+    """Bytes that the kernel moves per element: reads, and writes as one pass each."""
+    size = {OperandKind.FLOATS: 4.0, OperandKind.HALVES: 2.0, OperandKind.WORDS: 2.0 / 128}
+    reads = {v.operand for v in kernel.body if v.opcode in ("load", "load_half", "unpack", "load_word")}
+    total = 0.0
+    for operand in kernel.operands:
+        each = operand.width / 8 if operand.kind is OperandKind.CODES else size.get(operand.kind, 0)
+        total += each * ((operand.name in reads) + operand.written)
+    return total
+
+
+def _summary(unit: StepGraph, kernel: Kernel) -> str:
+    formats = ", ".join(
+        f"{codes.removesuffix('_codes')} {f.name}" for codes, f in unit.formats.items()
+    )
+    count = len(unit.instances)
+    return (
+        f"{unit.name}: {formats or 'float32 states'}; {count} tensor{'s' * (count != 1)}; "
+        f"{bytes_per_element(kernel):.2f} bytes per element"
+    )
+
+
+# The operators. -----------------------------------------------------------------------------
+
+
+def _simple(opcode: str) -> Lowering:
+    def lowering(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+        return b.op(opcode, *args)
+
+    return lowering
+
+
+for _opcode, _targets in {
+    "mul": (aten.mul.Tensor, aten.mul.Scalar, operator.mul),
+    "div": (aten.div.Tensor, aten.div.Scalar, operator.truediv),
+    "neg": (aten.neg.default, operator.neg),
+    "abs": (aten.abs.default, operator.abs),
+    "sqrt": (aten.sqrt.default,),
+    "exp": (aten.exp.default,),
+    "log": (aten.log.default,),
+    "sign": (aten.sign.default, aten.sgn.default),
+    "floor": (aten.floor.default,),
+    "ceil": (aten.ceil.default,),
+    "maximum": (aten.maximum.default,),
+    "minimum": (aten.minimum.default,),
+    "fma": (inductor_prims.fma,),
+    "lt": (aten.lt.Tensor, aten.lt.Scalar),
+    "le": (aten.le.Tensor, aten.le.Scalar),
+    "gt": (aten.gt.Tensor, aten.gt.Scalar),
+    "ge": (aten.ge.Tensor, aten.ge.Scalar),
+    "eq": (aten.eq.Tensor, aten.eq.Scalar),
+    "ne": (aten.ne.Tensor, aten.ne.Scalar),
+    "and": (aten.logical_and.default, aten.bitwise_and.Tensor),
+    "or": (aten.logical_or.default, aten.bitwise_or.Tensor),
+    "not": (aten.logical_not.default, aten.bitwise_not.default),
+    "select": (aten.where.self,),
+}.items():
+    lowers(*_targets)(_simple(_opcode))
+
+
+def _scaled(b: Builder, value: Argument, factor: Argument) -> Argument:
+    return value if not isinstance(factor, Value) and factor == 1 else b.op("mul", value, factor)
+
+
+@lowers(aten.add.Tensor, aten.add.Scalar, operator.add)
+def _add(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return b.op("add", args[0], _scaled(b, args[1], kwargs.get("alpha", 1)))
+
+
+@lowers(aten.sub.Tensor, aten.sub.Scalar, operator.sub)
+def _sub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return b.op("sub", args[0], _scaled(b, args[1], kwargs.get("alpha", 1)))
+
+
+@lowers(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return b.op("sub", args[1], _scaled(b, args[0], kwargs.get("alpha", 1)))
+
+
+@lowers(aten.reciprocal.default)
+def _reciprocal(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return b.op("div", 1.0, args[0])
+
+
+@lowers(aten.rsqrt.default)
+def _rsqrt(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return b.op("div", 1.0, b.op("sqrt", args[0]))
+
+
+@lowers(aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor, operator.pow)
+def _pow(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    base, exponent = args
+    if exponent == 2:
+        return b.op("mul", base, base)
+    if exponent == 0.5:
+        return b.op("sqrt", base)
+    return b.op("pow", base, exponent)
+
+
+@lowers(aten.clamp.default, aten.clamp.Tensor)
+def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    low = args[1] if len(args) > 1 else kwargs.get("min")
+    high = args[2] if len(args) > 2 else kwargs.get("max")
+    value: Argument = args[0]
+    if low is not None:
+        value = b.op("maximum", value, low)
+    return value if high is None else b.op("minimum", value, high)
+
+
+@lowers(aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_copy.default,
+        aten.alias_copy.default, aten._to_copy.default, aten.expand.default, aten.copy.default)  # fmt: skip
+def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]  # type: ignore[no-any-return]
+
+
+@lowers(aten.full.default, aten.full_like.default)
+def _full(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return args[1]  # type: ignore[no-any-return]
+
+
+@lowers(aten.scalar_tensor.default)
+def _scalar_tensor(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return args[0]  # type: ignore[no-any-return]
+
+
+@lowers(aten.zeros_like.default)
+def _zeros_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return 0.0
+
+
+@lowers(aten.ones_like.default)
+def _ones_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return 1.0
+
+
+__all__ = ["LOWERINGS", "Space", "bytes_per_element", "lower", "lowers", "why_not"]

@@ -1,0 +1,1 @@
+"""Passes: pure functions `Program -> Program`, each doing one thing; the order is in compiler.py."""

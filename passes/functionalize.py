@@ -1,0 +1,176 @@
+"""In-place updates become values, and every operator becomes a core ATen one.
+
+    buf.mul_(0.9).add_(grad)      ->    mul = aten.mul(buf, 0.9); add = aten.add(mul, grad)
+    param.add_(buf, alpha=-0.1)         return (add, aten.add(param, aten.mul(add, -0.1)))
+                                        # -> buf, param
+
+torch does the work: ``make_fx`` over ``torch.func.functionalize`` on fake tensors. Hyperparameters
+that are graph inputs enter as symbolic floats, so that no decomposition has to read one; where
+one branches on such a value (``lerp`` picks a formula by its weight) it takes the branch of the
+present value, and both branches are the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph
+
+def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
+    """The two formulas of ``torch.lerp``: each is exact at its own end."""
+    if abs(weight) < 0.5:
+        return start + weight * (end - start)
+    return end - (end - start) * (1 - weight)
+
+
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    return x + (a * b if value == 1 else value * (a * b))
+
+
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    return x + (a / b if value == 1 else value * (a / b))
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    value = source.to(target.dtype)
+    return value if value.shape == target.shape else value.expand_as(target)
+
+
+DECOMPOSITIONS = {
+    **core_aten_decompositions(),
+    torch.ops.aten.lerp.Scalar: _lerp,
+    torch.ops.aten.addcmul.default: _addcmul,
+    torch.ops.aten.addcdiv.default: _addcdiv,
+    torch.ops.aten.copy.default: _copy,
+}
+"""Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind."""
+
+COPY = torch.ops.aten.copy_.default
+
+
+def functionalize(program: Program) -> Program:
+    """Functionalize and decompose every unit that still updates its inputs in place."""
+    return Program(program.optimizer, tuple(_functionalize(unit) for unit in program.units))
+
+
+def _functionalize(unit: StepGraph) -> StepGraph:
+    if unit.writes is not None:
+        return unit
+    module = fx.GraphModule({}, unit.graph)
+    inputs = _fake_inputs(unit)
+
+    def run(*args: Any) -> Any:
+        with fx_traceback.preserve_node_meta():
+            return _Interpreter(module).run(*args)
+
+    traced = make_fx(
+        torch.func.functionalize(run, remove="mutations_and_views"),
+        decomposition_table=DECOMPOSITIONS,
+        _allow_non_fake_inputs=True,
+    )(*inputs)
+    return _collect_writes(unit, traced.graph)
+
+
+class _Interpreter(fx.Interpreter):
+    """Reading a hyperparameter (``lr.item()``) gives the symbolic float that stands for it."""
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "item" and isinstance(args[0], torch.SymFloat):
+            return args[0]
+        return super().call_method(target, args, kwargs)
+
+
+def _fake_inputs(unit: StepGraph) -> list[Any]:
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+    inputs: list[Any] = []
+    for node in unit.placeholders:
+        example = node.meta["example"]
+        if example.ndim == 0 and node.users and all(u.target == "item" for u in node.users):
+            source = ConstantSource(node.name)
+            hint = float(example)
+            symbol = shape_env.create_unspecified_symbol(
+                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC
+            )
+            inputs.append(shape_env.create_symfloatnode(symbol, hint=hint, source=source))
+            continue
+        with mode:
+            inputs.append(
+                torch.empty_strided(example.size(), example.stride(), dtype=example.dtype)
+            )
+    return inputs
+
+
+def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
+    """Turn the trailing ``copy_`` into inputs, as functionalization leaves them, into outputs."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    written: dict[str, fx.Node] = {}
+    returned: tuple[Any, ...] = ()
+    names = iter(unit.placeholders)
+    for node in traced.nodes:
+        if node.op == "placeholder":
+            original = next(names)
+            env[node] = graph.placeholder(original.name)
+            env[node].meta = {**node.meta, "example": original.meta["example"]}
+        elif node.target is COPY and node.args[0].op == "placeholder":
+            written[env[node.args[0]].name] = env[node.args[1]]
+            env[node] = env[node.args[1]]
+        elif node.op == "output":
+            value = node.args[0]
+            returned = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    created = _created_states(unit, graph, [env[r] for r in returned])
+    written |= {operand.name: value for operand, value in created}
+    graph.output(tuple(written.values()))
+    graph.eliminate_dead_code()
+    instances = tuple(_with_created(i, [o for o, _ in created]) for i in unit.instances)
+    return unit.replace(graph=graph, instances=instances, writes=tuple(written))
+
+
+def _created_states(
+    unit: StepGraph, graph: fx.Graph, values: list[fx.Node]
+) -> list[tuple[Operand, fx.Node]]:
+    """A write-only placeholder for every value that the step returns: a state that it creates."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    created = []
+    for i, value in enumerate(values):
+        fake = value.meta["val"]
+        with graph.inserting_after(last):
+            node = graph.placeholder(f"created_{i}")
+        last = node
+        node.meta = {"val": fake, "example": torch.empty((), dtype=fake.dtype).expand(fake.shape)}
+        source = Source(unit.instances[0].param.source.param, "", f"created_{i}")
+        operand = Operand(
+            node.name, Role.STATE, source, tuple(fake.shape), tuple(fake.stride()), fake.dtype
+        )
+        created.append((operand, value))
+    return created
+
+
+def _with_created(instance: Instance, created: list[Operand]) -> Instance:
+    param = instance.param
+    operands = []
+    for operand, position in zip(created, instance.returns, strict=True):
+        scalar = operand.shape == ()
+        operands.append(
+            replace(
+                operand,
+                source=Source(param.source.param, param.source.name, operand.source.key),
+                shape=() if scalar else param.shape,
+                stride=() if scalar else param.stride,
+                returned=position,
+            )
+        )
+    return Instance((*instance.operands, *operands))

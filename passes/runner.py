@@ -1,0 +1,61 @@
+"""Runs passes and owns everything around them: timing, verification, keeping, dumping, bisection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stq_compile.step_graph import Program, verify
+
+PassFunction = Callable[[Program], Program]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named pass."""
+
+    name: str
+    run: PassFunction
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The program after a pass, and how long the pass took in seconds."""
+
+    name: str
+    program: Program
+    seconds: float
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    stop_after: str | None = None,
+    dump: Path | None = None,
+    first: int = 0,
+) -> list[Stage]:
+    """Run ``passes`` in order and return every stage, the given program first.
+
+    Each stage is verified. ``stop_after`` ends after the pass of that name, to bisect a wrong
+    result; ``dump`` is a folder that gets each stage as ``NN_name.py``, numbered from ``first``.
+    """
+    if stop_after is not None and stop_after not in [p.name for p in passes]:
+        raise ValueError(f"no pass {stop_after!r}; the passes are {[p.name for p in passes]}")
+    stages = [Stage("input", program, 0.0)]
+    verify(program, "input")
+    for step in passes:
+        start = time.perf_counter()
+        program = step.run(program)
+        seconds = time.perf_counter() - start
+        verify(program, step.name)
+        stages.append(Stage(step.name, program, seconds))
+        if step.name == stop_after:
+            break
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        for i, stage in enumerate(stages):
+            (dump / f"{first + i:02d}_{stage.name}.py").write_text(f"{stage.program}\n")
+    return stages

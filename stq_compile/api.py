@@ -1,0 +1,169 @@
+"""`compile`, `report`: what a user calls."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._dynamo import exc as dynamo_exc
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from stq_compile.backend import close_session, open_session, session_of
+from stq_compile.birth import init_states
+from stq_compile.errors import (
+    AlreadyCompiledError,
+    GraphBreakError,
+    NotAnOptimizerError,
+    NotCompiledError,
+    StqError,
+    UnsupportedOptimizerError,
+)
+from stq_compile.options import Options
+from stq_compile.report import Report, make_report
+from stq_compile.session import Session
+
+Opt = TypeVar("Opt", bound=Optimizer)
+
+REFUSED: dict[type[Optimizer], str] = {
+    LBFGS: "its step runs a line search that calls the model, which is no fixed graph",
+    SparseAdam: "sparse gradients touch other elements every step; use Adam",
+}
+
+
+def compile(optimizer: Opt, **options: Any) -> Opt:
+    """Compile ``optimizer.step`` with packed states; returns the same optimizer.
+
+    States are packed from birth: no float32 copy of a packed state is ever allocated. Everything
+    else (``param_groups``, schedulers, hooks, ``state_dict``, ``zero_grad``) works as before.
+
+    Args:
+        optimizer: any optimizer that follows `torch.optim.Optimizer`, with float32 parameters.
+        **options: see `stq_compile.options.Options`.
+
+    Raises:
+        StqError: here for a wrong option or an optimizer that is refused; at the first ``step()``
+            if that step cannot be compiled, in which case the optimizer is its old self again.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise NotAnOptimizerError(found=type(optimizer).__name__)
+    checked = Options.from_dict(options)
+    name = type(optimizer).__name__
+    if session_of(optimizer) is not None:
+        raise AlreadyCompiledError(optimizer=name)
+    for refused, reason in REFUSED.items():
+        if isinstance(optimizer, refused):
+            raise UnsupportedOptimizerError(optimizer=name, reason=reason)
+    if optimizer.defaults.get("differentiable"):
+        raise UnsupportedOptimizerError(
+            optimizer=name, reason="differentiable=True asks for a step that autograd sees"
+        )
+    session = open_session(optimizer, checked)
+    driver = _Driver(session)
+    optimizer.register_load_state_dict_post_hook(driver.loaded)
+    optimizer.step = types.MethodType(driver.step_function(), optimizer)  # type: ignore[method-assign]
+    return optimizer
+
+
+def report(optimizer: Optimizer) -> Report:
+    """What every state occupies now; prints as a table.
+
+    Raises:
+        NotCompiledError: neither `compile` nor ``backend="stq"`` has seen the optimizer.
+    """
+    session = session_of(optimizer)
+    if session is None:
+        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    return make_report(session)
+
+
+class _Driver:
+    """Runs compiled steps of one optimizer: births before, errors translated after."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.pending_load = False
+        self.inner = torch.compile(
+            _own_code(_raw_step(type(session.optimizer))), backend=self._backend, fullgraph=True
+        )
+
+    def loaded(self, optimizer: Optimizer) -> None:
+        self.pending_load = True
+
+    def step_function(self) -> Callable[..., Any]:
+        """A function to bind as ``optimizer.step``; hooks run around it as around the original."""
+        driver = self
+
+        @functools.wraps(type(self.session.optimizer).step)
+        def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            driver.run(self)
+            return loss
+
+        return Optimizer.profile_hook_step(step)
+
+    def run(self, optimizer: Optimizer) -> None:
+        session = self.session
+        if self.pending_load:
+            session.pack_loaded()
+            self.pending_load = False
+        born = init_states(optimizer, session.options.min_numel)
+        try:
+            with torch.no_grad():
+                self.inner(optimizer)
+        except Exception as error:
+            for param in born:
+                del optimizer.state[param]
+            if session.compiles == 0:
+                self._uninstall(optimizer)
+            translated = _translated(error, type(optimizer).__name__)
+            if translated is None:
+                raise
+            raise translated from error
+
+    def _backend(self, gm: Any, example_inputs: Any) -> Any:
+        return self.session.compile(gm)
+
+    @staticmethod
+    def _uninstall(optimizer: Optimizer) -> None:
+        """Give the optimizer its own step back."""
+        optimizer.__dict__.pop("step", None)
+        close_session(optimizer)
+
+
+def _translated(error: BaseException, optimizer: str) -> StqError | None:
+    """Our own error out of Dynamo's wrapping; a graph break as an error of ours."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StqError):
+            return cause
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    if isinstance(error, dynamo_exc.Unsupported):
+        return GraphBreakError(optimizer=optimizer, reason=str(error))
+    return None
+
+
+def _raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
+    """``cls.step`` without torch's profiling and gradient-mode wrappers."""
+    return inspect.unwrap(cls.step)
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with a code object of its own: Dynamo's cache and its recompile limit belong to a code
+    object, and optimizers of one class should not share them."""
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

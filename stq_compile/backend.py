@@ -1,0 +1,66 @@
+"""``torch.compile(optimizer.step, backend="stq", options={...})``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.optim import Optimizer
+
+from stq_compile.errors import OptimizerNotFoundError
+from stq_compile.options import Options
+from stq_compile.session import Session
+
+_SESSIONS: weakref.WeakKeyDictionary[Optimizer, Session] = weakref.WeakKeyDictionary()
+
+
+def session_of(optimizer: Optimizer) -> Session | None:
+    """The session of an optimizer, if stq_compile has compiled it in either way."""
+    return _SESSIONS.get(optimizer)
+
+
+def open_session(optimizer: Optimizer, options: Options) -> Session:
+    """Make and register the session of an optimizer."""
+    session = Session(optimizer, options)
+    _SESSIONS[optimizer] = session
+    return session
+
+
+def close_session(optimizer: Optimizer) -> None:
+    _SESSIONS.pop(optimizer, None)
+
+
+def stq(
+    gm: fx.GraphModule, example_inputs: list[Tensor], options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The ``torch.compile`` backend, registered as ``"stq"`` by entry point.
+
+    Args:
+        gm: Dynamo's graph of an optimizer's ``step``.
+        example_inputs: its inputs (unused; the graph carries them).
+        options: the options of `stq_compile.compile`.
+
+    Raises:
+        OptimizerNotFoundError: the compiled function is not an optimizer's step.
+        StqError: an option is wrong, or the step can't be compiled; nothing is changed.
+    """
+    optimizer = _current_optimizer()
+    session = _SESSIONS.get(optimizer)
+    if session is None:
+        session = Session(optimizer, Options.from_dict(options or {}))
+    compiled = session.compile(gm)
+    _SESSIONS[optimizer] = session
+    return compiled
+
+
+def _current_optimizer() -> Optimizer:
+    """The optimizer whose ``step`` Dynamo is translating now."""
+    tx = InstructionTranslator.current_tx()
+    frame = tx.output.root_tx
+    found = frame.f_locals.get("self")
+    if not isinstance(found, Optimizer):
+        raise OptimizerNotFoundError(frame=frame.f_code.co_qualname)
+    return found

@@ -1,0 +1,156 @@
+"""From what Dynamo hands the backend to a `Program`: every input gets its role and its source.
+
+Dynamo shows parameters and states as attributes of the graph module, the very objects that the
+optimizer holds, and gradients and changing hyperparameters as placeholders. So a role is found
+by looking an object up among the optimizer's own, by identity.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.optim import Optimizer
+
+from stq_compile.errors import UnknownInputError
+from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
+
+Binding = Tensor | int
+"""What an operand of the captured step stands for: a live tensor, or a call argument's position."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The step as one graph, and the live object behind each (role, source)."""
+
+    program: Program
+    bindings: dict[tuple[Role, Source], Binding]
+
+
+def param_sources(optimizer: Optimizer) -> dict[int, Source]:
+    """Source of every parameter by ``id``; names are the ones that the optimizer was given."""
+    sources: dict[int, Source] = {}
+    for g, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            name = names[i] if names else f"group{g}.param{i}"
+            sources[id(param)] = Source(len(sources), name)
+    return sources
+
+
+def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
+    """Turn Dynamo's graph of ``optimizer.step`` into a program of one step graph."""
+    known = _known_tensors(optimizer)
+    name = type(optimizer).__name__
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    operands: list[Operand] = []
+    bindings: dict[tuple[Role, Source], Binding] = {}
+    position = 0
+    inputs: list[tuple[fx.Node, Tensor, Binding]] = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            example = node.meta["grapharg"].example
+            inputs.append((node, example, position))
+            position += 1
+        elif node.op == "get_attr":
+            live = _attribute(gm, str(node.target))
+            inputs.append((node, live, live))
+    for node, example, binding in inputs:
+        role, source = _identify(node, example, known, name)
+        key = (role, source)
+        twin = next((o for o in operands if (o.role, o.source) == key), None)
+        if twin is not None:
+            env[node] = next(n for n in graph.nodes if n.name == twin.name)
+            continue
+        new = graph.placeholder(_readable(role, source))
+        new.meta["example"] = example
+        env[node] = new
+        operands.append(
+            Operand(
+                new.name,
+                role,
+                source,
+                tuple(example.shape),
+                tuple(example.stride()),
+                example.dtype,
+                next((location_of(user) for user in node.users), ""),
+            )
+        )
+        bindings[key] = binding
+    outputs: tuple[Any, ...] = ()
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "output":
+            outputs = tuple(node.args[0])
+            graph.output(tuple(fx.map_arg(o, env.__getitem__) for o in outputs))
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    instance = Instance(tuple(operands), tuple(range(len(outputs))))
+    step = StepGraph("step", graph, (instance,))
+    return Captured(Program(name, (step,)), bindings)
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> Tensor:
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value  # type: ignore[no-any-return]
+
+
+def _known_tensors(optimizer: Optimizer) -> dict[int, tuple[Role, Source]]:
+    known: dict[int, tuple[Role, Source]] = {}
+    sources = param_sources(optimizer)
+    for g, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            known[id(param)] = (Role.PARAM, sources[id(param)])
+            if param.grad is not None:
+                known[id(param.grad)] = (Role.GRAD, sources[id(param)])
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                known[id(value)] = (Role.SCALAR, Source(-1, "", f"param_groups[{g}][{key!r}]"))
+    for param, state in optimizer.state.items():
+        owner = sources.get(id(param))
+        if owner is None:
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                known[id(value)] = (Role.STATE, Source(owner.param, owner.name, str(key)))
+    return known
+
+
+def _identify(
+    node: fx.Node, example: Any, known: dict[int, tuple[Role, Source]], optimizer: str
+) -> tuple[Role, Source]:
+    found = known.get(id(example))
+    if found is not None:
+        return found
+    location = next((location_of(user) for user in node.users), "")
+    if not isinstance(example, Tensor):
+        reason = f"it is a {type(example).__name__}"
+        raise UnknownInputError(
+            optimizer=optimizer, name=node.target, reason=reason, location=location
+        )
+    if example.ndim == 0:
+        expression = str(node.target)
+        if "grapharg" in node.meta:
+            expression = str(node.meta["grapharg"].source.name).replace("L['self'].", "")
+        return Role.SCALAR, Source(-1, "", expression)
+    raise UnknownInputError(
+        optimizer=optimizer,
+        name=node.target,
+        reason=f"a tensor of shape {tuple(example.shape)}",
+        location=location,
+    )
+
+
+def _readable(role: Role, source: Source) -> str:
+    if role is Role.SCALAR:
+        return re.sub(r"\W+", "_", source.key.replace("param_groups", "group")).strip("_")
+    stem = source.key or str(role)
+    return f"{stem}_{source.param}"
+
+

@@ -1,0 +1,80 @@
+"""The pipeline, top to bottom: from a captured program to compiled kernels.
+
+``FRONT`` needs the graph alone and runs once per capture. ``BACK`` needs the formats too and runs
+again, without Dynamo, whenever the widths change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from stq_compile.codegen.cpp.build import CompiledKernel, build
+from stq_compile.codegen.cpp.emit import emit
+from stq_compile.codegen.ir import Kernel, verify_kernel
+from stq_compile.codegen.lower import lower, why_not
+from stq_compile.codegen.tabulate import tabulate
+from stq_compile.options import Rounding
+from stq_compile.passes.expand_foreach import expand_foreach
+from stq_compile.passes.fold import fold
+from stq_compile.passes.functionalize import functionalize
+from stq_compile.passes.normalizers import find_normalizers
+from stq_compile.passes.partition import partition
+from stq_compile.passes.quantize import FormatOf, insert_quantize
+from stq_compile.passes.ranges import find_ranges
+from stq_compile.passes.runner import Pass, Stage, run_passes
+from stq_compile.passes.split import split
+from stq_compile.step_graph import Program, StepGraph
+
+FRONT: Sequence[Pass] = (
+    Pass("expand_foreach", expand_foreach),
+    Pass("split", split),
+    Pass("fold", fold),
+    Pass("functionalize", functionalize),
+    Pass("ranges", find_ranges),
+    Pass("normalizers", find_normalizers),
+)
+
+
+def back(format_of: FormatOf, rounding: Rounding) -> Sequence[Pass]:
+    """The passes that depend on the formats."""
+    return (
+        Pass("quantize", partial(insert_quantize, format_of=format_of, rounding=rounding)),
+        Pass("partition", partial(partition, why_not=why_not)),
+    )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One template at one assignment of formats, compiled."""
+
+    graph: StepGraph
+    kernel: Kernel
+    compiled: CompiledKernel
+
+
+def analyse(program: Program, dump: Path | None = None) -> list[Stage]:
+    """Run the front passes; the last stage holds one unit per template."""
+    return run_passes(program, FRONT, dump=dump)
+
+
+def generate(
+    program: Program, format_of: FormatOf, rounding: Rounding, dump: Path | None = None
+) -> list[Unit]:
+    """Quantize every template at the formats given and compile its kernels."""
+    stages = run_passes(program, back(format_of, rounding), dump=dump, first=len(FRONT) + 1)
+    return [_compile(unit) for unit in stages[-1].program.units]
+
+
+def _compile(graph: StepGraph) -> Unit:
+    kernel = lower_kernel(graph)
+    return Unit(graph, kernel, build(kernel.name, emit(kernel)))
+
+
+def lower_kernel(graph: StepGraph) -> Kernel:
+    """The verified kernel of a quantized and partitioned unit."""
+    kernel = tabulate(lower(graph))
+    verify_kernel(kernel)
+    return kernel

@@ -1,0 +1,150 @@
+"""Every mistake has a class of its own, and every message says what, where and what to do."""
+
+from __future__ import annotations
+
+
+class StqError(Exception):
+    """Base of all errors that stq_compile raises on purpose.
+
+    A subclass sets ``message``, a template; the constructor takes its fields by name, so
+    that a raise site can't leave out the place or the remedy.
+    """
+
+    message = "{detail}"
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+        super().__init__(self.message.format(**fields))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.fields))
+
+
+def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
+    return cls(**fields)
+
+
+class UnknownOptionError(StqError):
+    message = "unknown option {name!r}; the options are: {valid}"
+
+
+class InvalidOptionError(StqError):
+    message = "option {name}={value!r} is not valid: {reason}"
+
+
+class ContradictoryOptionsError(StqError):
+    message = "options {first!r} and {second!r} contradict each other: {reason}"
+
+
+class UnsupportedWidthError(StqError):
+    message = "{where}: a width of {width} bits does not exist; the widths are {valid}"
+
+
+class FormatMismatchError(StqError):
+    message = "{where}: {found}; expected {expected}"
+
+
+class NegativeStateError(StqError):
+    message = (
+        "cannot store a negative value (minimum {minimum}) in a state kept in the non-negative "
+        "format {format}; give that state precision 16 or 32, or a signed format"
+    )
+
+
+class NotAnOptimizerError(StqError):
+    message = (
+        "stq.compile takes a torch.optim.Optimizer, not {found}; "
+        "pass the optimizer itself, as in stq.compile(torch.optim.AdamW(model.parameters()))"
+    )
+
+
+class AlreadyCompiledError(StqError):
+    message = (
+        "this {optimizer} is already compiled by stq_compile; "
+        "make a new optimizer to compile it with other options"
+    )
+
+
+class NotCompiledError(StqError):
+    message = "this {optimizer} is not compiled by stq_compile; call stq.compile(optimizer) first"
+
+
+class OptimizerNotFoundError(StqError):
+    message = (
+        "backend 'stq' compiles the step of an optimizer, and found none in the frame {frame}; "
+        "use torch.compile(optimizer.step, backend='stq') or stq.compile(optimizer)"
+    )
+
+
+class UnsupportedOptimizerError(StqError):
+    message = "{optimizer} cannot be compiled: {reason}. It is left as it was."
+
+
+class UnsupportedParameterError(StqError):
+    message = (
+        "{optimizer}, {source}: {reason}. Exclude the parameter from this optimizer or change "
+        "its dtype or layout; the optimizer is left as it was."
+    )
+
+
+class UnsupportedStateError(StqError):
+    message = (
+        "{optimizer}, state {state!r} of {source}: {reason}\n  read at {location}\n"
+        "Give it precision 32 (precision={{{state!r}: 32}}) to leave it as it is; "
+        "the optimizer is left as it was."
+    )
+
+
+class UnsupportedOperatorError(StqError):
+    message = (
+        "{optimizer}, {source}: no kernel for the operator {operator} ({reason})\n"
+        "  at {location}\n"
+        "The optimizer is left as it was; use it without stq_compile, or rewrite that line."
+    )
+
+
+class CoupledParametersError(StqError):
+    message = (
+        "{optimizer}: the update of {first} reads values of {second}, so their updates cannot "
+        "become one kernel each\n  at {location}\nThe optimizer is left as it was."
+    )
+
+
+class UnknownInputError(StqError):
+    message = (
+        "{optimizer}: graph input {name} is neither a parameter, a gradient, a state nor a "
+        "scalar of the optimizer ({reason})\n  at {location}\nThe optimizer is left as it was."
+    )
+
+
+class GraphBreakError(StqError):
+    message = (
+        "{optimizer}: torch.compile could not capture the step as one graph:\n{reason}\n"
+        "The optimizer is left as it was."
+    )
+
+
+class InvalidGraphError(StqError):
+    message = "after pass {stage}: {reason}\n{graph}"
+
+
+class InvalidKernelError(StqError):
+    message = "kernel {kernel}, {op}: {reason}"
+
+
+class DuplicateLoweringError(StqError):
+    message = "the operator {operator} has a lowering already; remove one of the two"
+
+
+class KernelBuildError(StqError):
+    message = (
+        "the C++ compiler failed on kernel {kernel} ({source}):\n{output}\n"
+        "Check that g++ 9 or newer (or the compiler in $CXX) is installed and works."
+    )
+
+
+class UnsupportedDeviceError(StqError):
+    message = (
+        "{source} is on device {device}, for which there is no code generator yet; "
+        "supported: {valid}"
+    )

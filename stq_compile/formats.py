@@ -1,0 +1,150 @@
+"""The registry of number formats: what a width means for a signed or non-negative state.
+
+A block is 128 consecutive elements that share one 16-bit scale word. Four kinds of code:
+
+``softsign``      signed, unit scale; levels ``+-k / (2K - k)``, ``k = 0..K = 2^(w-1) - 1``
+``midrise``       signed, in units of a normalizer ``d`` (a state that divides this one in the
+                  update); levels ``(code - (2^w - 1)/2) * step * d``
+``adaptive_log``  non-negative; levels ``s * 2^(-R * (1 - code/L))``, ``L = 2^w - 1``; the block
+                  carries its largest element ``s`` and its range ``R`` in octaves
+``bfloat16``, ``float32``  plain casts, no blocks
+``constant``      no bytes at all: a state at birth, before its first step, all one value
+
+The exact arithmetic is `stq_compile.reference`; the compiled kernels must reproduce it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stq_compile.errors import UnsupportedWidthError
+
+BLOCK = 128
+LANES = 16
+PLANES = BLOCK // LANES
+
+Kind = Literal["softsign", "midrise", "adaptive_log", "bfloat16", "float32", "constant"]
+
+FIELDS: dict[int, tuple[int, ...]] = {
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    8: (8,),
+}
+"""Power-of-two fields, low bits first, that make up a code of each width."""
+
+WIDTHS = (2, 3, 4, 5, 6, 8, 16, 32)
+
+# adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
+MAX_RANGE = 14.0
+RANGE_STEP = MAX_RANGE / 32
+TAIL_DEVIATIONS = 1.2815515
+"""How many standard deviations below the mean of log2 the range ends: the 10th percentile of
+a normal distribution, since a true percentile needs a sort."""
+
+MIDRISE_CLIP = {2: 1.6, 3: 2.6}
+"""Clip of the normalized value in units of its root mean square (DESIGN.md, "Formats")."""
+
+# Least-maximum polynomials, fitted once in float64 and rounded to float32.
+# log2(1 + f) = f * P(f) on f in [sqrt(1/2) - 1, sqrt(2) - 1]: absolute error 2.2e-6 octaves.
+LOG2_COEFFICIENTS = (
+    1.4427133798599243,
+    -0.7211322784423828,
+    0.47934967279434204,
+    -0.3674837648868561,
+    0.3221430778503418,
+    -0.2066051959991455,
+)
+# 2^f on f in [-1/2, 1/2]: relative error 7.5e-8.
+EXP2_COEFFICIENTS = (
+    1.0000001192092896,
+    0.6931469440460205,
+    0.24022120237350464,
+    0.05550713092088699,
+    0.009675541892647743,
+    0.001327647129073739,
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a state: kind and width say everything else."""
+
+    kind: Kind
+    width: int
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.width >= 16 or self.width == 0 else f"{self.kind}{self.width}"
+
+    @property
+    def blocked(self) -> bool:
+        """Whether elements share scales in blocks of ``BLOCK``."""
+        return 0 < self.width < 16
+
+    @property
+    def signed(self) -> bool:
+        return self.kind != "adaptive_log"
+
+    @property
+    def normalized(self) -> bool:
+        """Whether values are stored in units of another state."""
+        return self.kind == "midrise"
+
+    @property
+    def top_code(self) -> int:
+        """The largest valid code."""
+        return (1 << self.width) - (2 if self.kind == "softsign" else 1)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the codes of one block."""
+        return BLOCK // 8 * self.width
+
+    def nbytes(self, numel: int) -> int:
+        """All bytes of ``numel`` elements: codes and scale words."""
+        if not self.blocked:
+            return numel * self.width // 8
+        return block_count(numel) * (self.block_bytes + 2)
+
+
+FLOAT32 = Format("float32", 32)
+BFLOAT16 = Format("bfloat16", 16)
+CONSTANT = Format("constant", 0)
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        *(Format("softsign", w) for w in FIELDS),
+        *(Format("midrise", w) for w in MIDRISE_CLIP),
+        *(Format("adaptive_log", w) for w in FIELDS),
+        BFLOAT16,
+        FLOAT32,
+        CONSTANT,
+    )
+}
+
+
+def block_count(numel: int) -> int:
+    """Blocks that hold ``numel`` elements; the last one may be partly padding."""
+    return -(-numel // BLOCK)
+
+
+def choose_format(
+    width: int, *, nonnegative: bool, normalizable: bool, where: str = "state"
+) -> Format:
+    """The recommended format of a width, from what the graph says about the state."""
+    if width not in WIDTHS:
+        raise UnsupportedWidthError(where=where, width=width, valid=WIDTHS)
+    if width == 32:
+        return FLOAT32
+    if width == 16:
+        return BFLOAT16
+    if nonnegative:
+        return FORMATS[f"adaptive_log{width}"]
+    if normalizable and width in MIDRISE_CLIP:
+        return FORMATS[f"midrise{width}"]
+    return FORMATS[f"softsign{width}"]

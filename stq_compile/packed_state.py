@@ -1,0 +1,252 @@
+"""`PackedState`: a tensor that is float32 to everyone who asks and packed codes in memory.
+
+The compiler sees the logical side: Dynamo traces a `PackedState` as a plain float32 tensor,
+and its buffers are invisible to guards, so that a change of width never re-traces. Every other
+operation, an eager ``optimizer.step()`` included, is answered by decoding, computing and
+encoding again: correct, and as slow as that sounds.
+
+A `PackedState` is a strided window (size, stride, offset) on a `PackedStorage`, as an ordinary
+tensor is one on its memory. So views work, and writing through a view changes the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from stq_compile.errors import FormatMismatchError
+from stq_compile.formats import Format
+from stq_compile.storage import PackedStorage
+
+_ANCHOR = torch.empty(0)
+"""What Dynamo sees inside every `PackedState`: one constant tensor, so that nothing that
+changes is guarded."""
+
+
+class PackedState(Tensor):
+    """A float32 tensor on the CPU whose values live in a `PackedStorage`."""
+
+    _storage: PackedStorage | None  # None only for the stand-ins that Dynamo makes while tracing
+    _anchor: Tensor
+
+    @staticmethod
+    def __new__(
+        cls,
+        storage: PackedStorage | None,
+        size: Iterable[int],
+        stride: Iterable[int],
+        offset: int = 0,
+    ) -> PackedState:
+        self: PackedState = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            torch.Size(size),
+            strides=tuple(stride),
+            storage_offset=offset,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        self._storage = storage
+        self._anchor = _ANCHOR
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def zeros_like(cls, like: Tensor, format: Format, **storage: Any) -> PackedState:
+        """Zeros with the size and strides of ``like`` (dense); no float32 copy is ever made."""
+        return cls(PackedStorage(like.numel(), format, **storage), like.size(), like.stride())
+
+    @classmethod
+    def pack(cls, values: Tensor, format: Format, **storage: Any) -> PackedState:
+        """Encode a dense float32 tensor."""
+        state = cls.zeros_like(values, format, **storage)
+        state.packed.write(memory_order(values))
+        return state
+
+    @property
+    def packed(self) -> PackedStorage:
+        """The physical side."""
+        if self._storage is None:
+            raise FormatMismatchError(
+                where="PackedState", found="a tracing stand-in", expected="a state with storage"
+            )
+        return self._storage
+
+    @property
+    def format(self) -> Format:
+        return self.packed.format
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The values as an ordinary float32 tensor of the same size and strides."""
+        if self._storage is None:
+            return self._anchor.new_empty_strided(self.size(), self.stride())
+        return self._storage.read().as_strided(self.size(), self.stride(), self.storage_offset())
+
+    # Methods that torch answers from memory without asking the dispatcher.
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dequantize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dequantize().tolist()
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        if self._storage is None:
+            return f"PackedState(size={tuple(self.size())}, tracing)"
+        inner = str(self.dequantize()).removeprefix("tensor(").removesuffix(")")
+        return f"PackedState({inner}, format={self.format.name})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedState:
+        storage = deepcopy(self.packed, memo)
+        return PackedState(storage, self.size(), self.stride(), self.storage_offset())
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return PackedState, (
+            self.packed,
+            tuple(self.size()),
+            self.stride(),
+            self.storage_offset(),
+        )
+
+    # What Dynamo asks of a traceable wrapper subclass.
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["_anchor"], (tuple(self.size()), self.stride(), self.storage_offset())
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: tuple[Any, ...], size: object, stride: object
+    ) -> PackedState:
+        stand_in = PackedState(None, *context)
+        stand_in._anchor = inner["_anchor"]
+        return stand_in
+
+    @classmethod
+    def __metadata_guard__(cls, old: object, new: object) -> bool:
+        return True
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.clone.default and args[0]._storage is not None:
+            state = args[0]
+            return PackedState(
+                state.packed.clone(), state.size(), state.stride(), state.storage_offset()
+            )
+        if _is_view(func) and isinstance(args[0], PackedState):
+            return _view(func, args, kwargs)
+        return _run_dense(func, args, kwargs)
+
+
+def memory_order(values: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, ``[numel]``."""
+    if not is_dense(values):
+        raise FormatMismatchError(
+            where="packed state",
+            found=f"size {tuple(values.size())} with strides {values.stride()}",
+            expected="a dense, non-overlapping tensor",
+        )
+    return values.as_strided((values.numel(),), (1,), values.storage_offset())
+
+
+def is_dense(values: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gaps or overlap."""
+    expected = 1
+    for size, stride in sorted(
+        zip(values.size(), values.stride(), strict=True), key=lambda pair: pair[1]
+    ):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result shares memory with the first argument and writes nothing."""
+    returns = func._schema.returns
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let torch work out the window on a meta tensor of the same geometry."""
+    state: PackedState = args[0]
+    numel = 0 if state._storage is None else state._storage.numel
+    extent = 1 + state.storage_offset() + sum(
+        (n - 1) * s for n, s in zip(state.size(), state.stride(), strict=True) if n > 0
+    )
+    base = torch.empty(max(numel, extent), device="meta")
+    window = base.as_strided(state.size(), state.stride(), state.storage_offset())
+
+    def wrap(out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return out
+        if out.dtype != torch.float32:
+            raise FormatMismatchError(
+                where=f"{func} of a packed state", found=str(out.dtype), expected="float32"
+            )
+        view = PackedState(state._storage, out.size(), out.stride(), out.storage_offset())
+        view._anchor = state._anchor
+        return view
+
+    return tree_map(wrap, func(window, *args[1:], **kwargs))
+
+
+def _run_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``func`` on decoded values, then encode what it wrote.
+
+    Windows on one storage become windows on one decoded copy, so aliasing is kept.
+    """
+    flats: dict[int, Tensor] = {}
+    dense_of: dict[int, Tensor] = {}
+    originals: dict[int, PackedState] = {}
+
+    def dense(x: Any) -> Any:
+        if not isinstance(x, PackedState):
+            return x
+        if id(x) not in dense_of:
+            if x._storage is None:
+                value = x.dequantize()
+            else:
+                key = id(x._storage)
+                if key not in flats:
+                    flats[key] = x._storage.read()
+                value = flats[key].as_strided(x.size(), x.stride(), x.storage_offset())
+            dense_of[id(x)] = value
+            originals[id(value)] = x
+        return dense_of[id(x)]
+
+    out = func(*tree_map(dense, args), **tree_map(dense, kwargs))
+    for state in _written(func, args, kwargs):
+        if state._storage is not None and id(state._storage) in flats:
+            state._storage.write(flats.pop(id(state._storage)))
+    return tree_map(lambda x: originals.get(id(x), x) if isinstance(x, Tensor) else x, out)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[PackedState]:
+    """The packed arguments that the operator's schema says it writes."""
+    written: list[PackedState] = []
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is None or not spec.alias_info.is_write:
+            continue
+        value = args[i] if i < len(args) else kwargs.get(spec.name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, PackedState):
+                written.append(item)
+    return written

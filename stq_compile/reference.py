@@ -1,0 +1,299 @@
+"""The meaning of every format, in plain torch.
+
+This is the definition; kernels are tested against it bit for bit. Every operation is one IEEE
+float32 operation in a stated order, so a kernel that keeps the order gets the same bits; the
+fused multiply-add is formed in float64 (a float32 product is exact there, so the one extra
+rounding of the sum can differ from a true fma only in a double-rounding case, about one in
+2^29).
+
+Stochastic rounding is unbiased in the value for ``softsign``, ``midrise`` (inside its clip)
+and ``bfloat16``, and in the logarithm of the value for ``adaptive_log``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stq_compile.errors import FormatMismatchError
+from stq_compile.formats import (
+    BLOCK,
+    EXP2_COEFFICIENTS,
+    LANES,
+    LOG2_COEFFICIENTS,
+    MAX_RANGE,
+    MIDRISE_CLIP,
+    PLANES,
+    RANGE_STEP,
+    TAIL_DEVIATIONS,
+    Format,
+    block_count,
+)
+from stq_compile.layout import pack, unpack
+from stq_compile.rounding import Noise, random_bits
+
+INFINITY_BITS = 0x7F800000
+CHUNK_BLOCKS = 1 << 14
+"""Blocks converted at a time, so that temporaries stay at some tens of megabytes."""
+
+
+def empty_buffers(format: Format, numel: int) -> tuple[Tensor, Tensor]:
+    """Codes and scale words of ``numel`` zeros: all bytes zero decode to zero in every format.
+
+    A ``constant`` has a single code, its value.
+    """
+    if format.kind == "constant":
+        return torch.zeros(1), torch.empty(0, dtype=torch.int16)
+    if format.kind == "float32":
+        return torch.zeros(numel), torch.empty(0, dtype=torch.int16)
+    if format.kind == "bfloat16":
+        return torch.zeros(numel, dtype=torch.int16), torch.empty(0, dtype=torch.int16)
+    blocks = block_count(numel)
+    return (
+        torch.zeros(blocks, format.block_bytes, dtype=torch.uint8),
+        torch.zeros(blocks, dtype=torch.int16),
+    )
+
+
+def encode(
+    x: Tensor, format: Format, noise: Noise, normalizer: Tensor | None = None, first_block: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Encode float32 ``x`` ``[numel]``; returns (codes, scale words) as `empty_buffers` shapes them.
+
+    ``normalizer`` ``[numel]`` is the state whose square root is the unit of a normalized format;
+    ``first_block`` is the block's index in the whole tensor, for the random counter.
+    """
+    codes, scales = empty_buffers(format, x.numel())
+    if format.kind == "float32":
+        return codes.copy_(x), scales
+    if format.kind == "constant":
+        raise FormatMismatchError(
+            where="format constant", found="values to encode", expected="a state at birth"
+        )
+    span = CHUNK_BLOCKS * BLOCK
+    for start in range(0, x.numel(), span):
+        part = x[start : start + span]
+        count = part.numel()
+        block = start // BLOCK
+        blocks = block_count(count)
+        uniform = noise.uniform(first_block + block, blocks)
+        if format.kind == "bfloat16":
+            codes[start : start + count] = _bfloat16_bits(part, noise, first_block + block)
+            continue
+        tile = _pad(part)
+        valid = _pad(torch.ones(count)) > 0
+        if format.kind == "softsign":
+            code, scale = _encode_softsign(tile, format, uniform)
+        elif format.kind == "adaptive_log":
+            code, scale = _encode_adaptive_log(tile, valid, format, uniform)
+        else:
+            assert normalizer is not None
+            unit = _pad(normalizer[start : start + span]).sqrt()
+            code, scale = _encode_midrise(tile, unit, valid, format, uniform)
+        codes[block : block + blocks] = pack(torch.where(valid, code, 0), format.width)
+        scales[block : block + blocks] = scale.to(torch.int16)
+    return codes, scales
+
+
+def decode(
+    codes: Tensor, scales: Tensor, format: Format, numel: int, normalizer: Tensor | None = None
+) -> Tensor:
+    """Decode to float32 ``[numel]``."""
+    if format.kind == "float32":
+        return codes.clone()
+    if format.kind == "constant":
+        return codes.repeat(numel)
+    if format.kind == "bfloat16":
+        return codes.view(torch.bfloat16).float()
+    out = torch.empty(numel)
+    span = CHUNK_BLOCKS * BLOCK
+    for start in range(0, numel, span):
+        count = min(span, numel - start)
+        rows = slice(start // BLOCK, start // BLOCK + block_count(count))
+        code = unpack(codes[rows], format.width)
+        word = (scales[rows].to(torch.int32) & 0xFFFF)[:, None]
+        if format.kind == "softsign":
+            value = _decode_softsign(code, word, format)
+        elif format.kind == "adaptive_log":
+            value = _decode_adaptive_log(code, word, format)
+        else:
+            assert normalizer is not None
+            unit = _pad(normalizer[start : start + count]).sqrt()
+            value = _decode_midrise(code, word, format) * unit
+        out[start : start + count] = value.view(-1)[:count]
+    return out
+
+
+def _pad(x: Tensor) -> Tensor:
+    """``[numel]`` to ``[blocks, 128]``, the last block padded with zeros."""
+    padded = torch.zeros(block_count(x.numel()) * BLOCK, dtype=x.dtype)
+    padded[: x.numel()] = x
+    return padded.view(-1, BLOCK)
+
+
+def fma(a: Tensor | float, b: Tensor, c: Tensor | float) -> Tensor:
+    """``a * b + c`` rounded once (module docstring)."""
+    wide_c = c.double() if isinstance(c, Tensor) else c
+    wide_a = a.double() if isinstance(a, Tensor) else a
+    return (wide_a * b.double() + wide_c).float()
+
+
+def float_from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """Bits of ``|x|`` as int32; ordered like the magnitudes, with NaN above infinity."""
+    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def block_sum(x: Tensor) -> Tensor:
+    """Sum over a block ``[blocks, 128] -> [blocks, 1]``: planes in order, then lanes by halves."""
+    planes = x.view(-1, PLANES, LANES)
+    total = planes[:, 0]
+    for plane in range(1, PLANES):
+        total = total + planes[:, plane]
+    width = LANES
+    while width > 1:
+        width //= 2
+        total = total[:, :width] + total[:, width:]
+    return total
+
+
+def log2(x: Tensor) -> Tensor:
+    """Polynomial log2 of ``x >= 0``, error 2.2e-6 octaves; log2(0) is -127."""
+    bits = x.contiguous().view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = float_from_bits(bits - (exponent << 23)) - 1.0
+    p = torch.full_like(f, LOG2_COEFFICIENTS[-1])
+    for c in reversed(LOG2_COEFFICIENTS[:-1]):
+        p = fma(p, f, c)
+    return fma(f, p, exponent.float())
+
+
+def exp2(x: Tensor) -> Tensor:
+    """Polynomial 2^x for -126 < x <= 0, relative error 7.5e-8."""
+    whole = torch.floor(x + 0.5)
+    f = x - whole
+    p = torch.full_like(f, EXP2_COEFFICIENTS[-1])
+    for c in reversed(EXP2_COEFFICIENTS[:-1]):
+        p = fma(p, f, c)
+    return p * float_from_bits((whole.to(torch.int32) + 127) << 23)
+
+
+def _scale_up(absmax: Tensor, drop: int) -> Tensor:
+    """Upper bits of a magnitude's pattern, rounded up, after dropping ``drop`` low bits.
+
+    Never below 2^-126 unless zero, so that its reciprocal is finite; never rounded up to
+    infinity; infinity and NaN are kept, so that a broken block can be seen.
+    """
+    rounded = (absmax + ((1 << drop) - 1)) >> drop
+    low, high = 0x00800000 >> drop, (INFINITY_BITS >> drop) - 1
+    kept = torch.where(absmax > INFINITY_BITS, 0x7FC00000 >> drop, INFINITY_BITS >> drop)
+    bounded = torch.where(absmax == 0, 0, rounded.clamp(low, high))
+    return torch.where(absmax >= INFINITY_BITS, kept, bounded)
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, 1.0 / scale, 0.0)
+
+
+# softsign -----------------------------------------------------------------------------------
+
+
+def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Levels k/(2K-k): the inverse of y = 2a/(1+a) at y = k/K.
+
+    With t = K y, k = floor(t) and f = t - k, the position of ``a`` between the levels k and
+    k + 1, measured in values, is f (2K - 1 - k) (1 + a) / 2K; rounding up with that
+    probability is unbiased in the value, and comparing it with 1/2 rounds to nearest.
+    """
+    top = format.top_code // 2
+    scale = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 16)
+    inverse = _reciprocal(float_from_bits(scale << 16))
+    a = torch.minimum(x.abs() * inverse, torch.tensor(1.0))
+    w = 1.0 + a
+    t = (a * (2.0 * top)) / w
+    k = torch.minimum(torch.floor(t), torch.tensor(top - 1.0))
+    p = (t - k) * ((2.0 * top - 1.0) - k) * (w * (1.0 / (2.0 * top)))
+    level = torch.where(uniform < p, k + 1.0, k)
+    code = torch.where(x < 0, top - level, top + level)
+    return torch.nan_to_num(code, nan=0.0).to(torch.int32), scale.view(-1)
+
+
+def _decode_softsign(code: Tensor, word: Tensor, format: Format) -> Tensor:
+    top = format.top_code // 2
+    signed = (code - top).float()
+    level = signed / (2.0 * top - signed.abs())
+    return level * float_from_bits(word << 16)
+
+
+# adaptive_log -------------------------------------------------------------------------------
+
+
+def _encode_adaptive_log(
+    x: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    levels = float(format.top_code)
+    top = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 20)
+    inverse = _reciprocal(float_from_bits(top << 20))
+    octaves = torch.maximum(log2(x * inverse), torch.tensor(-MAX_RANGE))
+    counted = torch.where(valid, octaves, 0.0)
+    share = 1.0 / valid.sum(1, keepdim=True).float()
+    mean = block_sum(counted) * share
+    variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
+    spread = fma(variance.sqrt(), torch.tensor(TAIL_DEVIATIONS), -mean)
+    step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
+    step = torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
+    octave_range = (step + 1.0) * RANGE_STEP
+    ratio = levels / octave_range
+    t = fma(torch.maximum(octaves, -octave_range), ratio, levels)
+    code = torch.clamp(torch.floor(t + uniform), 0.0, levels)
+    word = (top << 5) | step.to(torch.int32)
+    word = torch.where(top == 0, 0, word)
+    code = torch.where(top == 0, 0.0, code)
+    return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
+
+
+def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
+    octave_range = ((word & 31).float() + 1.0) * RANGE_STEP
+    ratio = octave_range * (1.0 / format.top_code)
+    octaves = fma(code.float(), ratio, -octave_range)
+    return float_from_bits((word >> 5) << 20) * exp2(octaves)
+
+
+# midrise ------------------------------------------------------------------------------------
+
+
+def _encode_midrise(
+    x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    half = format.top_code / 2
+    u = torch.where(unit > 0, x / unit, 0.0)
+    share = 1.0 / valid.sum(1, keepdim=True).float()
+    rms = (block_sum(u * u) * share).sqrt()
+    step = _scale_up(magnitude_bits(rms * (MIDRISE_CLIP[format.width] / half)), 16)
+    inverse = _reciprocal(float_from_bits(step << 16))
+    t = fma(u, inverse, half)
+    code = torch.clamp(torch.floor(t + uniform), 0.0, float(format.top_code))
+    return torch.nan_to_num(code, nan=0.0).to(torch.int32), step.view(-1)
+
+
+def _decode_midrise(code: Tensor, word: Tensor, format: Format) -> Tensor:
+    half = format.top_code / 2
+    return (code.float() - half) * float_from_bits(word << 16)
+
+
+# bfloat16 -----------------------------------------------------------------------------------
+
+
+def _bfloat16_bits(x: Tensor, noise: Noise, first_block: int) -> Tensor:
+    """Upper half of the pattern after adding random low bits (or rounding half to even)."""
+    bits = x.contiguous().view(torch.int32).to(torch.int64)
+    if noise.key is None:
+        return x.to(torch.bfloat16).view(torch.int16)
+    blocks = block_count(x.numel())
+    low = (random_bits(noise.key, first_block, blocks) >> 16).view(-1)[: x.numel()]
+    finite = (bits & 0x7FFFFFFF) < INFINITY_BITS
+    quiet = torch.where((bits & 0x7FFFFFFF) > INFINITY_BITS, bits | 0x400000, bits)
+    return (torch.where(finite, bits + low, quiet) >> 16).to(torch.int16)

@@ -1,0 +1,90 @@
+"""Random bits for stochastic rounding, from a counter.
+
+The bits of element ``e`` of block ``b`` depend on (seed, step, stream, b, e) alone, where the
+stream is one state of one parameter. So they are the same on every backend, for every number of
+threads and shards, and nothing has to be saved but the seed and the step.
+
+Two levels: a 64-bit key per block (splitmix64's finalizer: Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014), then 32 bits per element by a
+multiply-xorshift hash (the constants of C. Wellons' "lowbias32", bias 0.17) into which the key's
+upper half is mixed midway. `tests/test_rounding.py` states and runs the statistical test.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stq_compile.formats import BLOCK
+
+GOLDEN = 0x9E3779B97F4A7C15
+MASK64 = (1 << 64) - 1
+MASK32 = (1 << 32) - 1
+
+
+def mix64(x: int) -> int:
+    """splitmix64's finalizer on a Python int."""
+    x &= MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def stream_id(param_index: int, state: str) -> int:
+    """Stream of one state of one parameter: independent of the order in which states appear."""
+    return (param_index << 32) | zlib.crc32(state.encode())
+
+
+def step_key(seed: int, step: int, stream: int) -> int:
+    """64-bit key of one stream in one step; blocks are derived from it."""
+    return mix64(mix64(seed + GOLDEN * (step + 1)) ^ mix64(stream * GOLDEN + 1))
+
+
+def signed64(x: int) -> int:
+    """The same 64 bits as a signed integer, as tensors hold them."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the random bits of one quantization come from; ``key is None`` means nearest."""
+
+    key: int | None
+
+    def uniform(self, first_block: int, blocks: int) -> Tensor | float:
+        """Uniform numbers in [0, 1), float32 ``[blocks, 128]``, or 0.5 for nearest rounding."""
+        if self.key is None:
+            return 0.5
+        return (random_bits(self.key, first_block, blocks) >> 8).float() * 2.0**-24
+
+
+NEAREST = Noise(None)
+
+
+def random_bits(key: int, first_block: int, blocks: int) -> Tensor:
+    """Random 32-bit integers, as int64 ``[blocks, 128]``, of blocks from ``first_block`` on."""
+    index = torch.arange(first_block + 1, first_block + blocks + 1, dtype=torch.int64)
+    block_key = _mix64(index * signed64(GOLDEN) + signed64(key))[:, None]
+    low, high = block_key & MASK32, _shift64(block_key, 32)
+    element = torch.arange(BLOCK, dtype=torch.int64)
+    x = (low + element * 0x9E3779B9) & MASK32
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK32
+    x = x ^ high
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def _shift64(x: Tensor, n: int) -> Tensor:
+    """Logical right shift of 64-bit patterns held in int64."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix64(x: Tensor) -> Tensor:
+    x = (x ^ _shift64(x, 30)) * signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift64(x, 27)) * signed64(0x94D049BB133111EB)
+    return x ^ _shift64(x, 31)

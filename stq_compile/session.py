@@ -1,0 +1,328 @@
+"""A `Session` ties one optimizer to its compiled steps, its packed states and its widths.
+
+It is the one place that changes the optimizer's state, and it does so last: a step is analysed,
+checked and compiled completely before the first state is packed, so that an error leaves the
+optimizer as it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.optim import Optimizer
+
+from stq_compile.capture import Captured, capture, param_sources
+from stq_compile.compiler import Unit, analyse, generate
+from stq_compile.errors import (
+    StqError,
+    UnsupportedDeviceError,
+    UnsupportedParameterError,
+    UnsupportedStateError,
+    UnsupportedWidthError,
+)
+from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.options import Options
+from stq_compile.packed_state import PackedState, is_dense
+from stq_compile.passes.runner import Stage
+from stq_compile.rounding import stream_id
+from stq_compile.runtime import Bucket, mixed_step
+from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph, location_of
+from stq_compile.storage import PackedStorage
+
+StateKey = tuple[int, str]
+"""A state: (number of its parameter over all groups, its key)."""
+
+
+@dataclass
+class StateInfo:
+    """What the compiler knows about one state of one parameter."""
+
+    source: Source
+    format: Format
+    facts: Facts
+    reason: str = ""
+
+
+class Session:
+    """Everything that stq_compile keeps for one optimizer."""
+
+    def __init__(self, optimizer: Optimizer, options: Options, dump: Path | None = None) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.options = options
+        self.dump = dump
+        self.steps = 0
+        self.compiles = 0
+        self.transitions = 0
+        self.plan: dict[StateKey, int] = {}
+        self.info: dict[StateKey, StateInfo] = {}
+        self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None, "the session outlived its optimizer"
+        return optimizer
+
+    def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
+        captured = capture(gm, self.optimizer)
+        stages = analyse(captured.program, self.dump)
+        program = stages[-1].program
+        _check_program(program)
+        step = CompiledStep(self, captured, stages)
+        step.prepare()
+        self.compiled.add(step)
+        self.compiles += 1
+        return step
+
+    def width_of(self, operand: Operand) -> int:
+        """The width that the plan, or else the options, give a state."""
+        key = (operand.source.param, operand.source.key)
+        if key in self.plan:
+            return self.plan[key]
+        if operand.shape == () or torch.Size(operand.shape).numel() < self.options.min_numel:
+            return 32
+        if self.options.excludes(operand.source.name):
+            return 32
+        return self.options.width_of(operand.source.name, operand.source.key)
+
+    def format_of(self, operand: Operand, unit: StepGraph) -> Format:
+        """The format of a state: its width, and what the graph proved about it."""
+        key, facts = operand.source.key, unit.facts
+        if key in facts.fragile:
+            return FLOAT32
+        normalizer = facts.normalizers.get(key)
+        normalizable = False
+        if normalizer is not None and normalizer not in facts.fragile:
+            other = Operand(
+                "", Role.STATE, Source(operand.source.param, operand.source.name, normalizer),
+                operand.shape, operand.stride, operand.dtype,
+            )  # fmt: skip
+            normalizable = self.width_of(other) < 32
+        return choose_format(
+            self.width_of(operand),
+            nonnegative=key in facts.nonnegative,
+            normalizable=normalizable,
+            where=f"{type(self.optimizer).__name__}, {operand.source}",
+        )
+
+    def set_width(self, param: int, key: str, width: int) -> None:
+        """Change the width of a live state: re-encoded at once, in use from the next step on.
+
+        Neither Dynamo nor the front passes run again; only a kernel for widths that were not in
+        use before is built. If the build fails, the state stays as it was.
+        """
+        if width not in WIDTHS:
+            raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
+        old = dict(self.plan)
+        self.plan[(param, key)] = width
+        try:
+            for step in list(self.compiled):
+                step.prepare()
+        except StqError:
+            self.plan = old
+            raise
+        self.transitions += 1
+
+    def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]:
+        """Every state: (parameter, its source, key, value)."""
+        sources = param_sources(self.optimizer)
+        for param, state in self.optimizer.state.items():
+            for key, value in state.items():
+                yield param, sources[id(param)], str(key), value
+
+    def pack_loaded(self) -> None:
+        """Pack the float32 states whose format is known, as after ``load_state_dict``."""
+        for param, source, key, value in list(self.states()):
+            info = self.info.get((source.param, key))
+            if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
+                continue
+            if info.format != FLOAT32 and value.shape == param.shape:
+                self.optimizer.state[param][key] = self.pack(value, info.source, info.format)
+
+    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
+        """A packed state of float32 values; a normalized format waits for its normalizer."""
+        plain = choose_format(format.width, nonnegative=not format.signed, normalizable=False)
+        return PackedState.pack(value.float(), plain, **self.storage_options(source))
+
+    def storage_options(self, source: Source) -> dict[str, Any]:
+        return {
+            "rounding": self.options.rounding,
+            "seed": self.options.seed,
+            "stream": stream_id(source.param, source.key),
+        }
+
+
+class CompiledStep:
+    """One captured graph: templates, live objects, and the buckets for the widths in use."""
+
+    def __init__(self, session: Session, captured: Captured, stages: list[Stage]) -> None:
+        self.session = session
+        self.bindings = captured.bindings
+        self.stages = stages
+        self.buckets: list[Bucket] = []
+        self.created: list[Operand] = []
+
+    @property
+    def program(self) -> Program:
+        """The templates, before formats."""
+        return self.stages[-1].program
+
+    def prepare(self) -> None:
+        """Compile for the widths in use, then bring the states into their formats."""
+        session = self.session
+        units = generate(
+            self.program, session.format_of, session.options.rounding, session.dump
+        )
+        wanted = self._wanted()
+        self._commit(wanted)
+        self._build_buckets(units)
+
+    def _wanted(self) -> list[tuple[Operand, StateInfo]]:
+        session = self.session
+        found = []
+        for unit in self.program.units:
+            for instance in unit.instances:
+                for operand in instance.operands:
+                    if operand.role is Role.STATE and operand.shape != ():
+                        format = session.format_of(operand, unit)
+                        reason = unit.facts.fragile.get(operand.source.key, "")
+                        info = StateInfo(operand.source, format, unit.facts, reason)
+                        found.append((operand, info))
+        return found
+
+    def _commit(self, wanted: list[tuple[Operand, StateInfo]]) -> None:
+        """Pack and re-encode; normalizers before the states that they divide."""
+        session = self.session
+        for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
+            if operand.returned >= 0:
+                continue
+            where = (Role.STATE, operand.source)
+            value = self.bindings[where]
+            if not isinstance(value, PackedState):
+                if info.format == FLOAT32:
+                    session.info[(operand.source.param, operand.source.key)] = info
+                    continue
+                assert isinstance(value, Tensor)
+                value = session.pack(value, operand.source, info.format)
+                self._replace_state(operand.source, value)
+            storage = value.packed
+            for name, option in session.storage_options(operand.source).items():
+                setattr(storage, name, option)
+            storage.reencode(info.format, self._normalizer(operand.source, info))
+            session.info[(operand.source.param, operand.source.key)] = info
+
+    def _normalizer(self, source: Source, info: StateInfo) -> PackedStorage | None:
+        if not info.format.normalized:
+            return None
+        key = info.facts.normalizers[source.key]
+        other = self.bindings[(Role.STATE, Source(source.param, source.name, key))]
+        assert isinstance(other, PackedState)
+        return other.packed
+
+    def _replace_state(self, source: Source, value: PackedState) -> None:
+        """Put a packed state where the float32 one was; the latter is dropped."""
+        self.bindings[(Role.STATE, source)] = value
+        for param, other, key, _ in list(self.session.states()):
+            if other.param == source.param and key == source.key:
+                self.session.optimizer.state[param][key] = value
+
+    def _build_buckets(self, units: list[Unit]) -> None:
+        self.buckets = [Bucket(unit, self._resolve) for unit in units]
+        self.created = [
+            operand
+            for unit in self.program.units
+            for instance in unit.instances
+            for operand in instance.operands
+            if operand.returned >= 0
+        ]
+        self._formats = {
+            o.returned: self.session.format_of(o, u)
+            for u in self.program.units
+            for i in u.instances
+            for o in i.operands
+            if o.returned >= 0 and o.shape != ()
+        }
+
+    def _resolve(self, operand: Operand) -> Any:
+        if operand.returned >= 0:
+            return None
+        role = Role.STATE if operand.role in (Role.CODES, Role.SCALES, Role.KEY) else operand.role
+        return self.bindings[(role, operand.source)]
+
+    def __call__(self, *args: Tensor) -> tuple[Any, ...]:
+        session = self.session
+        created = {o.returned: self._create(o) for o in self.created}
+        step = mixed_step(session.options.seed, session.steps)
+        for bucket in self.buckets:
+            bucket.run(args, created, step)
+        session.steps += 1
+        return tuple(created[i] for i in sorted(created))
+
+    def _create(self, operand: Operand) -> Tensor:
+        format = self._formats.get(operand.returned, FLOAT32)
+        if format == FLOAT32:
+            return torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
+        like = torch.empty_strided(operand.shape, operand.stride, device="meta")
+        return PackedState.zeros_like(
+            like, format, **self.session.storage_options(operand.source)
+        )
+
+
+def _check_program(program: Program) -> None:
+    for unit in program.units:
+        for instance in unit.instances:
+            _check_operands(program.optimizer, unit, instance.operands)
+
+
+def _check_operands(optimizer: str, unit: StepGraph, operands: tuple[Operand, ...]) -> None:
+    param = next(o for o in operands if o.role is Role.PARAM)
+    for operand, node in zip(operands, unit.placeholders, strict=True):
+        live = node.meta["example"]
+        if operand.role in (Role.PARAM, Role.GRAD):
+            reason = _param_defect(operand, param)
+            if reason:
+                raise UnsupportedParameterError(
+                    optimizer=optimizer, source=operand.source, reason=reason
+                )
+            if live.device.type != "cpu":
+                raise UnsupportedDeviceError(
+                    source=operand.source, device=live.device, valid="cpu"
+                )
+        elif operand.role is Role.STATE:
+            reason = _state_defect(operand, param)
+            if reason:
+                raise UnsupportedStateError(
+                    optimizer=optimizer,
+                    state=operand.source.key,
+                    source=operand.source.name,
+                    reason=reason,
+                    location=operand.location or next((location_of(u) for u in node.users), ""),
+                )
+
+
+def _param_defect(operand: Operand, param: Operand) -> str:
+    if operand.dtype != torch.float32:
+        return f"the {operand.role} is {operand.dtype}; only float32 is supported so far"
+    if operand.shape != param.shape:
+        return f"the gradient has shape {operand.shape}, the parameter {param.shape}"
+    dense = torch.empty_strided(operand.shape, operand.stride, device="meta")
+    if operand.role is Role.PARAM and not is_dense(dense):
+        return f"its memory is not dense (size {operand.shape}, strides {operand.stride})"
+    return ""
+
+
+def _state_defect(operand: Operand, param: Operand) -> str:
+    if operand.dtype != torch.float32:
+        return f"it is {operand.dtype}; only float32 states are supported so far"
+    if operand.shape not in ((), param.shape):
+        return f"its shape {operand.shape} is not the parameter's {param.shape}"
+    if operand.shape != () and operand.stride != param.stride:
+        return f"its strides {operand.stride} are not the parameter's {param.stride}"
+    return ""

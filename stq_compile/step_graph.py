@@ -1,0 +1,263 @@
+"""`StepGraph`: the captured optimizer step, from the first pass to the last.
+
+A `Program` is a tuple of step graphs. Right after capture it holds one, of the whole step; splitting
+makes one per parameter, folding one per template. Each graph has placeholders only, one `Operand`
+apiece, and any number of `instances`: rows of operands, one row per parameter that the graph updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import _get_qualified_name
+
+from stq_compile.errors import InvalidGraphError
+from stq_compile.formats import Format
+
+
+class Role(enum.StrEnum):
+    """What a graph input is, found from the identity of the tensor and never from its name."""
+
+    PARAM = "param"
+    GRAD = "grad"
+    STATE = "state"
+    SCALAR = "scalar"
+    CODES = "codes"
+    SCALES = "scales"
+    KEY = "key"
+
+
+@dataclass(frozen=True, order=True)
+class Source:
+    """Where an input lives: parameter number (over all groups), its name, and a key.
+
+    ``key`` is the state's key, or for a scalar the expression that it came from; ``param`` is -1
+    for a scalar that belongs to no single parameter.
+    """
+
+    param: int
+    name: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        if self.param < 0:
+            return self.key
+        return f"{self.name}:{self.key}" if self.key else self.name
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One input of a step graph.
+
+    ``value`` is set for a constant hoisted out of the graph. ``returned`` is set for a state that
+    the step itself creates: its position in the step's outputs. Such a state is only written.
+    """
+
+    name: str
+    role: Role
+    source: Source
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    location: str = ""
+    value: float | None = None
+    returned: int = -1
+
+    def describe(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.role:<6} {dtype}{list(self.shape)} {self.source}"
+        return text if self.value is None else f"{text} = {self.value!r}"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One parameter's inputs, in placeholder order, and where its returned values go.
+
+    ``returns`` holds, for each output that writes no input, its position in the step's outputs.
+    """
+
+    operands: tuple[Operand, ...]
+    returns: tuple[int, ...] = ()
+
+    @property
+    def param(self) -> Operand:
+        return next(o for o in self.operands if o.role is Role.PARAM)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the graph proves about its states, by state key.
+
+    ``nonnegative``: never below zero. ``normalizers``: the update divides the state by the root of
+    another. ``fragile``: why an error in the state could break the step (root of a difference).
+    """
+
+    nonnegative: frozenset[str] = frozenset()
+    normalizers: Mapping[str, str] = field(default_factory=dict)
+    fragile: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A graph over the operands of one instance, and all instances that it serves.
+
+    ``writes`` is None while the graph updates its inputs in place; a functional graph returns a
+    tuple, and ``writes[i]`` names the placeholder that output ``i`` replaces. ``formats`` holds the
+    format behind each codes placeholder, ``regions`` the region of each node.
+    """
+
+    name: str
+    graph: fx.Graph
+    instances: tuple[Instance, ...]
+    writes: tuple[str, ...] | None = None
+    facts: Facts = Facts()
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    regions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The operands of the first instance, which stands for all."""
+        return self.instances[0].operands
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op.startswith("call")]
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        (out,) = (n for n in self.graph.nodes if n.op == "output")
+        value = out.args[0]
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+    def operand_of(self, node: fx.Node) -> Operand:
+        """The first instance's operand of a placeholder."""
+        return next(o for o in self.operands if o.name == node.name)
+
+    def run(self, *inputs: Any) -> Any:
+        """Run the graph eagerly, inputs in placeholder order."""
+        return fx.Interpreter(fx.GraphModule({}, self.graph)).run(*inputs)
+
+    def replace(self, **changes: Any) -> StepGraph:
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self) -> str:
+        return print_graph(self)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The whole step at one stage of the pipeline."""
+
+    optimizer: str
+    units: tuple[StepGraph, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(unit) for unit in self.units)
+
+    @property
+    def nodes(self) -> int:
+        return sum(len(unit.calls) for unit in self.units)
+
+
+def location_of(node: fx.Node) -> str:
+    """``"adam.py:414 step_t += 1"``: the innermost line of the optimizer that made the node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n([^\n]*)', node.stack_trace or "")
+    if not frames:
+        return ""
+    file, line, text = frames[-1]
+    return f"{Path(file).name}:{line} {text.split('  # ')[0].strip()}".strip()
+
+
+def verify(program: Program, stage: str) -> None:
+    """Check what every stage must keep; raises `InvalidGraphError` with the graph printed."""
+    for unit in program.units:
+        reason = _defect(unit)
+        if reason:
+            raise InvalidGraphError(stage=stage, reason=reason, graph=str(unit))
+
+
+def _defect(unit: StepGraph) -> str:
+    try:
+        unit.graph.lint()
+    except RuntimeError as error:
+        return str(error)
+    names = [n.name for n in unit.placeholders]
+    if not unit.instances:
+        return "no instance"
+    for instance in unit.instances:
+        if [o.name for o in instance.operands] != names:
+            return f"operands {[o.name for o in instance.operands]} for placeholders {names}"
+        if any(
+            a.role is not b.role for a, b in zip(instance.operands, unit.operands, strict=True)
+        ):
+            return "instances differ in the role of an operand"
+    if any(n.op == "get_attr" for n in unit.graph.nodes):
+        return "a get_attr node; inputs must be placeholders"
+    if unit.writes is None:
+        return ""
+    if len(unit.writes) != len(unit.outputs):
+        return f"{len(unit.writes)} writes for {len(unit.outputs)} outputs"
+    if len(set(unit.writes)) != len(unit.writes) or not set(unit.writes) <= set(names):
+        return f"writes {unit.writes} are not distinct placeholders"
+    for node in unit.calls:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return f"in-place node {node.name} in a functional graph"
+    return ""
+
+
+def print_graph(unit: StepGraph) -> str:
+    """The graph as a Python function; runs where ``torch`` and ``operator`` are imported."""
+    lines = [f"def {unit.name}("]
+    many = f" (and {len(unit.instances) - 1} more)" if len(unit.instances) > 1 else ""
+    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
+        lines.append(f"    {node.name},  # {operand.describe()}{many}")
+    lines.append("):")
+    for node in unit.calls:
+        where = location_of(node)
+        region = unit.regions.get(node.name)
+        notes = "  ".join(part for part in (where, f"[{region}]" if region else "") if part)
+        lines.append(f"    {node.name} = {_call(node)}" + (f"  # {notes}" if notes else ""))
+    outputs = ", ".join(_literal(o) for o in unit.outputs)
+    targets = "" if unit.writes is None else f"  # -> {', '.join(unit.writes)}"
+    lines.append(f"    return ({outputs}{',' if len(unit.outputs) == 1 else ''}){targets}")
+    return "\n".join(lines)
+
+
+def _call(node: fx.Node) -> str:
+    args = [_literal(a) for a in node.args]
+    args += [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+    if node.op == "call_method":
+        return f"{args[0]}.{node.target}({', '.join(args[1:])})"
+    target: Any = node.target
+    name = str(target) if isinstance(target, torch._ops.OpOverload) else _get_qualified_name(target)
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"torch.ops.{name}"
+    return f"{name.replace('_operator.', 'operator.')}({', '.join(args)})"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_literal(v) for v in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, torch.device):
+        return f"torch.device({str(value)!r})"
+    if isinstance(value, float) and not -1e308 < value < 1e308:
+        return f"float({str(value)!r})"
+    return repr(value)

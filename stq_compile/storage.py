@@ -1,0 +1,168 @@
+"""`PackedStorage`: the physical side of a packed state (codes, scales, format, random stream)."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stq_compile import reference
+from stq_compile.errors import FormatMismatchError, NegativeStateError
+from stq_compile.formats import CONSTANT, FLOAT32, Format
+from stq_compile.options import Rounding
+from stq_compile.rounding import NEAREST, Noise, step_key
+
+EAGER_CLOCK = 1 << 48
+"""Eager writes draw their random bits from counters that no compiled step reaches."""
+
+
+class PackedStorage:
+    """``numel`` float32 values, in memory order, held in ``format``.
+
+    A normalized format stores values in units of the square root of another state, its
+    ``normalizer``; whenever that one is written, the states that depend on it are re-encoded, so
+    that their values stay what they were.
+
+    Attributes:
+        codes: uint8 ``[blocks, 16 * width]``; int16 or float32 ``[numel]`` for 16 and 32 bits.
+        scales: int16 ``[blocks]``, the bit patterns of the scale words; empty for 16 and 32.
+        version: counts the replacements of the buffers, so that tables of pointers know.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        format: Format,
+        *,
+        normalizer: PackedStorage | None = None,
+        rounding: Rounding = "stochastic",
+        seed: int = 0,
+        stream: int = 0,
+    ) -> None:
+        _check_normalizer(format, normalizer, numel)
+        self.numel = numel
+        self.format = format
+        self.normalizer = normalizer
+        self.rounding: Rounding = rounding
+        self.seed = seed
+        self.stream = stream
+        self.eager_writes = 0
+        self.version = 0
+        self.codes, self.scales = reference.empty_buffers(format, numel)
+        self._dependents: weakref.WeakSet[PackedStorage] = weakref.WeakSet()
+        if normalizer is not None:
+            normalizer._dependents.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales; a normalizer's bytes are its own."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def read(self) -> Tensor:
+        """The values, float32 ``[numel]``, in a new tensor."""
+        unit = None if self.normalizer is None else self.normalizer.read()
+        return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
+
+    def write(self, values: Tensor) -> None:
+        """Replace all values by float32 ``[numel]``, encoded in the present format."""
+        format = FLOAT32 if self.format == CONSTANT else self.format
+        values = self._checked(values, format)
+        kept = [(state, state.read()) for state in self._dependents]
+        self.codes, self.scales = self._encoded(values, format, self.normalizer)
+        self.format = format
+        self.version += 1
+        for state, old in kept:
+            state.write(old)
+
+    def reencode(self, format: Format, normalizer: PackedStorage | None = None) -> None:
+        """Change the format and keep the values, up to the new format's rounding.
+
+        The new codes are complete before the old ones are dropped: a failure loses nothing.
+        """
+        _check_normalizer(format, normalizer, self.numel)
+        if format == self.format and normalizer is self.normalizer:
+            return
+        kept = [(state, state.read()) for state in self._dependents]
+        if self.format == CONSTANT and not float(self.codes):
+            codes, scales = reference.empty_buffers(format, self.numel)
+        else:
+            values = self._checked(self.read(), format)
+            codes, scales = self._encoded(values, format, normalizer)
+        if self.normalizer is not None:
+            self.normalizer._dependents.discard(self)
+        self.format, self.normalizer = format, normalizer
+        self.codes, self.scales = codes, scales
+        self.version += 1
+        if normalizer is not None:
+            normalizer._dependents.add(self)
+        for state, old in kept:
+            state.write(old)
+
+    def fill(self, value: float) -> None:
+        """Make a ``constant`` state hold ``value`` everywhere."""
+        self.codes = torch.full((1,), value)
+
+    def clone(self) -> PackedStorage:
+        """An independent copy, with a copy of its own of the normalizer."""
+        other = PackedStorage.__new__(PackedStorage)
+        other.__setstate__(self.__getstate__())
+        other.codes, other.scales = self.codes.clone(), self.scales.clone()
+        if self.normalizer is not None:
+            other.normalizer = self.normalizer.clone()
+            other.normalizer._dependents.add(other)
+        return other
+
+    def _encoded(
+        self, values: Tensor, format: Format, normalizer: PackedStorage | None
+    ) -> tuple[Tensor, Tensor]:
+        unit = None if normalizer is None else normalizer.read()
+        noise = NEAREST
+        if self.rounding == "stochastic":
+            noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
+        self.eager_writes += 1
+        return reference.encode(values, format, noise, unit)
+
+    def _checked(self, values: Tensor, format: Format | None = None) -> Tensor:
+        format = format or self.format
+        if values.numel() != self.numel:
+            raise FormatMismatchError(
+                where="packed state", found=f"{values.numel()} values", expected=str(self.numel)
+            )
+        values = values.detach().reshape(-1).float()
+        if not format.signed and bool((values < 0).any()):
+            raise NegativeStateError(minimum=float(values.min()), format=format.name)
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_dependents"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._dependents = weakref.WeakSet()
+        if self.normalizer is not None and "_dependents" in self.normalizer.__dict__:
+            self.normalizer._dependents.add(self)
+
+
+def _check_normalizer(format: Format, normalizer: PackedStorage | None, numel: int) -> None:
+    if format.normalized != (normalizer is not None):
+        raise FormatMismatchError(
+            where=f"format {format.name}",
+            found="a normalizer" if normalizer is not None else "no normalizer",
+            expected="one" if format.normalized else "none",
+        )
+    if normalizer is not None and normalizer.numel != numel:
+        raise FormatMismatchError(
+            where=f"normalizer of format {format.name}",
+            found=f"{normalizer.numel} values",
+            expected=str(numel),
+        )
+    if normalizer is not None and normalizer.format.normalized:
+        raise FormatMismatchError(
+            where=f"normalizer of format {format.name}",
+            found=f"the normalized format {normalizer.format.name}",
+            expected="a format with scales of its own",
+        )
+
+

@@ -1,0 +1,133 @@
+"""What the demo stands on: its text, its model, its options; and the whole of it, briefly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import Settings
+from optimizers import choose_optimizer, parse_precision
+from tinygpt import CHUNK, HELD_OUT, GPTConfig, TinyGPT, load_text
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Chunks that are each filled with a byte of their own."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"".join(bytes([chunk]) * CHUNK for chunk in range(3 * HELD_OUT)))
+    return file
+
+
+def test_pythons_own_text_is_long_and_english() -> None:
+    text = load_text()
+    assert len(text.train) + len(text.valid) > 1_000_000
+    assert bytes(text.train).count(b" the ") > 10_000
+
+
+def test_validation_text_is_not_trained_on(text_file: Path) -> None:
+    text = load_text(text_file)
+    assert text.valid.unique().tolist() == [9, 19, 29]
+    assert not set(text.train.unique().tolist()) & {9, 19, 29}
+
+
+def test_a_short_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("too short")
+    with pytest.raises(ValueError, match=r"short\.txt: 9 bytes of text"):
+        load_text(file)
+
+
+def test_batches_depend_on_the_generator_alone(text_file: Path) -> None:
+    text = load_text(text_file)
+    first, second = (text.batch(torch.Generator().manual_seed(1), 4, 16) for _ in range(2))
+    assert first.shape == (4, 17)
+    assert torch.equal(first, second)
+
+
+def test_the_model_starts_at_chance() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT(GPTConfig())
+    assert sum(p.numel() for p in model.parameters()) > 1_000_000
+    loss = model.loss(torch.randint(256, (4, 65)))
+    assert loss.item() == pytest.approx(torch.tensor(256.0).log().item(), abs=0.2)
+
+
+def test_the_model_does_not_see_the_future() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT(GPTConfig(layers=1, width=16, heads=2, context=8))
+    tokens = torch.randint(256, (1, 8))
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 256
+    torch.testing.assert_close(model(tokens)[:, :5], model(changed)[:, :5])
+    assert not torch.allclose(model(tokens)[:, 5:], model(changed)[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("values", "precision"),
+    [
+        ([], None),
+        (["4"], 4),
+        (["exp_avg=4,exp_avg_sq=3"], {"exp_avg": 4, "exp_avg_sq": 3}),
+        (["exp_avg=4", "0.*:exp_avg_sq=3"], {"exp_avg": 4, "0.*:exp_avg_sq": 3}),
+    ],
+)
+def test_precision_option(values: list[str], precision: object) -> None:
+    assert parse_precision(values) == precision
+
+
+@pytest.mark.parametrize("value", ["", "four", "exp_avg=", "=4", "4,3", "exp_avg=4,"])
+def test_wrong_precision_option(value: str) -> None:
+    with pytest.raises(ValueError, match="is not STATE=WIDTH"):
+        parse_precision([value])
+
+
+@pytest.mark.parametrize("name", ["adamw", "Adam", "SGD", "rmsprop", "adagrad", "RAdam"])
+def test_optimizers_decay_matrices_only(name: str) -> None:
+    model = TinyGPT(GPTConfig(layers=1, width=16, heads=2, context=8))
+    optimizer = choose_optimizer(name, lr=0.5, precision=None).build(model)
+    matrices, vectors = optimizer.param_groups
+    assert all(p.dim() == 2 for p in matrices["params"])
+    assert all(p.dim() == 1 for p in vectors["params"])
+    assert vectors["weight_decay"] == 0
+    assert matrices["lr"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["lion", "lbfgs", "optimizer", ""])
+def test_unknown_optimizer_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="there are adadelta"):
+        choose_optimizer(name, None, None)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    settings = Settings(steps=100)
+    factors = [settings.lr_factor(step) for step in range(100)]
+    assert max(factors) == 1.0
+    assert factors.index(1.0) == 9
+    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
+    assert factors[-1] == pytest.approx(settings.final_lr, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_saves_its_results(tmp_path: Path) -> None:
+    arguments = ["--steps", "12", "--batch", "2", "--seeds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train_gpt.py", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "train_gpt.png" in done.stdout
+    assert (tmp_path / "train_gpt.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "train_gpt.json").read_text())
+    assert [run["seed"] for run in results["packed"]] == [0, 1]
+    for fp32, packed in zip(results["fp32"], results["packed"], strict=True):
+        assert fp32["train_losses"][0] == packed["train_losses"][0]
+        assert fp32["size"]["bits_per_element"] == 32
+        assert packed["size"]["bits_per_element"] < 5
+        assert packed["valid_loss"] == pytest.approx(fp32["valid_loss"], abs=0.2)
