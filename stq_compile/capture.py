@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
@@ -23,10 +24,12 @@ Binding = Tensor | int
 
 @dataclass(frozen=True)
 class Captured:
-    """The step as one graph, and the live object behind each (role, source)."""
+    """The step as one graph, the live object behind each (role, source), and the name of the graph
+    module's attribute that held it."""
 
     program: Program
     bindings: dict[tuple[Role, Source], Binding]
+    attributes: dict[tuple[Role, Source], str]
 
 
 def param_sources(optimizer: Optimizer) -> dict[int, Source]:
@@ -48,6 +51,7 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
     env: dict[fx.Node, fx.Node] = {}
     operands: list[Operand] = []
     bindings: dict[tuple[Role, Source], Binding] = {}
+    attributes: dict[tuple[Role, Source], str] = {}
     position = 0
     inputs: list[tuple[fx.Node, Tensor, Binding]] = []
     for node in gm.graph.nodes:
@@ -66,7 +70,7 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
             env[node] = next(n for n in graph.nodes if n.name == twin.name)
             continue
         new = graph.placeholder(_readable(role, source))
-        new.meta["example"] = example
+        new.meta["example"] = _stand_in(example)
         env[node] = new
         operands.append(
             Operand(
@@ -76,10 +80,13 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
                 tuple(example.shape),
                 tuple(example.stride()),
                 example.dtype,
+                example.device,
                 next((location_of(user) for user in node.users), ""),
             )
         )
         bindings[key] = binding
+        if node.op == "get_attr":
+            attributes[key] = str(node.target)
     outputs: tuple[Any, ...] = ()
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -91,7 +98,19 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
             env[node] = graph.node_copy(node, env.__getitem__)
     instance = Instance(tuple(operands), tuple(range(len(outputs))))
     step = StepGraph("step", graph, (instance,))
-    return Captured(Program(name, (step,)), bindings)
+    return Captured(Program(name, (step,)), bindings, attributes)
+
+
+def _stand_in(example: Tensor) -> Tensor:
+    """What passes may look at: the value of a scalar, the geometry of anything else.
+
+    A graph must not keep a state alive that has since been packed.
+    """
+    if example.ndim == 0:
+        return example.detach().clone()
+    return torch.empty_strided(
+        example.size(), example.stride(), dtype=example.dtype, device="meta"
+    )
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> Tensor:

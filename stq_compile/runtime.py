@@ -82,7 +82,7 @@ class Bucket:
             tensors = self._tensors(column, args, created)
             if column.role is Role.GRAD:
                 tensors = [
-                    _like(g, o, alive) for g, o in zip(tensors, column.operands, strict=True)
+                    _like(g, i.param, alive) for g, i in zip(tensors, self.instances, strict=True)
                 ]
             self.table[:, c] = [t.data_ptr() for t in tensors]
         self.unit.compiled.run(
@@ -108,11 +108,11 @@ def _numel(instance: Instance) -> int:
     return torch.Size(instance.param.shape).numel()
 
 
-def _like(grad: Tensor, operand: Operand, alive: list[Tensor]) -> Tensor:
-    """The gradient in the memory order that the kernel walks, copied only if it differs."""
-    if grad.stride() == operand.stride:
+def _like(grad: Tensor, param: Operand, alive: list[Tensor]) -> Tensor:
+    """The gradient in the parameter's memory order, which the kernel walks; copied if it differs."""
+    if grad.stride() == param.stride:
         return grad
-    copy = torch.empty_strided(operand.shape, operand.stride, dtype=grad.dtype).copy_(grad)
+    copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)
     alive.append(copy)
     return copy
 

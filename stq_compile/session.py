@@ -77,6 +77,7 @@ class Session:
         _check_program(program)
         step = CompiledStep(self, captured, stages)
         step.prepare()
+        step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
         return step
@@ -165,6 +166,7 @@ class CompiledStep:
     def __init__(self, session: Session, captured: Captured, stages: list[Stage]) -> None:
         self.session = session
         self.bindings = captured.bindings
+        self.attributes = captured.attributes
         self.stages = stages
         self.buckets: list[Bucket] = []
         self.created: list[Operand] = []
@@ -183,6 +185,13 @@ class CompiledStep:
         wanted = self._wanted()
         self._commit(wanted)
         self._build_buckets(units)
+
+    def release(self, gm: fx.GraphModule) -> None:
+        """Let Dynamo's module hold the packed states, so that the float32 ones are freed."""
+        for key, target in self.attributes.items():
+            value = self.bindings[key]
+            if isinstance(value, PackedState):
+                setattr(gm, target, value)
 
     def _wanted(self) -> list[tuple[Operand, StateInfo]]:
         session = self.session
@@ -284,16 +293,15 @@ def _check_program(program: Program) -> None:
 def _check_operands(optimizer: str, unit: StepGraph, operands: tuple[Operand, ...]) -> None:
     param = next(o for o in operands if o.role is Role.PARAM)
     for operand, node in zip(operands, unit.placeholders, strict=True):
-        live = node.meta["example"]
         if operand.role in (Role.PARAM, Role.GRAD):
             reason = _param_defect(operand, param)
             if reason:
                 raise UnsupportedParameterError(
                     optimizer=optimizer, source=operand.source, reason=reason
                 )
-            if live.device.type != "cpu":
+            if operand.device.type != "cpu":
                 raise UnsupportedDeviceError(
-                    source=operand.source, device=live.device, valid="cpu"
+                    source=operand.source, device=operand.device, valid="cpu"
                 )
         elif operand.role is Role.STATE:
             reason = _state_defect(operand, param)

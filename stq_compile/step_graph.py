@@ -67,6 +67,7 @@ class Operand:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
     location: str = ""
     value: float | None = None
     returned: int = -1

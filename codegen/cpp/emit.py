@@ -384,7 +384,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
     start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
   }
   const int64_t blocks = start[n_rows];
-  const int workers = blocks < 64 ? 1 : threads;
+  const int workers = blocks < 1024 ? 1 : threads;  // a thread is worth 0.1 ms of work
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
   for (int w = 0; w < workers; ++w) {
     int64_t b = blocks * w / workers;

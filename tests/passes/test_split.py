@@ -1,0 +1,114 @@
+"""One unit per parameter; coupled parameters are refused."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from golden import Golden
+from graphs import Sketch, Values, assert_pure, assert_same, program, random_inputs, run
+
+from stq_compile.errors import CoupledParametersError, StqError
+from stq_compile.passes.split import split
+from stq_compile.step_graph import Program, StepGraph
+
+
+def interleaved(params: int = 2) -> StepGraph:
+    """Parameters in turns, a shared scalar computed in the middle, and a created state each."""
+    s = Sketch()
+    p, g = [s.param(i) for i in range(params)], [s.grad(i) for i in range(params)]
+    m = [s.state("buf", i) for i in range(params)]
+    lr = s.scalar("lr", 0.1)
+    for i in range(params):
+        s.call("mul_", m[i], 0.9)
+    rate = s.call(operator.neg, s.call("item", lr, at="sgd.py:4 lr.item()"))
+    squares = []
+    for i in range(params):
+        s.call("add_", m[i], g[i])
+        squares.append(s.call("mul", g[i], g[i]))
+        s.call("add_", p[i], s.call("mul", m[i], rate))
+    return s.inplace(*reversed(squares))
+
+
+def run_all(parts: Program, inputs: Values) -> Values:
+    """All units of a split program, each on its own inputs; returned values under their positions."""
+    after: Values = {}
+    for unit in parts.units:
+        own = {n.name: inputs[n.name] for n in unit.placeholders}
+        results = run(unit, own)
+        positions = unit.instances[0].returns
+        for i, position in enumerate(positions):
+            after[f"returned {position}"] = results.pop(f"created_{i}")
+        after |= results
+    return after
+
+
+def test_pass(golden: Golden) -> None:
+    before = program(interleaved())
+    after = assert_pure(split, before)
+    golden(str(after))
+    inputs = random_inputs(interleaved())
+    whole = run(interleaved(), inputs)
+    named = {k.replace("created_", "returned "): v for k, v in whole.items()}
+    assert_same(dict(sorted(named.items())), dict(sorted(run_all(after, inputs).items())))
+
+
+def test_units_are_in_the_order_of_the_parameters() -> None:
+    units = split(program(interleaved(12))).units
+    assert [u.name for u in units] == [f"step_{i}" for i in range(12)]
+    assert [u.instances[0].param.source.param for u in units] == list(range(12))
+
+
+def test_a_unit_has_only_what_it_needs() -> None:
+    first, second = split(program(interleaved())).units
+    assert [n.name for n in first.placeholders] == ["lr", "param_0", "grad_0", "buf_0"]
+    assert [n.name for n in second.placeholders] == ["lr", "param_1", "grad_1", "buf_1"]
+    assert first.instances[0].returns == (1,)  # the outputs were in reverse
+    assert second.instances[0].returns == (0,)
+
+
+def test_coupled_parameters_are_refused_with_both_names_and_the_line() -> None:
+    s = Sketch()
+    a, b, c = s.param(0), s.param(1), s.param(2)
+    g = [s.grad(i) for i in range(3)]
+    total = s.call(torch.add, s.call("norm", g[0]), s.call("norm", g[2]), at="lars.py:8 n = a + c")
+    for p, grad in zip((a, b, c), g, strict=True):
+        s.call("add_", p, grad if p is b else s.call("mul", grad, total))
+    with pytest.raises(CoupledParametersError) as error:
+        split(program(s.inplace()))
+    for part in ("Sketched", "p0", "p2", "lars.py:8 n = a + c"):
+        assert part in str(error.value)
+    assert "p1" not in str(error.value)
+
+
+def test_coupling_through_a_foreign_state_is_seen() -> None:
+    s = Sketch()
+    p, q = s.param(0), s.param(1)
+    s.call("add_", p, s.grad(0))
+    s.call("add_", q, s.state("exp_avg", 0), at="odd.py:2 q.add_(state[p]['exp_avg'])")
+    with pytest.raises(CoupledParametersError, match=r"p0.*p1[\s\S]*odd.py:2"):
+        split(program(s.inplace()))
+
+
+def test_an_update_of_a_shared_scalar_is_not_lost() -> None:
+    """No component owns ``k += 1``: it must be refused, or stay in some unit."""
+    s = Sketch()
+    p, g, k = s.param(), s.grad(), s.scalar("k", 1.0)
+    s.call("add_", p, g)
+    s.call("add_", k, 1, at="odd.py:5 group['k'] += 1")
+    try:
+        units = split(program(s.inplace())).units
+    except StqError as error:
+        assert "odd.py:5" in str(error)
+        return
+    assert any(str(n.target) == "add_" and n.args[1] == 1 for u in units for n in u.calls)
+
+
+def test_a_state_that_changes_without_its_parameter_is_kept() -> None:
+    """Gradient accumulation: a step that only adds to a buffer."""
+    s = Sketch()
+    g, m = s.grad(), s.state("accumulated")
+    s.call("add_", m, g)
+    (unit,) = split(program(s.inplace())).units
+    assert [n.name for n in unit.calls] == ["add_"]

@@ -1,0 +1,269 @@
+"""The random bits of stochastic rounding: known answers, a second implementation, statistics.
+
+The statistical test. Every statistic below is turned into a standard normal deviate and must
+stay within ``LIMIT`` = 6. For an ideal generator one deviate leaves it with probability 2e-9,
+and some 35,000 of them are looked at, so a false alarm has a probability below 1e-4. All keys
+are fixed, so the outcome is too. The last tests show that flawed generators are caught.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stq_compile import rounding
+from stq_compile.rounding import (
+    GOLDEN,
+    NEAREST,
+    Noise,
+    mix64,
+    random_bits,
+    signed64,
+    step_key,
+    stream_id,
+)
+
+LIMIT = 6.0
+BLOCKS = 4096
+KEYS = st.integers(0, 2**64 - 1)
+CASES = settings(deadline=None, derandomize=True, database=None, max_examples=50)
+
+
+def plain_bits(key: int, block: int, element: int) -> int:
+    """The 32 bits of one element, in Python integers (splitmix64, then lowbias32)."""
+    z = (key + (block + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) % 2**64
+    z ^= z >> 31
+    x = (z + element * 0x9E3779B9) % 2**32
+    x = ((x ^ x >> 16) * 0x7FEB352D) % 2**32
+    x ^= z >> 32
+    x = ((x ^ x >> 15) * 0x846CA68B) % 2**32
+    return x ^ x >> 16
+
+
+# Known answers and the second implementation ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seed", "outputs"),
+    [
+        # Vigna's splitmix64.c; the second list is the one that xoshiro's test vectors use.
+        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]),
+        (1234567, [6457827717110365317, 3203168211198807973, 9817491932198370423]),
+    ],
+)
+def test_mix64_gives_the_published_splitmix64_sequence(seed: int, outputs: list[int]) -> None:
+    states = [seed + GOLDEN * (i + 1) for i in range(len(outputs))]
+    assert [mix64(state) for state in states] == outputs
+
+
+@CASES
+@given(x=st.integers(-(2**70), 2**70))
+def test_mix64_depends_on_the_low_64_bits_alone(x: int) -> None:
+    assert mix64(x) == mix64(x % 2**64)
+    assert 0 <= mix64(x) < 2**64
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, GOLDEN])
+@pytest.mark.parametrize("first_block", [0, 2**31 - 2, 2**40])
+def test_python_and_torch_agree_bit_for_bit(key: int, first_block: int) -> None:
+    expected = [[plain_bits(key, first_block + b, e) for e in range(128)] for b in range(3)]
+    bits = random_bits(key, first_block, 3)
+    assert bits.shape == (3, 128)
+    assert bits.tolist() == expected
+
+
+@CASES
+@given(key=KEYS, first_block=st.integers(0, 2**45), element=st.integers(0, 127))
+def test_python_and_torch_agree_anywhere(key: int, first_block: int, element: int) -> None:
+    assert int(random_bits(key, first_block, 1)[0, element]) == plain_bits(
+        key, first_block, element
+    )
+
+
+@CASES
+@given(key=KEYS, start=st.integers(0, 40), count=st.integers(0, 40))
+def test_bits_do_not_depend_on_the_range_that_is_asked_for(
+    key: int, start: int, count: int
+) -> None:
+    assert torch.equal(
+        random_bits(key, start, count), random_bits(key, 0, 80)[start : start + count]
+    )
+
+
+# Keys and uniform numbers -------------------------------------------------------------------
+
+
+def test_a_stream_is_named_by_parameter_and_state() -> None:
+    assert stream_id(3, "exp_avg") == 3 * 2**32 + zlib.crc32(b"exp_avg")
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "step")
+    streams = {stream_id(p, s) for p in range(200) for s in states}
+    assert len(streams) == 200 * len(states)
+
+
+def test_keys_of_seeds_steps_and_streams_differ() -> None:
+    streams = [stream_id(p, s) for p in range(10) for s in ("exp_avg", "exp_avg_sq")]
+    steps = [*range(20), *range(1 << 48, (1 << 48) + 20)]
+    keys = {step_key(*k) for k in itertools.product(range(10), steps, streams)}
+    assert len(keys) == 10 * len(steps) * len(streams)
+    assert all(0 <= key < 2**64 for key in keys)
+
+
+@CASES
+@given(x=st.integers(0, 2**64 - 1))
+def test_signed64_keeps_the_bits(x: int) -> None:
+    assert signed64(x) % 2**64 == x
+    assert -(2**63) <= signed64(x) < 2**63
+
+
+def test_uniform_is_the_upper_24_bits() -> None:
+    uniform = Noise(99).uniform(7, 50)
+    assert isinstance(uniform, Tensor)
+    assert uniform.dtype == torch.float32
+    assert torch.equal(uniform.double() * 2.0**24, (random_bits(99, 7, 50) >> 8).double())
+
+
+def test_uniform_never_reaches_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    extremes = torch.tensor([[0, 255, 256, 2**32 - 1]])
+    monkeypatch.setattr(rounding, "random_bits", lambda key, first, blocks: extremes)
+    uniform = Noise(1).uniform(0, 1)
+    assert isinstance(uniform, Tensor)
+    assert uniform.tolist() == [[0.0, 0.0, 2.0**-24, 1.0 - 2.0**-24]]
+
+
+def test_nearest_rounding_is_a_half_everywhere() -> None:
+    assert NEAREST.uniform(3, 4) == 0.5
+
+
+# Statistics ---------------------------------------------------------------------------------
+
+
+def chi_square_deviate(counts: Tensor) -> float:
+    """Normal deviate of a chi-square test of equal counts (Wilson and Hilferty, 1931)."""
+    expected = counts.sum() / counts.numel()
+    freedom = counts.numel() - 1
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    spread = 2 / (9 * freedom)
+    return float(((chi_square / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5)
+
+
+def bit_deviates(bits: Tensor, dim: tuple[int, ...] = (0, 1)) -> Tensor:
+    """Deviates of how often each of the 32 bits is set, counted over ``dim``."""
+    octets = bits.numpy().astype("<u4").view(np.uint8)
+    single = np.unpackbits(octets, bitorder="little").reshape(*bits.shape, 32)
+    count = torch.from_numpy(single.sum(dim, dtype=np.int64)).double()
+    n = bits.numel() / (count.numel() / 32)
+    return (count - n / 2) / (n**0.5 / 2)
+
+
+def worst_deviate(bits: Tensor) -> float:
+    """Bytes equally frequent; bits set half the time, at every position of a block too."""
+    bytes_ = [torch.bincount((bits >> 8 * k & 255).flatten(), minlength=256) for k in range(4)]
+    found = [abs(chi_square_deviate(counts.double())) for counts in bytes_]
+    found.append(float(bit_deviates(bits).abs().max()))
+    found.append(float(bit_deviates(bits, dim=(0,)).abs().max()))
+    return max(found)
+
+
+def worst_pair_deviate(a: Tensor, b: Tensor) -> float:
+    """Independence of neighbours: equal bits, pairs of upper bytes, correlation of the values."""
+    pairs = torch.bincount(((a >> 24) * 256 + (b >> 24)).flatten(), minlength=65536)
+    values = torch.stack([a.flatten(), b.flatten()]).double()
+    correlation = float(torch.corrcoef(values)[0, 1]) * a.numel() ** 0.5
+    return max(
+        float(bit_deviates(a ^ b).abs().max()),
+        abs(chi_square_deviate(pairs.double())),
+        abs(correlation),
+    )
+
+
+def key_of(seed: int = 0, step: int = 0, param: int = 0, state: str = "exp_avg") -> int:
+    return step_key(seed, step, stream_id(param, state))
+
+
+@pytest.mark.parametrize("key", [0, key_of(), key_of(seed=1, step=10**6, param=147)])
+@pytest.mark.parametrize("first_block", [0, 2**33])
+def test_bits_and_bytes_are_uniform(key: int, first_block: int) -> None:
+    assert worst_deviate(random_bits(key, first_block, BLOCKS)) < LIMIT
+
+
+@pytest.mark.parametrize("distance", [1, 2, 16, 64])
+def test_neighbouring_elements_are_independent(distance: int) -> None:
+    bits = random_bits(key_of(), 0, BLOCKS)
+    assert worst_pair_deviate(bits[:, :-distance], bits[:, distance:]) < LIMIT
+
+
+@pytest.mark.parametrize("distance", [1, 2, 256])
+def test_neighbouring_blocks_are_independent(distance: int) -> None:
+    bits = random_bits(key_of(), 0, BLOCKS)
+    assert worst_pair_deviate(bits[:-distance], bits[distance:]) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        key_of(step=1),
+        key_of(step=1 << 48),
+        key_of(seed=1),
+        key_of(param=1),
+        key_of(state="exp_avg_sq"),
+    ],
+    ids=["step", "eager step", "seed", "parameter", "state"],
+)
+def test_steps_seeds_and_streams_are_independent(other: int) -> None:
+    bits, others = random_bits(key_of(), 0, BLOCKS), random_bits(other, 0, BLOCKS)
+    assert worst_pair_deviate(bits, others) < LIMIT
+
+
+def test_one_element_over_many_steps_is_uniform() -> None:
+    """What a single weight sees in training: one number a step, steps next to each other."""
+    history = torch.cat([random_bits(key_of(step=step), 5, 1) for step in range(4096)])
+    assert worst_deviate(history) < LIMIT
+    assert worst_pair_deviate(history[:-1], history[1:]) < LIMIT
+
+
+# Flawed generators are caught ---------------------------------------------------------------
+
+
+def without_mixing(bits: Tensor) -> Tensor:
+    """A plain multiple of the position: uniform on the whole, but neighbours are tied."""
+    return torch.arange(bits.numel()).view_as(bits) * 0x9E3779B9 & 0xFFFFFFFF
+
+
+def leaking_bit(bits: Tensor) -> Tensor:
+    """Bit 30 of every second block is the one of the block before."""
+    before = bits.roll(1, 0) & 1 << 30
+    odd = torch.arange(len(bits))[:, None] % 2 == 1
+    return torch.where(odd, (bits & ~(1 << 30)) | before, bits)
+
+
+def same_in_all_blocks(bits: Tensor) -> Tensor:
+    return bits[:1].expand_as(bits)
+
+
+FLAWS: list[tuple[Callable[[Tensor], Tensor], bool]] = [
+    (lambda bits: bits & 0xFFFFFFFE, False),  # lowest bit stuck
+    (lambda bits: torch.where(torch.arange(128) == 77, bits | 1 << 20, bits), False),
+    (lambda bits: bits - (bits % 256 == 9).long(), False),  # a byte value that never occurs
+    (without_mixing, True),
+    (same_in_all_blocks, True),
+    (leaking_bit, True),
+]
+
+
+@pytest.mark.parametrize(("flaw", "between_blocks"), FLAWS)
+def test_the_statistics_see_a_flaw(
+    flaw: Callable[[Tensor], Tensor], between_blocks: bool
+) -> None:
+    bits = flaw(random_bits(key_of(), 0, BLOCKS))
+    found = worst_pair_deviate(bits[:-1], bits[1:]) if between_blocks else worst_deviate(bits)
+    assert found > LIMIT
