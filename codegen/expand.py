@@ -36,8 +36,8 @@ def decode(b: Builder, state: Stored, normalizer: Value | None) -> Value:
     """Read a state from memory."""
     if state.format.kind == "bfloat16":
         return b.op("from_bits", b.op("shift_left", b.read("load_half", state.codes), 16))
-    code = b.read("unpack", state.codes, width=state.format.width)
-    word = b.read("load_word", state.scales)
+    code = b.read("unpack", state.codes, width=state.format.width, name="code")
+    word = b.read("load_word", state.scales, name="word")
     return decode_block(b, code, word, state.format, normalizer)
 
 
@@ -67,7 +67,7 @@ def encode(b: Builder, x: Value, state: Stored, normalizer: Value | None) -> tup
     format = state.format
     if format.kind == "bfloat16":
         return _encode_bfloat16(b, x, state), None
-    uniform = 0.5 if state.key is None else b.read("uniform", state.key)
+    uniform = 0.5 if state.key is None else b.read("uniform", state.key, name="uniform")
     if format.kind == "softsign":
         code, word = _encode_softsign(b, x, format, uniform)
     elif format.kind == "adaptive_log":
@@ -200,6 +200,6 @@ def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:
         odd = b.op("int_and", b.op("shift_right", bits, 16), 1)
         low = b.op("int_add", odd, 0x7FFF)
     else:
-        low = b.op("int_and", b.op("shift_right", b.read("random", state.key), 16), 0xFFFF)
+        low = b.op("int_and", b.op("shift_right", b.read("random", state.key, name="random"), 16), 0xFFFF)
     rounded = b.op("int_select", finite, b.op("int_add", bits, low), quiet)
     return b.op("int_and", b.op("shift_right", rounded, 16), 0xFFFF)

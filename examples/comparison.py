@@ -190,7 +190,7 @@ def _fp32_size(optimizer: torch.optim.Optimizer) -> StateSize:
     return StateSize(size, bits_per_element=32.0, saved=0.0)
 
 
-def _fused_step_ms(task: Task, choice: OptimizerChoice, steps: int = 30) -> float | None:
+def _fused_step_ms(task: Task, choice: OptimizerChoice, steps: int = 100) -> float | None:
     """Median step of torch's own fused kernel on the same model, None where it has none.
 
     It is the fastest that torch offers, and not what `torch.optim` picks by default on a CPU.

@@ -46,13 +46,13 @@ KNOWN_OPTIMIZERS: dict[str, OptimizerChoice] = {
         OptimizerChoice(
             "AdamW",
             lr=3e-3,
-            arguments={"betas": (0.9, 0.95), "weight_decay": 0.1},
+            arguments={"betas": (0.9, 0.99), "weight_decay": 0.1},
             precision={"exp_avg": 4, "exp_avg_sq": 3},
         ),
         OptimizerChoice(
             "Adam",
             lr=3e-3,
-            arguments={"betas": (0.9, 0.95)},
+            arguments={"betas": (0.9, 0.99)},
             precision={"exp_avg": 4, "exp_avg_sq": 3},
         ),
         OptimizerChoice(
@@ -61,7 +61,7 @@ KNOWN_OPTIMIZERS: dict[str, OptimizerChoice] = {
             arguments={"momentum": 0.9, "nesterov": True},
             precision={"momentum_buffer": 4},
         ),
-        OptimizerChoice("RMSprop", lr=1e-3, arguments={"alpha": 0.95}, precision={"square_avg": 4}),
+        OptimizerChoice("RMSprop", lr=1e-3, arguments={"alpha": 0.99}, precision={"square_avg": 4}),
     )
 }
 OTHER_LR = 1e-3

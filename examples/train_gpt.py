@@ -68,7 +68,7 @@ def main(
         list[str] | None,
         typer.Option(help="Bits of all states (4), or of each (exp_avg=4,exp_avg_sq=3)."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 1400,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 1300,
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 1,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate; by default the optimizer's.")

@@ -84,7 +84,7 @@ def _insert(unit: StepGraph, formats: tuple[Format | None, ...], rounding: Round
     for n in normalizers_first:
         divisor = old.get(normalizer_of.get(n, ""))
         env[old[n]] = _dequantize(
-            graph, inputs[n], packed[n], None if divisor is None else env[divisor], old[n]
+            graph, inputs[n], packed[n], None if divisor is None else env[divisor], old[n], n
         )
     for node in unit.calls:
         env[node] = graph.node_copy(node, env.__getitem__)
@@ -100,7 +100,7 @@ def _insert(unit: StepGraph, formats: tuple[Format | None, ...], rounding: Round
         outputs |= {inputs[n]["codes"].name: codes, inputs[n]["scales"].name: scales}
         if n in normalizer_of.values():
             new = {"codes": codes, "scales": scales}
-            stored[n] = _dequantize(graph, new, packed[n], None, old[n])
+            stored[n] = _dequantize(graph, new, packed[n], None, old[n], f"{n}_stored")
     graph.output(tuple(outputs.values()))
     graph.eliminate_dead_code()
     return unit.replace(
@@ -123,13 +123,14 @@ def _dequantize(
     format: Format,
     normalizer: fx.Node | None,
     state: fx.Node,
+    name: str,
 ) -> fx.Node:
     example = state.meta["example"]
     size, stride = list(example.size()), list(example.stride())
     arguments: tuple[Any, ...] = (
         pair["codes"], pair["scales"], normalizer, format.name, size, stride,
     )  # fmt: skip
-    node = graph.call_function(DEQUANTIZE, arguments)
+    node = graph.create_node("call_function", DEQUANTIZE, arguments, name=name)
     node.meta["val"] = state.meta.get("val")
     return node
 
@@ -141,7 +142,9 @@ def _quantize(
     format: Format,
     inputs: dict[str, fx.Node],
 ) -> tuple[fx.Node, fx.Node]:
-    pair = graph.call_function(QUANTIZE, (value, normalizer, format.name, inputs.get("key")))
+    arguments = (value, normalizer, format.name, inputs.get("key"))
+    name = inputs["codes"].name.removesuffix("_codes") + "_new"
+    pair = graph.create_node("call_function", QUANTIZE, arguments, name=name)
     pair.meta = {k: value.meta[k] for k in ("stack_trace",) if k in value.meta}
     return (
         graph.call_function(operator.getitem, (pair, 0)),

@@ -114,6 +114,7 @@ class _Driver:
             session.pack_loaded()
             self.pending_load = False
         born = init_states(optimizer, session.options.min_numel)
+        session.unpack_wide(born)
         try:
             with torch.no_grad():
                 self.inner(optimizer)

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.compiler import Unit
+from stq_compile.errors import FormatMismatchError
+from stq_compile.formats import Format
 from stq_compile.packed_state import PackedState
 from stq_compile.rounding import GOLDEN, mix64, stream_id
 from stq_compile.step_graph import Instance, Operand, Role
+from stq_compile.storage import PackedStorage
 
 Resolve = Callable[[Operand], Any]
 """The live object of an operand: a tensor, a packed state, or a call argument's position."""
@@ -28,12 +31,20 @@ Resolve = Callable[[Operand], Any]
 
 @dataclass
 class Column:
-    """One field of the table: how to fill it for every row."""
+    """One field of the table and what fills it: an object per row."""
 
+    index: int
     kind: OperandKind
     role: Role
     operands: tuple[Operand, ...]
-    objects: list[Any] = field(default_factory=list)
+    objects: list[Any]
+    format: Format | None = None
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows are buffers of packed states, which keep their place between steps."""
+        return self.role in (Role.CODES, Role.SCALES) and self.operands[0].returned < 0
 
 
 class Bucket:
@@ -43,65 +54,91 @@ class Bucket:
         self.unit = unit
         self.instances: tuple[Instance, ...] = unit.graph.instances
         self.columns: list[Column] = []
-        for i, operand in enumerate(unit.kernel.operands):
+        for i, kernel_operand in enumerate(unit.kernel.operands):
             row = tuple(instance.operands[i] for instance in self.instances)
-            column = Column(operand.kind, row[0].role, row)
-            column.objects = [None if o.value is not None else resolve(o) for o in row]
-            self.columns.append(column)
+            objects = [None if o.value is not None else resolve(o) for o in row]
+            format = unit.graph.formats.get(kernel_operand.name)
+            self.columns.append(Column(i, kernel_operand.kind, row[0].role, row, objects, format))
         fields = len(self.columns) + 2
         if unit.compiled.row_bytes != 8 * fields:
             raise AssertionError(f"{unit.kernel.name}: rows of {unit.compiled.row_bytes} bytes")
         self.table = np.zeros((len(self.instances), fields), dtype=np.int64)
         self.numbers = self.table.view(np.float64)
         self.table[:, -2] = [_numel(i) for i in self.instances]
-        for c, column in enumerate(self.columns):
-            self._fill_constant(c, column)
+        for column in self.columns:
+            self._fill_constant(column)
 
-    def _fill_constant(self, c: int, column: Column) -> None:
+    def _fill_constant(self, column: Column) -> None:
         """Fields that never change: keys of random streams, hoisted constants."""
         if column.kind is OperandKind.KEY:
             streams = [stream_id(o.source.param, o.source.key) for o in column.operands]
             keys = np.array([mix64(s * GOLDEN + 1) for s in streams], dtype=np.uint64)
-            self.table[:, c] = keys.view(np.int64)
+            self.table[:, column.index] = keys.view(np.int64)
         elif column.kind is OperandKind.NUMBER:
-            self.numbers[:, c] = [0.0 if o.value is None else o.value for o in column.operands]
+            values = [0.0 if o.value is None else o.value for o in column.operands]
+            self.numbers[:, column.index] = values
 
     def run(self, args: Sequence[Tensor], created: dict[int, Tensor], step: int) -> None:
-        """One step of every tensor. ``created`` receives the states that the step makes."""
+        """One step of every tensor. ``created`` holds the new states, by output position."""
         alive: list[Tensor] = []  # copies of gradients must outlive the call
-        for c, column in enumerate(self.columns):
-            if column.kind is OperandKind.KEY:
-                continue
-            if column.kind is OperandKind.NUMBER:
-                for r, (operand, source) in enumerate(
-                    zip(column.operands, column.objects, strict=True)
-                ):
-                    if operand.value is None:
-                        self.numbers[r, c] = float(args[source] if type(source) is int else source)
-                continue
-            tensors = self._tensors(column, args, created)
-            if column.role is Role.GRAD:
-                tensors = [
-                    _like(g, i.param, alive) for g, i in zip(tensors, self.instances, strict=True)
-                ]
-            self.table[:, c] = [t.data_ptr() for t in tensors]
+        for column in self.columns:
+            if column.packed:
+                self._fill_packed(column)
+            elif column.kind is OperandKind.NUMBER:
+                self._fill_numbers(column, args)
+            elif column.kind is not OperandKind.KEY:
+                self._fill_tensors(column, args, created, alive)
         self.unit.compiled.run(
             self.table.ctypes.data, len(self.instances), step, torch.get_num_threads()
         )
 
-    def _tensors(
-        self, column: Column, args: Sequence[Tensor], created: dict[int, Tensor]
-    ) -> list[Tensor]:
-        found = []
+    def _fill_packed(self, column: Column) -> None:
+        """Buffers of packed states: looked up again only when one was replaced."""
+        storages: list[PackedStorage] = [state.packed for state in column.objects]
+        versions = [storage.version for storage in storages]
+        if versions == column.versions:
+            return
+        for storage, operand in zip(storages, column.operands, strict=True):
+            if column.format is not None and storage.format != column.format:
+                raise FormatMismatchError(
+                    where=f"kernel {self.unit.kernel.name}, {operand.source}",
+                    found=f"a state in format {storage.format.name}",
+                    expected=column.format.name,
+                )
+        self.table[:, column.index] = [_buffer(s, column.role).data_ptr() for s in storages]
+        column.versions = versions
+
+    def _fill_numbers(self, column: Column, args: Sequence[Tensor]) -> None:
+        """Hyperparameters that are inputs of the step: call arguments, or tensors of a group."""
+        for r, (operand, source) in enumerate(zip(column.operands, column.objects, strict=True)):
+            if operand.value is None:
+                value = args[source] if type(source) is int else source
+                self.numbers[r, column.index] = float(value)
+
+    def _fill_tensors(
+        self,
+        column: Column,
+        args: Sequence[Tensor],
+        created: dict[int, Tensor],
+        alive: list[Tensor],
+    ) -> None:
+        """Parameters, gradients, states in float32, and states that this step creates."""
+        tensors: list[Tensor] = []
         for operand, source in zip(column.operands, column.objects, strict=True):
             value = created[operand.returned] if operand.returned >= 0 else source
             if type(value) is int:
                 value = args[value]
-            if isinstance(value, PackedState):
-                storage = value.packed
-                value = storage.scales if column.role is Role.SCALES else storage.codes
-            found.append(value)
-        return found
+            if type(value) is PackedState:
+                value = _buffer(value.packed, column.role)
+            tensors.append(value)
+        if column.role is Role.GRAD:
+            rows = zip(tensors, self.instances, strict=True)
+            tensors = [_like(grad, instance.param, alive) for grad, instance in rows]
+        self.table[:, column.index] = [t.data_ptr() for t in tensors]
+
+
+def _buffer(storage: PackedStorage, role: Role) -> Tensor:
+    return storage.scales if role is Role.SCALES else storage.codes
 
 
 def _numel(instance: Instance) -> int:

@@ -8,7 +8,7 @@ optimizer as it was.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from stq_compile.capture import Captured, capture, param_sources
 from stq_compile.compiler import Unit, analyse, generate
 from stq_compile.errors import (
-    StqError,
     UnsupportedDeviceError,
     UnsupportedParameterError,
     UnsupportedStateError,
@@ -76,7 +75,7 @@ class Session:
         program = stages[-1].program
         _check_program(program)
         step = CompiledStep(self, captured, stages)
-        step.prepare()
+        step.adopt(step.generate())
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
@@ -113,23 +112,37 @@ class Session:
             where=f"{type(self.optimizer).__name__}, {operand.source}",
         )
 
-    def set_width(self, param: int, key: str, width: int) -> None:
-        """Change the width of a live state: re-encoded at once, in use from the next step on.
+    def change_widths(self, changes: Mapping[StateKey, int]) -> None:
+        """Change the widths of live states: re-encoded now, in use from the next step on.
 
-        Neither Dynamo nor the front passes run again; only a kernel for widths that were not in
-        use before is built. If the build fails, the state stays as it was.
+        Neither Dynamo nor the front passes run again; only kernels for widths that were not in
+        use before are built, and before any state is touched. If anything fails, the old widths
+        are in force again.
         """
-        if width not in WIDTHS:
-            raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
+        for (_, key), width in changes.items():
+            if width not in WIDTHS:
+                raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
+        steps = list(self.compiled)
         old = dict(self.plan)
-        self.plan[(param, key)] = width
+        self.plan.update(changes)
         try:
-            for step in list(self.compiled):
-                step.prepare()
-        except StqError:
+            units = [step.generate() for step in steps]
+        except BaseException:
             self.plan = old
             raise
-        self.transitions += 1
+        try:
+            for step, generated in zip(steps, units, strict=True):
+                step.adopt(generated)
+        except BaseException:
+            self.plan = old
+            for step in steps:
+                step.adopt(step.generate())
+            raise
+        self.transitions += len(changes)
+
+    def params(self) -> list[Tensor]:
+        """All parameters, in the order of `Source.param`."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]:
         """Every state: (parameter, its source, key, value)."""
@@ -146,6 +159,16 @@ class Session:
                 continue
             if info.format != FLOAT32 and value.shape == param.shape:
                 self.optimizer.state[param][key] = self.pack(value, info.source, info.format)
+
+    def unpack_wide(self, born: list[Tensor]) -> None:
+        """Make ordinary tensors of newborn states that are to stay in float32."""
+        sources = param_sources(self.optimizer)
+        for param in born:
+            name = sources[id(param)].name
+            for key, value in self.optimizer.state[param].items():
+                wide = self.options.excludes(name) or self.options.width_of(name, str(key)) == 32
+                if isinstance(value, PackedState) and wide:
+                    self.optimizer.state[param][key] = value.dequantize()
 
     def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
         """A packed state of float32 values; a normalized format waits for its normalizer."""
@@ -176,14 +199,14 @@ class CompiledStep:
         """The templates, before formats."""
         return self.stages[-1].program
 
-    def prepare(self) -> None:
-        """Compile for the widths in use, then bring the states into their formats."""
+    def generate(self) -> list[Unit]:
+        """Compile kernels for the widths in force; changes nothing."""
         session = self.session
-        units = generate(
-            self.program, session.format_of, session.options.rounding, session.dump
-        )
-        wanted = self._wanted()
-        self._commit(wanted)
+        return generate(self.program, session.format_of, session.options.rounding, session.dump)
+
+    def adopt(self, units: list[Unit]) -> None:
+        """Bring the states into the formats of ``units``, and use them from the next step on."""
+        self._commit(self._wanted())
         self._build_buckets(units)
 
     def release(self, gm: fx.GraphModule) -> None:
@@ -238,9 +261,8 @@ class CompiledStep:
     def _replace_state(self, source: Source, value: PackedState) -> None:
         """Put a packed state where the float32 one was; the latter is dropped."""
         self.bindings[(Role.STATE, source)] = value
-        for param, other, key, _ in list(self.session.states()):
-            if other.param == source.param and key == source.key:
-                self.session.optimizer.state[param][key] = value
+        param = self.session.params()[source.param]
+        self.session.optimizer.state[param][source.key] = value
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]

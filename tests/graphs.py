@@ -16,9 +16,6 @@ Values = dict[str, Tensor]
 """Tensors by the name of their placeholder."""
 
 SHAPE = (3, 5)
-LR = 0.01
-BETAS = (0.9, 0.99)
-EPS = 1e-8
 
 
 class Sketch:
@@ -167,35 +164,3 @@ def assert_pure(change: Callable[[Program], Program], before: Program) -> Progra
     after = change(before)
     assert str(before) == text
     return after
-
-
-# Optimizers, in functional form and without `alpha`, so that every node is one float32 operation. -
-
-
-def sgd() -> StepGraph:
-    """``momentum_buffer' = 0.9 momentum_buffer + grad; param' = param - lr momentum_buffer'``."""
-    s = Sketch("sgd")
-    p, g, m = s.param(), s.grad(), s.state("momentum_buffer")
-    new = s.call(aten.add.Tensor, s.call(aten.mul.Tensor, m, 0.9), g)
-    return s.functional({m: new, p: s.call(aten.sub.Tensor, p, s.call(aten.mul.Tensor, new, LR))})
-
-
-def averages(s: Sketch, g: fx.Node, m: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """``exp_avg'`` and ``exp_avg_sq'`` as sums of two products."""
-    kept = s.call(aten.mul.Tensor, m, BETAS[0])
-    new_m = s.call(aten.add.Tensor, kept, s.call(aten.mul.Tensor, g, 1 - BETAS[0]))
-    square = s.call(aten.mul.Tensor, s.call(aten.mul.Tensor, g, g), 1 - BETAS[1])
-    return new_m, s.call(aten.add.Tensor, s.call(aten.mul.Tensor, v, BETAS[1]), square)
-
-
-def adam(facts: Facts = Facts()) -> StepGraph:  # noqa: B008
-    """Adam without bias corrections."""
-    s = Sketch("adam")
-    p, g, m, v = s.param(), s.grad(), s.state("exp_avg"), s.state("exp_avg_sq")
-    new_m, new_v = averages(s, g, m, v)
-    root = s.call(aten.add.Tensor, s.call(aten.sqrt.default, new_v), EPS)
-    update = s.call(aten.mul.Tensor, s.call(aten.div.Tensor, new_m, root), LR)
-    return s.functional({m: new_m, v: new_v, p: s.call(aten.sub.Tensor, p, update)}, facts)
-
-
-ADAM_FACTS = Facts(frozenset({"exp_avg_sq"}), {"exp_avg": "exp_avg_sq"})

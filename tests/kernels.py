@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from graphs import BETAS, EPS, LR, only, program, with_sizes
+from graphs import only, program, with_sizes
 from torch import Tensor
+from zoo import BETAS, EPS, LR
 
 from stq_compile import reference
 from stq_compile.codegen.cpp.build import CompiledKernel, build

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import backward, equal, loss_of, make_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import stq_compile as stq
 from stq_compile import PackedState, errors
 from stq_compile.backend import session_of
-from models import backward, equal, loss_of, make_model
 
 PACKED = {"precision": {"exp_avg": 4, "exp_avg_sq": 3}, "min_numel": 64}
 

@@ -79,9 +79,7 @@ def test_a_format_is_a_value() -> None:
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(name=NAMES, numel=st.integers(0, 3000))
-def test_bytes_are_what_the_formula_says_and_what_the_buffers_occupy(
-    name: str, numel: int
-) -> None:
+def test_bytes_are_what_the_formula_says_and_what_the_buffers_occupy(name: str, numel: int) -> None:
     format = FORMATS[name]
     codes, scales = empty_buffers(format, numel)
     assert format.nbytes(numel) == documented_bytes(format, numel)

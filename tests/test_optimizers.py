@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import backward, make_model
 from torch import Tensor, nn
 
 import stq_compile as stq
@@ -14,7 +15,6 @@ from stq_compile import PackedState, reference
 from stq_compile.backend import session_of
 from stq_compile.layout import unpack
 from stq_compile.rounding import Noise, step_key, stream_id
-from models import backward, make_model
 
 MIN_NUMEL = 64
 

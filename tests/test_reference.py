@@ -1,9 +1,6 @@
 """The meaning of the formats, against float64 formulas and a brute-force search over all codes.
 
-Statistical claims. Stochastic rounding is checked by the mean of 1e5 draws a value, which must
-lie within 5 standard errors of the value (plus 1e-5 of the gap between the two levels, for
-float32 arithmetic). For a right quantizer one such check fails with probability 5.7e-7, and
-there are about 120, so a false alarm has a probability below 1e-4; the seeds are fixed.
+That stochastic rounding is unbiased is checked in `test_rounding.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from torch import Tensor
 from stq_compile import reference
 from stq_compile.errors import FormatMismatchError
 from stq_compile.formats import (
-    BFLOAT16,
     CONSTANT,
     EXP2_COEFFICIENTS,
     FLOAT32,
@@ -37,7 +33,7 @@ from stq_compile.rounding import NEAREST, Noise
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-CASES = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+CASES = settings(deadline=None, derandomize=True, database=None, max_examples=20)
 BLOCKED = [f for f in FORMATS.values() if f.blocked]
 SCALED = [f for f in BLOCKED if not f.normalized]  # the scale is the largest magnitude
 DROPPED_BITS = {"softsign": 16, "adaptive_log": 20}
@@ -57,6 +53,12 @@ def float_of(pattern: Ints) -> Doubles:
 
 def words_of(scales: Tensor) -> Ints:
     return scales.numpy().astype(np.int64) & 0xFFFF
+
+
+def spread_words(format: Format, count: int) -> Ints:
+    """Scale words from the smallest to the largest finite one."""
+    low, high = (8 << 5, (0x7F7 << 5) + 31) if format.kind == "adaptive_log" else (0x80, 0x7F7F)
+    return np.linspace(low, high, count).astype(np.int64)
 
 
 def all_levels(format: Format, word: Ints) -> Doubles:
@@ -105,8 +107,7 @@ def sample(format: Format, blocks: int, seed: int) -> tuple[Tensor, Tensor | Non
 @by_name(BLOCKED)
 def test_every_code_decodes_to_the_documented_level(format: Format) -> None:
     """All codes under 300 scale words over the whole range; float32 rounding allowed, no more."""
-    low, high = (0x80, 0x7F7F) if format.kind != "adaptive_log" else (8 << 5, (0x7F7 << 5) + 31)
-    word = np.unique(np.linspace(low, high, 300).astype(np.int64))
+    word = spread_words(format, 300)
     codes = torch.arange(256).clamp(max=format.top_code).view(1, 2, 128).int()
     codes = codes.expand(len(word), 2, 128).reshape(-1, 128).contiguous()
     scales = torch.from_numpy(np.repeat(word, 2).astype(np.uint16).view(np.int16))
@@ -124,8 +125,7 @@ def test_every_code_decodes_to_the_documented_level(format: Format) -> None:
 @by_name(SCALED)
 def test_the_top_code_decodes_to_the_scale_itself(format: Format) -> None:
     """Or else a block would get the next larger scale each time that it is rewritten."""
-    low, high = (0x80, 0x7F7F) if format.kind != "adaptive_log" else (8 << 5, (0x7F7 << 5) + 31)
-    word = np.linspace(low, high, 2000).astype(np.int64)
+    word = spread_words(format, 2000)
     codes = torch.full((len(word), 128), format.top_code, dtype=torch.int32)
     scales = torch.from_numpy(word.astype(np.uint16).view(np.int16))
     got = decode(pack(codes, format.width), scales, format, codes.numel()).view(-1, 128)
@@ -140,13 +140,12 @@ def test_rewriting_does_not_inflate_a_block(format: Format, noise: Noise) -> Non
     """What eager operations do to the blocks that they leave as they are."""
     values = torch.from_numpy(np.random.default_rng(0).standard_normal(1280)).float()
     codes, scales = encode(values if format.signed else values.square(), format, noise)
-    top = words_of(scales) >> (5 if format.kind == "adaptive_log" else 0)
+    range_bits = 5 if format.kind == "adaptive_log" else 0
+    first = words_of(scales) >> range_bits
     for step in range(20):
         again = noise if noise.key is None else Noise(noise.key + step + 1)
         codes, scales = encode(decode(codes, scales, format, 1280), format, again)
-        now = words_of(scales) >> (5 if format.kind == "adaptive_log" else 0)
-        assert (now <= top).all(), f"scales grew in rewrite {step + 1}"
-        top = now
+        assert ((words_of(scales) >> range_bits) <= first).all(), f"rewrite {step + 1}"
 
 
 # Encode: the nearest level, by brute force --------------------------------------------------
@@ -170,7 +169,7 @@ def worst_excess(format: Format, noise: Noise, seed: int) -> float:
 
 
 # Where two levels are equally near, float32 arithmetic may take the farther one by this much.
-TOLERANCE = {"softsign": 1e-4, "midrise": 1e-5, "adaptive_log": 4e-3}
+TOLERANCE = {"softsign": 1e-5, "midrise": 1e-5, "adaptive_log": 3e-3}
 
 
 @by_name(BLOCKED)
@@ -215,7 +214,7 @@ def expected_scale(absmax: float, mantissa_bits: int) -> float:
 
 def magnitudes() -> Tensor:
     """Patterns of every exponent, denormals included, with mantissas at and around round ones."""
-    mantissas = [0, 1, 0xFFFF, 0x10000, 0x10001, 0x0FFFFF, 0x100000, 0x100001, 0x7FFFFF, 0x5A5A5A]
+    mantissas = [0, 1, 0xFFFF, 0x10000, 0x10001, 0x100001, 0x7FFFFF]
     patterns = [(e << 23) + m for e in range(255) for m in mantissas]
     return torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
 
@@ -269,3 +268,134 @@ def test_the_step_of_midrise_follows_the_root_mean_square(format: Format, tail: 
         rms = np.sqrt(np.mean(u[128 * block : 128 * (block + 1)] ** 2))
         wanted = CLIP[format.width] * rms / ((2**format.width - 1) / 2)
         assert wanted * (1 - 1e-6) <= step[block] <= wanted * (1 + 2.0**-7 + 1e-6)
+
+
+# Zeros, broken numbers, tails, chunks -------------------------------------------------------
+
+
+@by_name(BLOCKED)
+def test_zero_blocks_have_scale_zero_and_decode_to_zero(format: Format) -> None:
+    x, v = sample(format, 3, seed=2)
+    x[128:256] = 0.0
+    codes, scales = encode(x, format, Noise(1), v)
+    values = decode(codes, scales, format, x.numel(), v).view(3, 128)
+    assert int(scales[1]) == 0
+    assert not values[1].any()
+    assert values[0].any()
+    assert values[2].any()
+
+
+@by_name(BLOCKED)
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_broken_number_shows_and_stays_in_its_block(format: Format, broken: float) -> None:
+    x, v = sample(format, 4, seed=3)
+    good = decode(*encode(x, format, Noise(1), v), format, 512, v)
+    x[200] = broken if format.signed else abs(broken)
+    bad = decode(*encode(x, format, Noise(1), v), format, 512, v)
+    assert not bad[200].isfinite()
+    other = torch.arange(512) // 128 != 1
+    assert torch.equal(bad[other], good[other])
+
+
+@by_name([f for f in FORMATS.values() if f != CONSTANT])
+@CASES
+@given(data=st.data(), numel=st.integers(1, 300))
+def test_finite_values_stay_finite(format: Format, data: st.DataObject, numel: int) -> None:
+    """For a normalized format, while the value stays below 1e18 units."""
+    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    seen = data.draw(st.lists(finite, min_size=1, max_size=20))
+    x = torch.tensor(seen).repeat(15)[:numel].clamp(-3.38e38, 3.38e38)
+    v = (x / 1e18).square().clamp(min=1e-30) if format.normalized else None
+    x = x if format.signed else x.abs()
+    assert decode(*encode(x, format, Noise(5), v), format, x.numel(), v).isfinite().all()
+
+
+@by_name([f for f in FORMATS.values() if f != CONSTANT])
+@CASES
+@given(numel=st.integers(1, 700), chunk=st.sampled_from([1, 2, 3]), key=st.integers(0, 2**63))
+def test_chunks_and_parts_do_not_change_anything(
+    format: Format, numel: int, chunk: int, key: int
+) -> None:
+    """Any cut at block borders gives the same codes and values: shards, chunks, tails."""
+    x, v = (None if t is None else t[:numel] for t in sample(format, 6, seed=4))
+    assert x is not None
+    whole = encode(x, format, Noise(key), v)
+    values = decode(*whole, format, x.numel(), v)
+    cut = min(chunk * 128, x.numel())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK_BLOCKS", chunk)
+        assert all(map(torch.equal, encode(x, format, Noise(key), v), whole))
+        assert torch.equal(decode(*whole, format, x.numel(), v), values)
+    parts = [(slice(0, cut), 0), (slice(cut, None), chunk)]
+    encoded = [encode(x[s], format, Noise(key), v if v is None else v[s], b) for s, b in parts]
+    for i in range(2):
+        assert torch.equal(torch.cat([buffers[i] for buffers in encoded]), whole[i])
+
+
+@by_name(BLOCKED)
+@pytest.mark.parametrize("count", [1, 2, 16, 32, 64])
+def test_a_tail_gets_the_scale_of_its_elements_alone(format: Format, count: int) -> None:
+    """As a full block of repetitions does; powers of two keep the sums of both exact."""
+    part = 2.0 ** -(torch.arange(count) % 8).float()
+    v = torch.full((128,), 4.0) if format.normalized else None
+    tail_codes, tail = encode(part, format, NEAREST, v if v is None else v[:count])
+    full_codes, full = encode(part.repeat(128 // count), format, NEAREST, v)
+    assert torch.equal(tail, full)
+    code = unpack(tail_codes, format.width)[0]
+    assert torch.equal(code[:count], unpack(full_codes, format.width)[0, :count])
+    assert not code[count:].any(), "padding must be code 0"
+
+
+# Arithmetic and casts -----------------------------------------------------------------------
+
+
+def test_log2_polynomial() -> None:
+    """Every 5th mantissa of an octave, and all magnitudes; half a unit of rounding is added."""
+    mantissas = torch.arange(0x3F000000, 0x3F800001, 5, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([mantissas, magnitudes()[7:]])
+    exact = torch.log2(x.double()).numpy()
+    error = np.abs(log2(x).double().numpy() - exact)
+    assert (error <= 2.2e-6 + 1e-7 + np.spacing(np.abs(exact).astype(np.float32)) / 2).all()
+    assert log2(torch.tensor([0.0, 0.25, 1.0])).tolist() == [-127.0, -2.0, 0.0]
+    f = np.linspace(0.5**0.5 - 1, 2**0.5 - 1, 10001)
+    assert np.abs(f * np.polyval(LOG2_COEFFICIENTS[::-1], f) - np.log2(1 + f)).max() < 2.2e-6
+
+
+def test_exp2_polynomial() -> None:
+    x = -torch.cat([torch.linspace(0, 14, 500_001), torch.linspace(14, 125.9, 500_001)])
+    assert (exp2(x).double() / torch.exp2(x.double()) - 1).abs().max() < 1.8e-7
+    whole = -torch.arange(126.0)
+    assert torch.equal(exp2(whole), torch.exp2(whole)), "whole octaves must be exact"
+    f = np.linspace(-0.5, 0.5, 10001)
+    assert np.abs(np.polyval(EXP2_COEFFICIENTS[::-1], f) / np.exp2(f) - 1).max() < 1.1e-7
+
+
+def test_fma_is_rounded_once() -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = (torch.from_numpy(rng.standard_normal(2000)).float() for _ in range(3))
+    c = torch.where(torch.arange(2000) % 2 == 0, -(a * b), c)  # cancels all but the rounding
+    exact = [
+        Fraction(p) * Fraction(q) + Fraction(r)
+        for p, q, r in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+    ]
+    assert fma(a, b, c).tolist() == [float(np.float32(float(e))) for e in exact]
+
+
+def test_block_sum_adds_planes_in_order_then_lanes_by_halves() -> None:
+    x = np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32)
+    lanes = x[:, :16].copy()
+    for plane in range(1, 8):
+        lanes += x[:, 16 * plane : 16 * plane + 16]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    assert np.array_equal(block_sum(torch.from_numpy(x)).numpy(), lanes)
+    assert not np.array_equal(x.sum(axis=1, keepdims=True), lanes), "the order must matter here"
+
+
+def test_float32_is_exact_and_a_constant_cannot_be_encoded() -> None:
+    x = torch.cat([magnitudes(), torch.tensor([math.nan])])
+    values = decode(*encode(x, FLOAT32, Noise(2)), FLOAT32, x.numel())
+    assert torch.equal(values.view(torch.int32), x.view(torch.int32))
+    with pytest.raises(FormatMismatchError):
+        encode(x, CONSTANT, NEAREST)

@@ -1,14 +1,20 @@
-"""The random bits of stochastic rounding: known answers, a second implementation, statistics.
+"""Random bits: known answers, a second implementation, statistics; and unbiased rounding.
 
-The statistical test. Every statistic below is turned into a standard normal deviate and must
-stay within ``LIMIT`` = 6. For an ideal generator one deviate leaves it with probability 2e-9,
-and some 35,000 of them are looked at, so a false alarm has a probability below 1e-4. All keys
-are fixed, so the outcome is too. The last tests show that flawed generators are caught.
+The statistical test of the bits. Every statistic below is turned into a standard normal deviate
+and must stay within ``LIMIT`` = 6. For an ideal generator one deviate leaves it with probability
+2e-9, and some 35,000 of them are looked at, so a false alarm has a probability below 1e-4. All
+keys are fixed, so the outcome is too. Further tests show that flawed generators are caught.
+
+Stochastic rounding is checked by the mean of 1e5 draws of a value, which must lie within 5
+standard errors of the value (plus 1e-5 of the gap between its two levels, for float32
+arithmetic). For a right quantizer one such check fails with probability 5.7e-7, and there are
+about 70, so a false alarm has a probability below 1e-4; the seeds are fixed here too.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable
 
@@ -20,6 +26,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stq_compile import rounding
+from stq_compile.formats import BFLOAT16, FORMATS, Format
+from stq_compile.layout import pack
+from stq_compile.reference import decode, encode
 from stq_compile.rounding import (
     GOLDEN,
     NEAREST,
@@ -261,9 +270,85 @@ FLAWS: list[tuple[Callable[[Tensor], Tensor], bool]] = [
 
 
 @pytest.mark.parametrize(("flaw", "between_blocks"), FLAWS)
-def test_the_statistics_see_a_flaw(
-    flaw: Callable[[Tensor], Tensor], between_blocks: bool
-) -> None:
+def test_the_statistics_see_a_flaw(flaw: Callable[[Tensor], Tensor], between_blocks: bool) -> None:
     bits = flaw(random_bits(key_of(), 0, BLOCKS))
     found = worst_pair_deviate(bits[:-1], bits[1:]) if between_blocks else worst_deviate(bits)
     assert found > LIMIT
+
+
+# Stochastic rounding ------------------------------------------------------------------------
+
+
+def levels_of(format: Format, word: Tensor, unit: float) -> Tensor:
+    """What all codes decode to under one scale word, float64, ascending."""
+    codes = torch.arange(256, dtype=torch.int32).clamp(max=format.top_code).view(2, 128)
+    v = torch.full((256,), unit**2) if format.normalized else None
+    values = decode(pack(codes, format.width), word.expand(2), format, 256, v)
+    return values[: format.top_code + 1].double()
+
+
+def bias(format: Format, noise: Noise, target: float) -> float:
+    """Deviation of the mean of 1e5 decoded draws of ``target``, in allowed deviations.
+
+    28 elements of every block hold +-1, so that the scale does not depend on the target alone.
+    """
+    unit = 3.0 if format.normalized else 1.0
+    anchors = torch.tensor([1.0, -1.0]).repeat(14) if format.normalized else torch.ones(28)
+    x = torch.cat([anchors, torch.full((100,), target)]).repeat(1000) * unit
+    v = torch.full_like(x, unit**2) if format.normalized else None
+    codes, scales = encode(x, format, noise, v)
+    drawn = decode(codes, scales, format, x.numel(), v).view(1000, 128)[:, 28:].double()
+    value = x[-1:].double()
+    if format == BFLOAT16:
+        pattern = x[-1:].view(torch.int32) >> 16
+        levels = torch.cat([pattern << 16, (pattern + 1) << 16]).view(torch.float32).double()
+    else:
+        levels = levels_of(format, scales[:1], unit)
+    if format.kind == "adaptive_log":
+        levels, drawn, value = levels.log2(), drawn.log2(), value.log2()
+    above = int(torch.searchsorted(levels, value))
+    assert 0 < above < len(levels), "the target must lie between two levels"
+    gap = float(levels[above] - levels[above - 1])
+    share = float(value - levels[above - 1]) / gap
+    allowed = 5 * gap * math.sqrt(share * (1 - share) / drawn.numel()) + 1e-5 * gap
+    return abs(float(drawn.mean() - value)) / allowed
+
+
+# Between levels of every width, and for midrise inside the clip.
+TARGETS = {
+    "softsign": [0.9, 0.31, -0.05, 0.0013, -0.7],
+    "adaptive_log": [0.93, 0.5, 0.11, 0.02, 0.003],
+    "midrise": [0.8, 0.45, 0.1, -0.3, -1.1],
+    "bfloat16": [0.9001, 0.2503, 0.0371],
+}
+by_format = pytest.mark.parametrize(
+    "format", [f for f in FORMATS.values() if f.width in range(2, 17)], ids=lambda f: f.name
+)
+
+
+@by_format
+def test_stochastic_rounding_is_unbiased(format: Format) -> None:
+    """In the value, and for adaptive_log in its log2."""
+    found = {target: bias(format, Noise(11), target) for target in TARGETS[format.kind]}
+    assert max(found.values()) < 1, found
+
+
+@by_format
+def test_the_mean_shows_that_nearest_rounding_is_biased(format: Format) -> None:
+    assert max(bias(format, NEAREST, target) for target in TARGETS[format.kind]) > 5
+
+
+def test_bfloat16_keeps_what_it_can_hold_and_shows_broken_numbers() -> None:
+    x = torch.tensor([1.5, -0.0, 3.0e-39, math.inf, -math.inf, math.nan])
+    x[:3] = x[:3].bfloat16().float()
+    values = decode(*encode(x, BFLOAT16, Noise(2)), BFLOAT16, 6)
+    assert torch.equal(values[:5], x[:5])
+    assert values[5].isnan()
+
+
+def test_bfloat16_nearest_is_the_cast_of_torch() -> None:
+    patterns = torch.arange(-(2**31), 2**31, 104729).int()  # of every exponent and sign
+    x = patterns.view(torch.float32)
+    values = decode(*encode(x, BFLOAT16, NEAREST), BFLOAT16, x.numel())
+    assert torch.equal(values.isnan(), x.isnan())
+    assert torch.equal(values.nan_to_num(7.0), x.bfloat16().float().nan_to_num(7.0))

@@ -10,18 +10,8 @@ from typing import Any
 import pytest
 import torch
 from golden import Golden
-from graphs import (
-    ADAM_FACTS,
-    Sketch,
-    adam,
-    aten,
-    only,
-    program,
-    random_inputs,
-    run,
-    sgd,
-    with_sizes,
-)
+from graphs import Sketch, aten, only, program, random_inputs, run, with_sizes
+from zoo import ADAM_FACTS, adam, sgd
 
 from stq_compile.errors import InvalidGraphError
 from stq_compile.formats import FORMATS

@@ -97,10 +97,12 @@ class _Emitter:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.phase_of: dict[int, int] = {}
+        self.said: set[str] = set()
         for v in kernel.body:
             reached = [self.phase_of[id(a)] for a in v.args if isinstance(a, Value)]
             phase = max(reached, default=0)
             self.phase_of[id(v)] = phase + (v.opcode in REDUCTIONS)
+        self._sink()
         self.kept = self._crossing()
 
     def source(self) -> str:
@@ -112,6 +114,23 @@ class _Emitter:
             _RUN,
         ]
         return "\n\n".join(parts) + "\n"
+
+    def _sink(self) -> None:
+        """Move an element operation of at most one element argument to the phase that needs it.
+
+        That never adds a value that crosses phases, and most often removes one: random numbers
+        are made where they are used, not kept.
+        """
+        needed: dict[int, int] = {}
+        for v in reversed(self.kernel.body):
+            elements = [a for a in v.args if isinstance(a, Value) and a.space is Space.ELEMENT]
+            pure = v.opcode in OPCODES or v.opcode in ("uniform", "random", "valid")
+            if v.space is Space.ELEMENT and pure and len(elements) <= 1 and id(v) in needed:
+                self.phase_of[id(v)] = max(self.phase_of[id(v)], needed[id(v)])
+            phase = self.phase_of[id(v)] - (v.opcode in REDUCTIONS)
+            for a in v.args:
+                if isinstance(a, Value):
+                    needed[id(a)] = min(needed.get(id(a), phase), phase)
 
     # What crosses from one phase to a later one, or to a pack after the loop.
     def _crossing(self) -> set[int]:
@@ -140,10 +159,10 @@ class _Emitter:
         lines.append("static void scalars(const Row& row, Scalars& s) {")
         for v in tensor:
             type_ = {Type.FLOAT: "double", Type.BOOL: "bool", Type.INT: "int"}[v.type]
-            lines.append(f"  const {type_} {_name(v.name)} = {self._tensor(v)};{_note(v)}")
+            lines.append(f"  const {type_} {_name(v.name)} = {self._tensor(v)};{self._note(v)}")
         for v in stores:
             lines.append(
-                f"  *row.{_name(v.operand)} = static_cast<float>({self._double(v.args[0])});{_note(v)}"
+                f"  *row.{_name(v.operand)} = static_cast<float>({self._double(v.args[0])});{self._note(v)}"
             )
         for v in tensor:
             if id(v) in used:
@@ -183,6 +202,15 @@ class _Emitter:
     def _plain(a: Value | float) -> str:
         return _name(a.name) if isinstance(a, Value) else str(int(a)).lower()
 
+    def _note(self, v: Value) -> str:
+        """The graph node, with its source line where the node first appears."""
+        if not v.origin:
+            return ""
+        node = v.origin.split("  ")[0]
+        text = node if v.origin in self.said else v.origin
+        self.said.add(v.origin)
+        return f"  // {text}"
+
     # The block function.
     def _block(self) -> str:
         lines = [
@@ -191,12 +219,11 @@ class _Emitter:
             "                      int count) {",
         ]
         lines += self._pointers()
-        for number, phase in enumerate(self._phases()):
+        for phase in self._phases():
             lines += [f"  {line}" for v in phase.uniform for line in self._uniform(v)]
             lines += self._planes(phase)
             for v in phase.after:
-                lines.append(f"  {self._after(v)}{_note(v)}")
-            del number
+                lines.append(f"  {self._after(v)}{self._note(v)}")
         lines += self._copy_back()
         return "\n".join([*lines, "}"])
 
@@ -257,7 +284,7 @@ class _Emitter:
         else:
             type_ = _type(v)
             text = f"const {type_} {name} = {self._expression(v)};"
-        return [text + _note(v)]
+        return [text + self._note(v)]
 
     def _planes(self, phase: _Phase) -> list[str]:
         if not phase.planes:
@@ -272,7 +299,7 @@ class _Emitter:
                 lines.append(f"  {_type(v)} {name}[stq::kPlanes];")
         lines.append("#pragma GCC unroll 8")
         lines.append("  for (int p = 0; p < stq::kPlanes; ++p) {")
-        lines += [f"    {self._plane(v)}{_note(v)}" for v in phase.planes]
+        lines += [f"    {self._plane(v)}{self._note(v)}" for v in phase.planes]
         return [*lines, "  }"]
 
     def _plane(self, v: Value) -> str:
@@ -349,10 +376,6 @@ def _type(v: Value) -> str:
 
 def _name(name: str) -> str:
     return f"{name}_" if name in KEYWORDS else name
-
-
-def _note(v: Value) -> str:
-    return f"  // {v.origin}" if v.origin else ""
 
 
 def _int_literal(x: float) -> str:

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from graphs import Sketch, adam, program, sgd
+from graphs import Sketch, program
+from zoo import adam, sgd
 
 from stq_compile.errors import InvalidGraphError
 from stq_compile.passes.runner import Pass, run_passes
