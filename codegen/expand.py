@@ -56,13 +56,15 @@ def decode_block(
         octaves = b.op("fma", b.op("to_float", code), ratio, b.op("neg", octave_range))
         scale = b.op("from_bits", b.op("shift_left", b.op("shift_right", word, 5), 20))
         return b.op("mul", scale, exp2(b, octaves))
-    assert format.kind == "midrise" and normalizer is not None
+    assert normalizer is not None
     step = b.op("from_bits", b.op("shift_left", word, 16))
     level = b.op("mul", b.op("sub", b.op("to_float", code), format.top_code / 2), step)
     return b.op("mul", level, b.op("sqrt", normalizer))
 
 
-def encode(b: Builder, x: Value, state: Stored, normalizer: Value | None) -> tuple[Value, Value | None]:
+def encode(
+    b: Builder, x: Value, state: Stored, normalizer: Value | None
+) -> tuple[Value, Value | None]:
     """Encode elements; returns the code and the scale word, not yet stored."""
     format = state.format
     if format.kind == "bfloat16":
@@ -200,6 +202,8 @@ def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:
         odd = b.op("int_and", b.op("shift_right", bits, 16), 1)
         low = b.op("int_add", odd, 0x7FFF)
     else:
-        low = b.op("int_and", b.op("shift_right", b.read("random", state.key, name="random"), 16), 0xFFFF)
+        low = b.op(
+            "int_and", b.op("shift_right", b.read("random", state.key, name="random"), 16), 0xFFFF
+        )
     rounded = b.op("int_select", finite, b.op("int_add", bits, low), quiet)
     return b.op("int_and", b.op("shift_right", rounded, 16), 0xFFFF)

@@ -35,7 +35,7 @@ class Type(enum.StrEnum):
     NONE = "none"
 
 
-F, I, B = Type.FLOAT, Type.INT, Type.BOOL
+F, I, B = Type.FLOAT, Type.INT, Type.BOOL  # noqa: E741  (the table below reads as signatures)
 
 OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "add": ((F, F), F),
@@ -168,7 +168,9 @@ class Kernel:
             args = [a.name if isinstance(a, Value) else repr(a) for a in v.args]
             args += [v.operand] * bool(v.operand) + [f"width={v.width}"] * bool(v.width)
             origin = f"  # {v.origin}" if v.origin else ""
-            lines.append(f"  {v.space.name.lower():<7} {v.name} = {v.opcode}({', '.join(args)}){origin}")
+            lines.append(
+                f"  {v.space.name.lower():<7} {v.name} = {v.opcode}({', '.join(args)}){origin}"
+            )
         return "\n".join(lines)
 
 
@@ -205,9 +207,7 @@ class Builder:
         return self._append(name or opcode, opcode, (value,), Space.BLOCK, REDUCTIONS[opcode])
 
     def store(self, opcode: str, operand: str, value: Argument, *, width: int = 0) -> None:
-        stored = self._append(
-            f"{opcode}_{operand}", opcode, (value,), STORES[opcode][0], Type.NONE
-        )
+        stored = self._append(f"{opcode}_{operand}", opcode, (value,), STORES[opcode][0], Type.NONE)
         stored.operand, stored.width = operand, width
 
     def rename(self, value: object, name: str) -> None:
@@ -223,7 +223,9 @@ class Builder:
     def _append(
         self, name: str, opcode: str, args: tuple[Argument, ...], space: Space, type_: Type
     ) -> Value:
-        value = Value(self._unique(self.prefix + name), opcode, args, space, type_, origin=self.origin)
+        value = Value(
+            self._unique(self.prefix + name), opcode, args, space, type_, origin=self.origin
+        )
         self.kernel.body.append(value)
         return value
 
@@ -235,7 +237,9 @@ def verify_kernel(kernel: Kernel) -> None:
     stored: set[str] = set()
 
     def fail(value: Value, reason: str) -> None:
-        raise InvalidKernelError(kernel=kernel.name, op=f"{value.name} = {value.opcode}", reason=reason)
+        raise InvalidKernelError(
+            kernel=kernel.name, op=f"{value.name} = {value.opcode}", reason=reason
+        )
 
     for v in kernel.body:
         for a in v.args:

@@ -27,7 +27,8 @@ from stq_compile.passes.partition import element_nodes
 from stq_compile.passes.quantize import DEQUANTIZE, QUANTIZE
 from stq_compile.step_graph import Operand, Role, StepGraph, location_of
 
-Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Argument]
+Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Any]
+"""(builder, lowered arguments, keyword arguments) -> a value, or a number if it is constant."""
 
 aten = torch.ops.aten
 LOWERINGS: dict[Any, Lowering] = {}
@@ -48,11 +49,8 @@ def lowers(*targets: Any) -> Callable[[Lowering], Lowering]:
 
 def why_not(node: fx.Node) -> str:
     """Why ``node`` cannot be lowered; empty if it can."""
-    if node.target in (DEQUANTIZE, QUANTIZE) or node.target in LOWERINGS:
-        pass
-    elif node.target is operator.getitem and node.args[0].target is QUANTIZE:  # type: ignore[union-attr]
-        pass
-    else:
+    of_quantize = node.target is operator.getitem and node.all_input_nodes[0].target is QUANTIZE
+    if node.target not in (DEQUANTIZE, QUANTIZE, *LOWERINGS) and not of_quantize:
         return "it is not a pointwise operator that the kernel IR knows"
     for value in (node.meta.get("val"), *(a.meta.get("val") for a in node.all_input_nodes)):
         if isinstance(value, torch.Tensor) and value.dtype not in (
@@ -130,27 +128,32 @@ def _read(b: Builder, node: fx.Node, operand: Operand, elementwise: bool) -> Val
 def _lower_node(
     b: Builder, node: fx.Node, env: dict[fx.Node, Any], states: dict[str, Stored]
 ) -> Any:
-    b.prefix = ""
+    args: Any = fx.map_arg(node.args, env.__getitem__)
+    kwargs: Any = fx.map_arg(node.kwargs, env.__getitem__)
     if node.target is DEQUANTIZE:
         b.prefix = f"{node.name}_"
-        codes, scales, normalizer, format = node.args[:4]
-        unit = env[normalizer] if isinstance(normalizer, fx.Node) else None
-        if isinstance(codes, fx.Node) and codes.name in states:
-            return decode(b, states[codes.name], unit)
-        if FORMATS[str(format)].kind == "bfloat16":
-            return b.op("from_bits", b.op("shift_left", env[codes], 16))  # type: ignore[index]
-        return decode_block(b, env[codes], env[scales], FORMATS[str(format)], unit)  # type: ignore[index]
+        return _dequantize(b, node, args, states)
     if node.target is QUANTIZE:
         b.prefix = f"{node.name}_"
-        value, normalizer, format, key = node.args
-        unit = env[normalizer] if isinstance(normalizer, fx.Node) else None
-        name = key.name if isinstance(key, fx.Node) else None
-        return encode(b, env[value], Stored("", "", name, FORMATS[str(format)]), unit)  # type: ignore[index]
-    args = fx.map_arg(node.args, env.__getitem__)
-    kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        value, normalizer, format, _ = args
+        key = node.args[3].name if isinstance(node.args[3], fx.Node) else None
+        return encode(b, value, Stored("", "", key, FORMATS[format]), normalizer)
+    b.prefix = ""
     if node.target is operator.getitem:
-        return args[0][args[1]]  # type: ignore[index]
-    return LOWERINGS[node.target](b, args, kwargs)  # type: ignore[arg-type]
+        return args[0][args[1]]
+    return LOWERINGS[node.target](b, args, kwargs)
+
+
+def _dequantize(
+    b: Builder, node: fx.Node, args: tuple[Any, ...], states: dict[str, Stored]
+) -> Value:
+    codes, word, normalizer, format = args[:4]
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source.name in states:
+        return decode(b, states[source.name], normalizer)
+    if FORMATS[format].kind == "bfloat16":
+        return b.op("from_bits", b.op("shift_left", codes, 16))
+    return decode_block(b, codes, word, FORMATS[format], normalizer)
 
 
 def _write(b: Builder, target: str, role: Role, value: Any) -> None:
@@ -178,7 +181,9 @@ def _without_dead_code(kernel: Kernel) -> Kernel:
 def bytes_per_element(kernel: Kernel) -> float:
     """Bytes that the kernel moves per element: reads, and writes as one pass each."""
     size = {OperandKind.FLOATS: 4.0, OperandKind.HALVES: 2.0, OperandKind.WORDS: 2.0 / 128}
-    reads = {v.operand for v in kernel.body if v.opcode in ("load", "load_half", "unpack", "load_word")}
+    reads = {
+        v.operand for v in kernel.body if v.opcode in ("load", "load_half", "unpack", "load_word")
+    }
     total = 0.0
     for operand in kernel.operands:
         each = operand.width / 8 if operand.kind is OperandKind.CODES else size.get(operand.kind, 0)
@@ -201,7 +206,7 @@ def _summary(unit: StepGraph, kernel: Kernel) -> str:
 
 
 def _simple(opcode: str) -> Lowering:
-    def lowering(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    def lowering(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return b.op(opcode, *args)
 
     return lowering
@@ -240,32 +245,32 @@ def _scaled(b: Builder, value: Argument, factor: Argument) -> Argument:
 
 
 @lowers(aten.add.Tensor, aten.add.Scalar, operator.add)
-def _add(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _add(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.op("add", args[0], _scaled(b, args[1], kwargs.get("alpha", 1)))
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar, operator.sub)
-def _sub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _sub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.op("sub", args[0], _scaled(b, args[1], kwargs.get("alpha", 1)))
 
 
 @lowers(aten.rsub.Scalar, aten.rsub.Tensor)
-def _rsub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _rsub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.op("sub", args[1], _scaled(b, args[0], kwargs.get("alpha", 1)))
 
 
 @lowers(aten.reciprocal.default)
-def _reciprocal(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _reciprocal(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.op("div", 1.0, args[0])
 
 
 @lowers(aten.rsqrt.default)
-def _rsqrt(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _rsqrt(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.op("div", 1.0, b.op("sqrt", args[0]))
 
 
 @lowers(aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor, operator.pow)
-def _pow(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _pow(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     base, exponent = args
     if exponent == 2:
         return b.op("mul", base, base)
@@ -275,7 +280,7 @@ def _pow(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
 
 
 @lowers(aten.clamp.default, aten.clamp.Tensor)
-def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     low = args[1] if len(args) > 1 else kwargs.get("min")
     high = args[2] if len(args) > 2 else kwargs.get("max")
     value: Argument = args[0]
@@ -286,27 +291,27 @@ def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argumen
 
 @lowers(aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_copy.default,
         aten.alias_copy.default, aten._to_copy.default, aten.expand.default, aten.copy.default)  # fmt: skip
-def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
-    return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]  # type: ignore[no-any-return]
+def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]
 
 
 @lowers(aten.full.default, aten.full_like.default)
-def _full(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
-    return args[1]  # type: ignore[no-any-return]
+def _full(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1]
 
 
 @lowers(aten.scalar_tensor.default)
-def _scalar_tensor(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
-    return args[0]  # type: ignore[no-any-return]
+def _scalar_tensor(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]
 
 
 @lowers(aten.zeros_like.default)
-def _zeros_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _zeros_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return 0.0
 
 
 @lowers(aten.ones_like.default)
-def _ones_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+def _ones_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return 1.0
 
 

@@ -1,1 +1,1 @@
-"""Passes: pure functions `Program -> Program`, each doing one thing; the order is in compiler.py."""
+"""Passes: pure functions `Program -> Program`, one job each; the order is in compiler.py."""

@@ -1,6 +1,6 @@
 """``torch._foreach_*`` calls become one call per tensor, so that the step can be split.
 
-    added = torch._foreach_add([a, b], [c, d])    ->    add = a.add(c); add_1 = b.add(d)
+added = torch._foreach_add([a, b], [c, d])    ->    add = a.add(c); add_1 = b.add(d)
 """
 
 from __future__ import annotations

@@ -26,19 +26,24 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph
 
+
 def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     """The two formulas of ``torch.lerp``: each is exact at its own end."""
     if abs(weight) < 0.5:
-        return start + weight * (end - start)
-    return end - (end - start) * (1 - weight)
+        near: Tensor = start + weight * (end - start)
+        return near
+    far: Tensor = end - (end - start) * (1 - weight)
+    return far
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return x + (a * b if value == 1 else value * (a * b))
+    product = a * b
+    return x + (product if value == 1 else product.mul(value))
 
 
 def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return x + (a / b if value == 1 else value * (a / b))
+    quotient = a / b
+    return x + (quotient if value == 1 else quotient.mul(value))
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

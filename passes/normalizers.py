@@ -51,16 +51,14 @@ def _find(unit: StepGraph) -> StepGraph:
         for candidate in positive:
             after = _sensitivity(unit, states[key], states[candidate])
             live = before.abs() > 0
-            if live.any() and bool(
-                ((after[live] / before[live] - 0.5).abs() < TOLERANCE).all()
-            ):
+            if live.any() and bool(((after[live] / before[live] - 0.5).abs() < TOLERANCE).all()):
                 found[key] = candidate
     facts = Facts(unit.facts.nonnegative, found, unit.facts.fragile)
     return unit.replace(facts=facts)
 
 
 def _sensitivity(unit: StepGraph, state: str, scaled: str | None) -> Tensor:
-    """d(new parameter)/d(state) at fixed probe points; ``scaled`` names a state to multiply by 4."""
+    """d(new parameter)/d(state) at fixed points; ``scaled`` names a state to multiply by 4."""
     inputs = _probe(unit)
     names = [n.name for n in unit.placeholders]
     if scaled is not None:
@@ -78,7 +76,7 @@ def _sensitivity(unit: StepGraph, state: str, scaled: str | None) -> Tensor:
         return result
 
     x = inputs[position]
-    _, tangent = torch.func.jvp(update, (x,), (torch.ones_like(x),))
+    tangent: Tensor = torch.func.jvp(update, (x,), (torch.ones_like(x),))[1]
     return tangent.detach()
 
 

@@ -4,9 +4,9 @@ Interval analysis by coinduction: assume every state non-negative, propagate int
 update, drop the states whose new value may be negative, and repeat until nothing changes. What
 remains is non-negative forever if it starts so (which packing checks).
 
-A root or logarithm of a value that may be negative only by error (RMSprop's centered variance) makes
-the states behind it *fragile*: a quantization error there could turn a small positive difference
-into NaN, so they stay in fp32.
+A root or logarithm of a value that may be negative only by error (RMSprop's centered variance)
+makes the states behind it *fragile*: a quantization error there could turn a small positive
+difference into NaN, so they stay in fp32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def _analyse(unit: StepGraph) -> StepGraph:
         assumed = proven
     fragile = {k: v for k, v in _fragile(unit, values, states).items() if k not in scalars}
     facts = Facts(
-        frozenset(states[n] for n in proven), unit.facts.normalizers, {**unit.facts.fragile, **fragile}
+        frozenset(states[n] for n in proven),
+        unit.facts.normalizers,
+        {**unit.facts.fragile, **fragile},
     )
     return unit.replace(facts=facts)
 
@@ -169,16 +171,12 @@ def _binary(rule: Callable[[Interval, Interval], Interval]) -> Rule:
 
 def _rule_add(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
     alpha = _interval(node.kwargs.get("alpha", 1), values)
-    return _add(
-        _interval(node.args[0], values), _mul(alpha, _interval(node.args[1], values))
-    )
+    return _add(_interval(node.args[0], values), _mul(alpha, _interval(node.args[1], values)))
 
 
 def _rule_sub(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
     alpha = _interval(node.kwargs.get("alpha", 1), values)
-    return _add(
-        _interval(node.args[0], values), _neg(_mul(alpha, _interval(node.args[1], values)))
-    )
+    return _add(_interval(node.args[0], values), _neg(_mul(alpha, _interval(node.args[1], values))))
 
 
 def _rule_mul(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:

@@ -1,4 +1,4 @@
-"""Runs passes and owns everything around them: timing, verification, keeping, dumping, bisection."""
+"""Runs passes and owns what is around them: timing, verification, keeping, dumping, bisection."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One step graph per parameter: the connected components of the step, scalars aside.
 
-Scalars that all parameters share (``lr`` as an input, and what is computed from it alone) are copied
-into each component. Two parameters in one component mean that one's update reads the other's
+Scalars that all parameters share (``lr`` as an input, and what is computed from it alone) are
+copied into each component. Two parameters in one component mean that one's update reads the other's
 tensors; that is refused, since their update is not one kernel over independent elements.
 """
 
@@ -65,9 +65,7 @@ def _owners(unit: StepGraph, optimizer: str) -> dict[fx.Node, int | None]:
     return owner
 
 
-def _scalars_first(
-    graph: fx.Graph, needed: set[fx.Node], members: set[fx.Node]
-) -> list[fx.Node]:
+def _scalars_first(graph: fx.Graph, needed: set[fx.Node], members: set[fx.Node]) -> list[fx.Node]:
     """Placeholders, then shared scalars, then the rest: one order for equal components, wherever
     the whole step happened to compute a shared scalar."""
     kept = [n for n in graph.nodes if n in needed]

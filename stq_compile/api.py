@@ -152,7 +152,8 @@ def _translated(error: BaseException, optimizer: str) -> StqError | None:
 
 def _raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
     """``cls.step`` without torch's profiling and gradient-mode wrappers."""
-    return inspect.unwrap(cls.step)
+    step: Callable[..., Any] = inspect.unwrap(cls.step)
+    return step
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,14 +24,18 @@ _FULL = {aten.full_like.default, aten.full.default, aten.new_full.default}
 
 
 class Birth(TorchDispatchMode):
-    """Answers constant factories of at least ``min_numel`` float32 CPU elements with packed ones."""
+    """Answers constant factories of ``min_numel`` or more float32 CPU elements with packed ones."""
 
     def __init__(self, min_numel: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.min_numel = min_numel
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         value = _constant_of(func, args)

@@ -108,9 +108,7 @@ def _stand_in(example: Tensor) -> Tensor:
     """
     if example.ndim == 0:
         return example.detach().clone()
-    return torch.empty_strided(
-        example.size(), example.stride(), dtype=example.dtype, device="meta"
-    )
+    return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device="meta")
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> Tensor:
@@ -171,5 +169,3 @@ def _readable(role: Role, source: Source) -> str:
         return re.sub(r"\W+", "_", source.key.replace("param_groups", "group")).strip("_")
     stem = source.key or str(role)
     return f"{stem}_{source.param}"
-
-

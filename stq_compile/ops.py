@@ -65,4 +65,6 @@ def _(
     x: Tensor, normalizer: Tensor | None, format: str, key: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     codes, scales = reference.empty_buffers(FORMATS[format], x.numel())
-    return x.new_empty(codes.shape, dtype=codes.dtype), x.new_empty(scales.shape, dtype=scales.dtype)
+    return x.new_empty(codes.shape, dtype=codes.dtype), x.new_empty(
+        scales.shape, dtype=scales.dtype
+    )

@@ -42,19 +42,20 @@ class PackedState(Tensor):
         stride: Iterable[int],
         offset: int = 0,
     ) -> PackedState:
-        self: PackedState = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: PackedState = Tensor._make_wrapper_subclass(
             cls,
             torch.Size(size),
             strides=tuple(stride),
             storage_offset=offset,
             dtype=torch.float32,
-            device="cpu",
+            device=torch.device("cpu"),
         )
         self._storage = storage
         self._anchor = _ANCHOR
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # Tensor declares a method; torch's documented way to switch it off is this assignment.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def zeros_like(cls, like: Tensor, format: Format, **storage: Any) -> PackedState:
@@ -81,7 +82,7 @@ class PackedState(Tensor):
     def format(self) -> Format:
         return self.packed.format
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The values as an ordinary float32 tensor of the same size and strides."""
         if self._storage is None:
             return self._anchor.new_empty_strided(self.size(), self.stride())
@@ -98,7 +99,7 @@ class PackedState(Tensor):
     def data(self) -> Tensor:  # type: ignore[override]
         return self.detach()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         if self._storage is None:
             return f"PackedState(size={tuple(self.size())}, tracing)"
         inner = str(self.dequantize()).removeprefix("tensor(").removesuffix(")")
@@ -106,7 +107,7 @@ class PackedState(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedState:
         storage = deepcopy(self.packed, memo)
-        return PackedState(storage, self.size(), self.stride(), self.storage_offset())
+        return PackedState(storage, self.size(), self.stride(), int(self.storage_offset()))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return PackedState, (
@@ -133,7 +134,7 @@ class PackedState(Tensor):
         return True
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # declared as a plain function there
         cls,
         func: Any,
         types: Any,
@@ -188,8 +189,10 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let torch work out the window on a meta tensor of the same geometry."""
     state: PackedState = args[0]
     numel = 0 if state._storage is None else state._storage.numel
-    extent = 1 + state.storage_offset() + sum(
-        (n - 1) * s for n, s in zip(state.size(), state.stride(), strict=True) if n > 0
+    extent = (
+        1
+        + state.storage_offset()
+        + sum((n - 1) * s for n, s in zip(state.size(), state.stride(), strict=True) if n > 0)
     )
     base = torch.empty(max(numel, extent), device="meta")
     window = base.as_strided(state.size(), state.stride(), state.storage_offset())
@@ -201,7 +204,7 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise FormatMismatchError(
                 where=f"{func} of a packed state", found=str(out.dtype), expected="float32"
             )
-        view = PackedState(state._storage, out.size(), out.stride(), out.storage_offset())
+        view = PackedState(state._storage, out.size(), out.stride(), int(out.storage_offset()))
         view._anchor = state._anchor
         return view
 

@@ -58,7 +58,7 @@ def empty_buffers(format: Format, numel: int) -> tuple[Tensor, Tensor]:
 def encode(
     x: Tensor, format: Format, noise: Noise, normalizer: Tensor | None = None, first_block: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Encode float32 ``x`` ``[numel]``; returns (codes, scale words) as `empty_buffers` shapes them.
+    """Encode float32 ``x`` ``[numel]``; returns (codes, scale words), shaped as `empty_buffers`.
 
     ``normalizer`` ``[numel]`` is the state whose square root is the unit of a normalized format;
     ``first_block`` is the block's index in the whole tensor, for the random counter.

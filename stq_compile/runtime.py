@@ -146,7 +146,7 @@ def _numel(instance: Instance) -> int:
 
 
 def _like(grad: Tensor, param: Operand, alive: list[Tensor]) -> Tensor:
-    """The gradient in the parameter's memory order, which the kernel walks; copied if it differs."""
+    """The gradient in the parameter's memory order, which the kernel walks; copied if not so."""
     if grad.stride() == param.stride:
         return grad
     copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)

@@ -301,9 +301,7 @@ class CompiledStep:
         if format == FLOAT32:
             return torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
         like = torch.empty_strided(operand.shape, operand.stride, device="meta")
-        return PackedState.zeros_like(
-            like, format, **self.session.storage_options(operand.source)
-        )
+        return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
 
 
 def _check_program(program: Program) -> None:

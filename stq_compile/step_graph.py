@@ -1,8 +1,9 @@
 """`StepGraph`: the captured optimizer step, from the first pass to the last.
 
-A `Program` is a tuple of step graphs. Right after capture it holds one, of the whole step; splitting
-makes one per parameter, folding one per template. Each graph has placeholders only, one `Operand`
-apiece, and any number of `instances`: rows of operands, one row per parameter that the graph updates.
+A `Program` is a tuple of step graphs. Right after capture it holds one, of the whole step;
+splitting makes one per parameter, folding one per template. Each graph has placeholders only, one
+`Operand` apiece, and any number of `instances`: rows of operands, one row per parameter that the
+graph updates.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.fx.node import _get_qualified_name
 
 from stq_compile.errors import InvalidGraphError
 from stq_compile.formats import Format
+
+CPU = torch.device("cpu")
 
 
 class Role(enum.StrEnum):
@@ -67,7 +70,7 @@ class Operand:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     location: str = ""
     value: float | None = None
     returned: int = -1
@@ -200,9 +203,7 @@ def _defect(unit: StepGraph) -> str:
     for instance in unit.instances:
         if [o.name for o in instance.operands] != names:
             return f"operands {[o.name for o in instance.operands]} for placeholders {names}"
-        if any(
-            a.role is not b.role for a, b in zip(instance.operands, unit.operands, strict=True)
-        ):
+        if any(a.role is not b.role for a, b in zip(instance.operands, unit.operands, strict=True)):
             return "instances differ in the role of an operand"
     if any(n.op == "get_attr" for n in unit.graph.nodes):
         return "a get_attr node; inputs must be placeholders"

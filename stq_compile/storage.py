@@ -164,5 +164,3 @@ def _check_normalizer(format: Format, normalizer: PackedStorage | None, numel: i
             found=f"the normalized format {normalizer.format.name}",
             expected="a format with scales of its own",
         )
-
-

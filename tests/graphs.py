@@ -64,7 +64,7 @@ class Sketch:
         return node
 
     def call(self, target: Any, *args: Any, at: str = "", **kwargs: Any) -> fx.Node:
-        """A function, or a method if ``target`` is a string; ``at`` is like ``"adam.py:7 x = y"``."""
+        """A function, or a method if ``target`` is a string; ``at`` like ``"adam.py:7 x = y"``."""
         make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = make(target, args, kwargs)
         if at:
@@ -118,7 +118,10 @@ def _instance(unit: StepGraph, i: int, numel: int) -> Instance:
 
 
 def random_inputs(unit: StepGraph, seed: int = 0, positive: Sequence[str] = ()) -> Values:
-    """Random tensors for every input; scalars keep their examples, ``positive`` names state keys."""
+    """A random tensor per input, not negative for the state keys in ``positive``.
+
+    Scalars keep their examples.
+    """
     generator = torch.Generator().manual_seed(seed)
     values: Values = {}
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
@@ -127,7 +130,9 @@ def random_inputs(unit: StepGraph, seed: int = 0, positive: Sequence[str] = ()) 
             example = node.meta["example"]
             if example.is_meta:  # of a 0-dim parameter
                 example = torch.randn((), generator=generator)
-            values[node.name] = example.clone() if given is None else torch.full_like(example, given)
+            values[node.name] = (
+                example.clone() if given is None else torch.full_like(example, given)
+            )
             continue
         x = torch.randn(operand.shape, generator=generator)
         values[node.name] = x.abs() if operand.source.key in positive else x
@@ -147,12 +152,12 @@ def run(unit: StepGraph, inputs: Values) -> Values:
 
 def _as_argument(node: fx.Node, values: Values) -> Any:
     """A number where the graph takes a symbolic float, else a tensor."""
-    value = values.get(node.name, node.meta["example"])
+    value = values[node.name] if node.name in values else node.meta["example"]
     return float(value) if isinstance(node.meta.get("val"), torch.SymFloat) else value
 
 
 def assert_same(left: Values, right: Values, tolerance: float = 0.0) -> None:
-    """Equal tensors under equal names; ``tolerance`` is relative, for other orders of operations."""
+    """Equal tensors under equal names; ``tolerance`` is for other orders of operations."""
     assert left.keys() == right.keys()
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=tolerance, atol=tolerance, msg=name)

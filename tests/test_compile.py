@@ -124,7 +124,9 @@ def test_schedulers_cost_one_more_compile_at_most(make_scheduler: Any, tensor_lr
     stq.compile(optimizers[1], precision=32)
     schedulers = [make_scheduler(o) for o in optimizers]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*lr_scheduler.*")  # a scheduler must see that step() was called
+        warnings.filterwarnings(
+            "error", message=".*lr_scheduler.*"
+        )  # a scheduler must see that step() was called
         for step in range(10):
             for m, o, s in zip((eager_model, model), optimizers, schedulers, strict=True):
                 backward(m, step)
@@ -245,8 +247,10 @@ def test_grad_scaler() -> None:
 def test_dense_layouts(layout: str) -> None:
     torch.manual_seed(0)
     values = torch.randn(8, 6, 5, 4)
-    values = values.transpose(0, 1) if layout == "transposed" else values.contiguous(
-        memory_format=torch.channels_last
+    values = (
+        values.transpose(0, 1)
+        if layout == "transposed"
+        else values.contiguous(memory_format=torch.channels_last)
     )
     p, q = nn.Parameter(values.clone()), nn.Parameter(values.clone())
     assert p.stride() == values.stride()

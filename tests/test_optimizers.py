@@ -182,9 +182,7 @@ def test_width_8_stays_within_the_error_of_the_format(name: str, options: dict[s
     assert 0 < error <= 1.5 * allowed
 
 
-def quantize_like(
-    twin: torch.optim.Optimizer, ours: torch.optim.Optimizer, step: int
-) -> None:
+def quantize_like(twin: torch.optim.Optimizer, ours: torch.optim.Optimizer, step: int) -> None:
     """Send the twin's float32 states through the formats that ours uses, with other noise."""
     twin_params = [p for g in twin.param_groups for p in g["params"]]
     for i, _, key, state in packed_states(ours):
@@ -197,7 +195,6 @@ def quantize_like(
 
 def distance(a: nn.Module, b: nn.Module) -> float:
     total = sum(
-        float((p - q).square().sum())
-        for p, q in zip(a.parameters(), b.parameters(), strict=True)
+        float((p - q).square().sum()) for p, q in zip(a.parameters(), b.parameters(), strict=True)
     )
     return float(total**0.5)

@@ -1,23 +1,21 @@
 """C++ from a kernel: one function per block, one loop over all blocks of all tensors.
 
-Elements are computed plane by plane (16 lanes, 8 planes a block). A reduction ends a loop over the
-planes, so the body is cut into phases; element values that cross a phase are kept in arrays of 8
-registers. Emission is deterministic: the same kernel gives the same bytes.
+Elements are computed plane by plane (16 lanes, 8 planes a block), in the phases of
+`stq_compile.codegen.cpp.schedule`. Emission is deterministic: the same kernel gives the same bytes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from stq_compile.codegen.cpp.schedule import Phase, Schedule
 from stq_compile.codegen.ir import (
     OPCODES,
     REDUCTIONS,
     STORES,
     Kernel,
-    KernelOperand,
     OperandKind,
     Space,
     Type,
@@ -50,16 +48,14 @@ TEMPLATES: dict[str, str] = {
     "int_eq": "{0} == {1}",
     "shift_left": "{0} << {1}",
     "shift_right": "{0} >> {1}",
+    **{name: f"stq::{name}({{0}}, {{1}}, {{2}})" for name in ("fma", "select")},
     **{
-        name: f"stq::{name}({{0}}, {{1}}, {{2}})"
-        for name in ("fma", "select")
+        name: f"stq::{name}({{0}}, {{1}})"
+        for name in ("min", "max", "minimum", "maximum", "pow", "lookup")
     },
-    **{name: f"stq::{name}({{0}}, {{1}})" for name in ("min", "max", "minimum", "maximum", "pow", "lookup")},
-    **{
-        name: f"stq::{name}({{0}})"
-        for name in ("abs", "sqrt", "exp", "log", "sign", "floor", "ceil",
-                     "bits_of", "from_bits", "to_float", "to_int")  # fmt: skip
-    },
+    **{name: f"stq::{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "sign")},
+    **{name: f"stq::{name}({{0}})" for name in ("floor", "ceil", "to_float", "to_int")},
+    **{name: f"stq::{name}({{0}})" for name in ("bits_of", "from_bits")},
 }
 
 POINTERS = {
@@ -72,20 +68,14 @@ POINTERS = {
     OperandKind.KEY: "uint64_t",
 }
 
-KEYWORDS = frozenset(
-    "and or not xor signed unsigned float double int long short char bool const static new "
-    "delete this class struct union enum if else for while do switch case default return "
-    "template typename public private protected void auto register volatile".split()
-)
-
-
-@dataclass
-class _Phase:
-    """Operations between two reductions."""
-
-    uniform: list[Value]  # once per block: block values and tables
-    planes: list[Value]  # once per plane
-    after: list[Value]  # results of the reductions over this phase's planes, and packing
+# fmt: off
+KEYWORDS = frozenset((
+    "and", "or", "not", "xor", "signed", "unsigned", "float", "double", "int", "long", "short",
+    "char", "bool", "void", "const", "static", "new", "delete", "this", "class", "struct",
+    "union", "enum", "if", "else", "for", "while", "do", "switch", "case", "default", "return",
+    "template", "typename", "public", "private", "protected", "auto", "register", "volatile",
+))
+# fmt: on
 
 
 def emit(kernel: Kernel) -> str:
@@ -96,52 +86,18 @@ def emit(kernel: Kernel) -> str:
 class _Emitter:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.phase_of: dict[int, int] = {}
+        self.schedule = Schedule(kernel)
         self.said: set[str] = set()
-        for v in kernel.body:
-            reached = [self.phase_of[id(a)] for a in v.args if isinstance(a, Value)]
-            phase = max(reached, default=0)
-            self.phase_of[id(v)] = phase + (v.opcode in REDUCTIONS)
-        self._sink()
-        self.kept = self._crossing()
 
     def source(self) -> str:
         parts = [
-            f"// {self.kernel.summary}\n#include \"stq_kernel.h\"",
+            f'// {self.kernel.summary}\n#include "stq_kernel.h"',
             self._row(),
             self._scalars(),
             self._block(),
             _RUN,
         ]
         return "\n\n".join(parts) + "\n"
-
-    def _sink(self) -> None:
-        """Move an element operation of at most one element argument to the phase that needs it.
-
-        That never adds a value that crosses phases, and most often removes one: random numbers
-        are made where they are used, not kept.
-        """
-        needed: dict[int, int] = {}
-        for v in reversed(self.kernel.body):
-            elements = [a for a in v.args if isinstance(a, Value) and a.space is Space.ELEMENT]
-            pure = v.opcode in OPCODES or v.opcode in ("uniform", "random", "valid")
-            if v.space is Space.ELEMENT and pure and len(elements) <= 1 and id(v) in needed:
-                self.phase_of[id(v)] = max(self.phase_of[id(v)], needed[id(v)])
-            phase = self.phase_of[id(v)] - (v.opcode in REDUCTIONS)
-            for a in v.args:
-                if isinstance(a, Value):
-                    needed[id(a)] = min(needed.get(id(a), phase), phase)
-
-    # What crosses from one phase to a later one, or to a pack after the loop.
-    def _crossing(self) -> set[int]:
-        kept: set[int] = set()
-        for v in self.kernel.body:
-            for a in v.args:
-                if isinstance(a, Value) and a.space is Space.ELEMENT:
-                    later = self.phase_of[id(v)] - (v.opcode in REDUCTIONS)
-                    if v.opcode == "pack" or later > self.phase_of[id(a)]:
-                        kept.add(id(a))
-        return kept
 
     def _row(self) -> str:
         lines = ["struct Row {"]
@@ -162,7 +118,8 @@ class _Emitter:
             lines.append(f"  const {type_} {_name(v.name)} = {self._tensor(v)};{self._note(v)}")
         for v in stores:
             lines.append(
-                f"  *row.{_name(v.operand)} = static_cast<float>({self._double(v.args[0])});{self._note(v)}"
+                f"  *row.{_name(v.operand)} = static_cast<float>({self._double(v.args[0])});"
+                + self._note(v)
             )
         for v in tensor:
             if id(v) in used:
@@ -219,7 +176,7 @@ class _Emitter:
             "                      int count) {",
         ]
         lines += self._pointers()
-        for phase in self._phases():
+        for phase in self.schedule.phases:
             lines += [f"  {line}" for v in phase.uniform for line in self._uniform(v)]
             lines += self._planes(phase)
             for v in phase.after:
@@ -257,22 +214,6 @@ class _Emitter:
                 lines.append(f"  if constexpr (tail) {copy};")
         return lines
 
-    def _phases(self) -> list[_Phase]:
-        count = max(self.phase_of.values(), default=0) + 1
-        phases = [_Phase([], [], []) for _ in range(count)]
-        for v in self.kernel.body:
-            phase = self.phase_of[id(v)]
-            if v.opcode in REDUCTIONS:
-                phases[phase - 1].planes.append(v)
-                phases[phase - 1].after.append(v)
-            elif v.opcode in ("pack", "store_word"):
-                phases[phase].after.append(v)
-            elif v.space is Space.ELEMENT:
-                phases[phase].planes.append(v)
-            elif v.space in (Space.BLOCK, Space.TABLE):
-                phases[phase].uniform.append(v)
-        return phases
-
     def _uniform(self, v: Value) -> list[str]:
         name = _name(v.name)
         if v.opcode == "load_word":
@@ -286,7 +227,7 @@ class _Emitter:
             text = f"const {type_} {name} = {self._expression(v)};"
         return [text + self._note(v)]
 
-    def _planes(self, phase: _Phase) -> list[str]:
+    def _planes(self, phase: Phase) -> list[str]:
         if not phase.planes:
             return []
         lines = []
@@ -295,7 +236,7 @@ class _Emitter:
             if v.opcode in REDUCTIONS:
                 type_ = "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
                 lines.append(f"  {type_} {name}_lanes{{}};")
-            elif id(v) in self.kept:
+            elif id(v) in self.schedule.kept:
                 lines.append(f"  {_type(v)} {name}[stq::kPlanes];")
         lines.append("#pragma GCC unroll 8")
         lines.append("  for (int p = 0; p < stq::kPlanes; ++p) {")
@@ -308,7 +249,8 @@ class _Emitter:
             x = self._argument(v.args[0], Space.ELEMENT)
             return f"{name}_lanes = p == 0 ? {x} : {name}_lanes + {x};"
         if v.opcode == "block_max":
-            return f"{name}_lanes = stq::max({name}_lanes, {self._argument(v.args[0], Space.ELEMENT)});"
+            x = self._argument(v.args[0], Space.ELEMENT)
+            return f"{name}_lanes = stq::max({name}_lanes, {x});"
         if v.opcode in ("store", "store_half"):
             kind = Type.FLOAT if v.opcode == "store" else Type.INT
             x = self._broadcast(v.args[0], kind)
@@ -323,21 +265,22 @@ class _Emitter:
             expression = "tail ? stq::valid(p, count) : stq::all(true)"
         else:
             expression = self._expression(v)
-        if id(v) in self.kept:
+        if id(v) in self.schedule.kept:
             return f"{name}[p] = {expression};"
         return f"const {_type(v)} {name} = {expression};"
 
     def _after(self, v: Value) -> str:
-        name = _name(v.name)
+        name, operand = _name(v.name), _name(v.operand)
         if v.opcode == "block_sum":
             return f"const float {name} = stq::sum_lanes({name}_lanes);"
         if v.opcode == "block_max":
             return f"const int {name} = stq::max_lanes({name}_lanes);"
         if v.opcode == "store_word":
-            return f"row.{_name(v.operand)}[index] = static_cast<uint16_t>({self._argument(v.args[0], Space.BLOCK)});"
+            word = self._argument(v.args[0], Space.BLOCK)
+            return f"row.{operand}[index] = static_cast<uint16_t>({word});"
         code = v.args[0]
         assert isinstance(code, Value)
-        return f"stq::pack<{v.width}>({_name(v.operand)}, {_name(code.name)});"
+        return f"stq::pack<{v.width}>({operand}, {_name(code.name)});"
 
     def _expression(self, v: Value) -> str:
         """A pure operation in the block, table or element space."""
@@ -365,7 +308,7 @@ class _Emitter:
         name = _name(a.name)
         if a.space is Space.TENSOR:
             return f"s.{name}"
-        return f"{name}[p]" if a.space is Space.ELEMENT and id(a) in self.kept else name
+        return f"{name}[p]" if a.space is Space.ELEMENT and id(a) in self.schedule.kept else name
 
 
 def _type(v: Value) -> str:
@@ -427,6 +370,3 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
 }
 
 extern "C" int64_t row_bytes() { return sizeof(Row); }"""
-
-
-__all__ = ["KernelOperand", "emit"]

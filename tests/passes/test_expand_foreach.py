@@ -53,8 +53,8 @@ def test_every_new_node_keeps_the_line_of_its_foreach_call() -> None:
     s.call(torch._foreach_reciprocal_, p, at="a.py:3 torch._foreach_reciprocal_(p)")
     s.call(torch._foreach_pow, 2.0, p, at="a.py:4 torch._foreach_pow(2.0, p)")
     unit = only(expand_foreach(program(s.inplace())))
-    lines = [location_of(n) for n in unit.calls]
-    assert set(lines) == {"a.py:3 torch._foreach_reciprocal_(p)", "a.py:4 torch._foreach_pow(2.0, p)"}
+    first, second = "a.py:3 torch._foreach_reciprocal_(p)", "a.py:4 torch._foreach_pow(2.0, p)"
+    assert {location_of(n) for n in unit.calls} == {first, second}
 
 
 CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {

@@ -93,7 +93,7 @@ def test_results_stay_the_same(make: Callable[[], StepGraph]) -> None:
 @pytest.mark.parametrize("make", STEPS)
 def test_what_remains_is_functional_core_aten(make: Callable[[], StepGraph]) -> None:
     unit = only(functionalize(program(make())))
-    numbers = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow}
+    numbers = {operator.sub, operator.neg}
     for node in unit.calls:
         if isinstance(node.target, torch._ops.OpOverload):
             assert not node.target._schema.is_mutable
@@ -193,7 +193,9 @@ def test_created_states_follow_each_instance() -> None:
     """Every instance's created state has its own parameter's shape, stride and position."""
     before = creating()
     (first,) = before.instances
-    operands = tuple(o.__class__(**{**o.__dict__, "shape": (7,), "stride": (1,)}) for o in first.operands)
+    operands = tuple(
+        o.__class__(**{**o.__dict__, "shape": (7,), "stride": (1,)}) for o in first.operands
+    )
     before = before.replace(instances=(first, Instance(operands, (5, 4))))
     unit = only(functionalize(program(before)))
     made = [o for o in unit.instances[1].operands if o.returned >= 0]
