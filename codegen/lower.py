@@ -292,6 +292,7 @@ def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @lowers(aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_copy.default,
         aten.alias_copy.default, aten._to_copy.default, aten.expand.default, aten.copy.default)  # fmt: skip
 def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value itself; of ``copy(target, source)``, the source."""
     return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch._dynamo.source import ConstantSource
+from torch._inductor import inductor_prims
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,23 +28,26 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph
 
 
+def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
+    """``a * b + c`` rounded once, where ``b`` is no symbolic float (``prims.fma`` takes none)."""
+    if isinstance(b, torch.SymFloat):
+        return c + a * b  # type: ignore[no-any-return]
+    fused: Tensor = inductor_prims.fma(a, b, c)
+    return fused
+
+
 def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
-    """The two formulas of ``torch.lerp``: each is exact at its own end."""
     if abs(weight) < 0.5:
-        near: Tensor = start + weight * (end - start)
-        return near
-    far: Tensor = end - (end - start) * (1 - weight)
-    return far
+        return _fma(end - start, weight, start)
+    return end - (end - start) * (1 - weight)  # type: ignore[no-any-return]
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    product = a * b
-    return x + (product if value == 1 else product.mul(value))
+    return _fma(a if value == 1 else a * value, b, x)
 
 
 def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    quotient = a / b
-    return x + (quotient if value == 1 else quotient.mul(value))
+    return x + (a if value == 1 else a * value) / b
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -58,7 +62,8 @@ DECOMPOSITIONS = {
     torch.ops.aten.addcdiv.default: _addcdiv,
     torch.ops.aten.copy.default: _copy,
 }
-"""Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind."""
+"""Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind or rounds
+otherwise than the eager kernels do: these round as eager does, operation by operation."""
 
 COPY = torch.ops.aten.copy_.default
 

@@ -179,15 +179,38 @@ def _rule_sub(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
     return _add(_interval(node.args[0], values), _neg(_mul(alpha, _interval(node.args[1], values))))
 
 
+def _product(a: Any, b: Any, values: Mapping[fx.Node, Interval]) -> Interval:
+    """Interval of ``a * b``; a square times constants has the sign of the constants."""
+    (base_a, scale_a), (base_b, scale_b) = _unscaled(a, values), _unscaled(b, values)
+    product = _mul(_interval(a, values), _interval(b, values))
+    if isinstance(base_a, fx.Node) and base_a is base_b:
+        square = _mul(_mul(scale_a, scale_b), NONNEGATIVE)
+        return (max(product[0], square[0]), min(product[1], square[1]))
+    return product
+
+
+def _unscaled(value: Any, values: Mapping[fx.Node, Interval]) -> tuple[Any, Interval]:
+    """``value`` as (base, interval of the constant factors taken off)."""
+    scale: Interval = (1.0, 1.0)
+    while isinstance(value, fx.Node) and _base_name(value) in ("mul", "neg"):
+        if _base_name(value) == "neg":
+            scale, value = _neg(scale), value.args[0]
+            continue
+        a, b = value.args[:2]
+        factor = _interval(b, values)
+        if factor[0] != factor[1]:
+            break
+        scale, value = _mul(scale, factor), a
+    return value, scale
+
+
 def _rule_mul(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
-    a, b = (_interval(x, values) for x in node.args[:2])
-    product = _mul(a, b)
-    return (max(product[0], 0.0), product[1]) if node.args[0] is node.args[1] else product
+    return _product(node.args[0], node.args[1], values)
 
 
 def _rule_fma(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
-    a, b, c = (_interval(x, values) for x in node.args[:3])
-    return _add(_mul(a, b), c)
+    a, b, c = node.args[:3]
+    return _add(_product(a, b, values), _interval(c, values))
 
 
 def _rule_pow(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:

@@ -99,7 +99,7 @@ class PackedState(Tensor):
     def data(self) -> Tensor:  # type: ignore[override]
         return self.detach()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._storage is None:
             return f"PackedState(size={tuple(self.size())}, tracing)"
         inner = str(self.dequantize()).removeprefix("tensor(").removesuffix(")")

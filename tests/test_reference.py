@@ -1,7 +1,5 @@
 """The meaning of the formats, against float64 formulas and a brute-force search over all codes.
-
-That stochastic rounding is unbiased is checked in `test_rounding.py`.
-"""
+That stochastic rounding is unbiased is checked in `test_rounding.py`."""
 
 from __future__ import annotations
 
