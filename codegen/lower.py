@@ -225,7 +225,6 @@ for _opcode, _targets in {
     "ceil": (aten.ceil.default,),
     "maximum": (aten.maximum.default,),
     "minimum": (aten.minimum.default,),
-    "fma": (inductor_prims.fma,),
     "lt": (aten.lt.Tensor, aten.lt.Scalar),
     "le": (aten.le.Tensor, aten.le.Scalar),
     "gt": (aten.gt.Tensor, aten.gt.Scalar),
@@ -240,23 +239,41 @@ for _opcode, _targets in {
     lowers(*_targets)(_simple(_opcode))
 
 
-def _scaled(b: Builder, value: Argument, factor: Argument) -> Argument:
-    return value if not isinstance(factor, Value) and factor == 1 else b.op("mul", value, factor)
-
-
 @lowers(aten.add.Tensor, aten.add.Scalar, operator.add)
 def _add(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return b.op("add", args[0], _scaled(b, args[1], kwargs.get("alpha", 1)))
+    """``a + alpha * b``, fused as in torch's CPU kernel."""
+    alpha = kwargs.get("alpha", 1)
+    if not isinstance(alpha, Value) and alpha == 1:
+        return b.op("add", *args)
+    return b.op("fma", args[1], alpha, args[0])
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar, operator.sub)
 def _sub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return b.op("sub", args[0], _scaled(b, args[1], kwargs.get("alpha", 1)))
+    alpha = kwargs.get("alpha", 1)
+    if not isinstance(alpha, Value) and alpha == 1:
+        return b.op("sub", *args)
+    negative = b.op("neg", alpha) if isinstance(alpha, Value) else -alpha
+    return b.op("fma", args[1], negative, args[0])
 
 
 @lowers(aten.rsub.Scalar, aten.rsub.Tensor)
 def _rsub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return b.op("sub", args[1], _scaled(b, args[0], kwargs.get("alpha", 1)))
+    return _sub(b, (args[1], args[0]), kwargs)
+
+
+@lowers(inductor_prims.fma)
+def _fma(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``a * b + c`` rounded once.
+
+    Dynamo writes ``c.addcmul(x, y, value=v)`` as ``fma(x * y, v, c)``, torch's CPU kernel computes
+    ``fma(v * x, y, c)``. The latter is the eager result, and matters where ``c - x * y`` cancels.
+    """
+    product, factor, addend = args
+    if isinstance(product, Value) and product.opcode == "mul" and not isinstance(factor, Value):
+        x, y = product.args
+        return b.op("fma", b.op("mul", x, factor), y, addend)
+    return b.op("fma", *args)
 
 
 @lowers(aten.reciprocal.default)
@@ -289,8 +306,8 @@ def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return value if high is None else b.op("minimum", value, high)
 
 
-@lowers(aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_copy.default,
-        aten.alias_copy.default, aten._to_copy.default, aten.expand.default, aten.copy.default)  # fmt: skip
+@lowers(aten.clone.default, aten.alias.default, aten.alias_copy.default, aten.expand.default)
+@lowers(aten.detach.default, aten.detach_copy.default, aten._to_copy.default, aten.copy.default)
 def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value itself; of ``copy(target, source)``, the source."""
     return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from optimizers import OptimizerChoice, Precision, describe_precision
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import stq_compile as stq
+from optimizers import OptimizerChoice, Precision, describe_precision
 
 
 class Task(Protocol):

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib as mpl
-from comparison import Comparison, Run, Settings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
+
+from comparison import Comparison, Run, Settings
 
 mpl.use("Agg")  # no display is needed
 

@@ -13,12 +13,13 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
+from torch import Tensor, nn
+
 from comparison import Settings, compare
 from optimizers import choose_optimizer, parse_precision
 from presentation import loss_difference, results_table, save_picture, save_results
-from rich.console import Console
 from tinygpt import GPTConfig, Text, TinyGPT, load_text
-from torch import Tensor, nn
 
 QUICK_WINDOWS = 256  # of the validation text, while training
 FINAL_WINDOWS = 1024  # and at the end

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from graphs import only, program, with_sizes
 from torch import Tensor
-from zoo import BETAS, EPS, LR
 
+from graphs import only, program, with_sizes
 from stq_compile import reference
 from stq_compile.codegen.cpp.build import CompiledKernel, build
 from stq_compile.codegen.cpp.emit import emit
@@ -27,6 +26,7 @@ from stq_compile.passes.quantize import insert_quantize
 from stq_compile.rounding import NEAREST, Noise, step_key, stream_id
 from stq_compile.runtime import Bucket, mixed_step
 from stq_compile.step_graph import Operand, Role, StepGraph
+from zoo import BETAS, EPS, LR
 
 SIZES = (1, 127, 128, 129, 1000, 4096 + 17, 9000)
 """Less than a block, whole blocks, tails; over 64 blocks together, so that two threads share."""
@@ -209,3 +209,11 @@ def codes_of(codes: Tensor, format: Format) -> Tensor:
     if format.kind == "bfloat16":
         return codes.long() & 0xFFFF
     return unpack(codes, format.width).view(-1).long()
+
+
+def run_compiled(unit: StepGraph, inputs: Mapping[str, Tensor], *, tables: bool = True) -> States:
+    """One step of a unit of one instance, by its kernel; all inputs as they are afterwards."""
+    live = {name: value.clone() for name, value in inputs.items()}
+    kernel = kernel_of(unit, tables=tables)
+    Bucket(Unit(unit, kernel, compiled(kernel)), lambda o: live[o.name]).run((), {}, 0)
+    return live

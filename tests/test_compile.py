@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import backward, equal, loss_of, make_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import stq_compile as stq
+from models import backward, equal, loss_of, make_model
 from stq_compile import PackedState, errors
 from stq_compile.backend import session_of
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from comparison import Settings
 from optimizers import choose_optimizer, parse_precision
 from tinygpt import CHUNK, HELD_OUT, GPTConfig, TinyGPT, load_text

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from golden import Golden
 from graphs import Sketch, aten, only, program, random_inputs, run, with_sizes
-from zoo import ADAM_FACTS, adam, sgd
-
 from stq_compile.errors import InvalidGraphError
 from stq_compile.formats import FORMATS
 from stq_compile.passes.quantize import insert_quantize
@@ -26,6 +25,7 @@ from stq_compile.step_graph import (
     print_graph,
     verify,
 )
+from zoo import ADAM_FACTS, adam, sgd
 
 
 def in_place() -> StepGraph:

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from models import backward, make_model
 from torch import nn
 from torch._dynamo.utils import counters
 
 import stq_compile as stq
+from models import backward, make_model
 from stq_compile import errors, reference, storage
 from stq_compile.backend import session_of
 from stq_compile.formats import WIDTHS

@@ -5,9 +5,9 @@ They use no `alpha`, so that every node is one float32 operation.
 
 from __future__ import annotations
 
-from graphs import Sketch, aten
 from torch import fx
 
+from graphs import Sketch, aten
 from stq_compile.step_graph import Facts, StepGraph
 
 LR = 0.01

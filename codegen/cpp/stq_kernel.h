@@ -137,10 +137,27 @@ STQ_INLINE double maximum(double a, double b) { return a > b || a != a ? a : b; 
 STQ_INLINE f32v sign(f32v x) { return select(x > 0, all(1.0f), select(x < 0, all(-1.0f), x)); }
 STQ_INLINE double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : x; }
 
+// Unsigned bytes and halves to int32; GCC 12 converts them one by one if left to itself.
+#if defined(__AVX512F__)
+STQ_INLINE i32v widen(u8v x) { return (i32v)_mm512_cvtepu8_epi32((__m128i)x); }
+STQ_INLINE i32v widen(u16v x) { return (i32v)_mm512_cvtepu16_epi32((__m256i)x); }
+#elif defined(__AVX2__)
+STQ_INLINE i32v widen(u8v x) {
+  __m256i h[2] = {_mm256_cvtepu8_epi32((__m128i)x), _mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)x, 8))};
+  i32v r;
+  std::memcpy(&r, h, 64);
+  return r;
+}
+STQ_INLINE i32v widen(u16v x) { return __builtin_convertvector(x, i32v); }
+#else
+STQ_INLINE i32v widen(u8v x) { return __builtin_convertvector(x, i32v); }
+STQ_INLINE i32v widen(u16v x) { return __builtin_convertvector(x, i32v); }
+#endif
+
 // Memory: one plane of 16 elements, any alignment.
 STQ_INLINE f32v load(const float* p) { f32v r; std::memcpy(&r, p, 64); return r; }
 STQ_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, 64); }
-STQ_INLINE i32v load_half(const uint16_t* p) { u16v r; std::memcpy(&r, p, 32); return __builtin_convertvector(r, i32v); }
+STQ_INLINE i32v load_half(const uint16_t* p) { u16v r; std::memcpy(&r, p, 32); return widen(r); }
 STQ_INLINE void store_half(uint16_t* p, i32v x) { u16v r = __builtin_convertvector(x, u16v); std::memcpy(p, &r, 32); }
 STQ_INLINE i32v iota() { return i32v{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 STQ_INLINE i32v valid(int plane, int count) { return iota() < count - plane * kLanes; }
@@ -149,7 +166,7 @@ STQ_INLINE i32v valid(int plane, int count) { return iota() < count - plane * kL
 STQ_INLINE i32v field(const uint8_t* p, int bits, int plane) {
   u8v bytes;
   std::memcpy(&bytes, p + kLanes * (plane % bits), kLanes);
-  return (__builtin_convertvector(bytes, i32v) >> (bits * (plane / bits))) & ((1 << bits) - 1);
+  return (widen(bytes) >> (bits * (plane / bits))) & ((1 << bits) - 1);
 }
 STQ_INLINE void put_field(uint8_t* p, int bits, const i32v* code, int shift) {
   for (int c = 0; c < bits; ++c) {
@@ -175,16 +192,22 @@ template <int width> STQ_INLINE void pack(uint8_t* p, const i32v* code) {
 }
 
 // Reductions over the lanes: by halves, in the order of the reference.
-STQ_INLINE float sum_lanes(f32v x) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] = x[i] + x[i + width];
-  return x[0];
+template <typename V, typename F> STQ_INLINE auto fold_lanes(V x, F f) {
+  typedef decltype(x[0] + x[0]) T;
+  typedef T v8 __attribute__((vector_size(32)));
+  typedef T v4 __attribute__((vector_size(16)));
+  v8 eight[2];
+  std::memcpy(eight, &x, 64);
+  const v8 a = f(eight[0], eight[1]);
+  v4 four[2];
+  std::memcpy(four, &a, 32);
+  const v4 b = f(four[0], four[1]);
+  const v4 c = f(b, __builtin_shufflevector(b, b, 2, 3, 2, 3));
+  const v4 d = f(c, __builtin_shufflevector(c, c, 1, 1, 1, 1));
+  return d[0];
 }
-STQ_INLINE int max_lanes(i32v x) {
-  int r = x[0];
-  for (int i = 1; i < kLanes; ++i) r = x[i] > r ? x[i] : r;
-  return r;
-}
+STQ_INLINE float sum_lanes(f32v x) { return fold_lanes(x, [](auto a, auto b) { return a + b; }); }
+STQ_INLINE int max_lanes(i32v x) { return fold_lanes(x, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // Random bits from the counter (seed, step, stream, block, element); see rounding.py.
 STQ_INLINE uint64_t mix64(uint64_t x) {

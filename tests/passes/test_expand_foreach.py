@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden import Golden
-from graphs import Sketch, assert_pure, assert_same, only, program, random_inputs, run
 from torch import fx
 
+from golden import Golden
+from graphs import Sketch, assert_pure, assert_same, only, program, random_inputs, run
 from stq_compile.passes.expand_foreach import expand_foreach
 from stq_compile.step_graph import StepGraph, location_of
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from golden import Golden
-from graphs import Sketch, assert_pure, assert_same, program, random_inputs, run
 from torch import fx
 
+from golden import Golden
+from graphs import Sketch, assert_pure, assert_same, program, random_inputs, run
 from stq_compile.passes.fold import fold, structural_hash
 from stq_compile.step_graph import Program, Role, StepGraph
 

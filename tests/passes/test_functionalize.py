@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from golden import Golden
 from graphs import Sketch, assert_pure, assert_same, only, program, random_inputs, run
-from zoo import adam
-
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.step_graph import Instance, Role, StepGraph, location_of
+from zoo import adam
 
 
 def momentum() -> StepGraph:

@@ -6,8 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import Sketch, assert_pure, aten, only, program
 from torch import fx
+
+from graphs import Sketch, assert_pure, aten, only, program
+from stq_compile.passes.normalizers import find_normalizers
+from stq_compile.passes.ranges import find_ranges
+from stq_compile.step_graph import Facts, StepGraph
 from zoo import (
     EPS,
     adagrad,
@@ -22,10 +26,6 @@ from zoo import (
     sgd,
     sqrt,
 )
-
-from stq_compile.passes.normalizers import find_normalizers
-from stq_compile.passes.ranges import find_ranges
-from stq_compile.step_graph import Facts, StepGraph
 
 Update = Callable[[Sketch, fx.Node, fx.Node], fx.Node]
 """The update from the new m and the new v."""

@@ -6,15 +6,15 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from golden import Golden
 from graphs import Sketch, assert_pure, aten, only, program
-from torch import fx
-from zoo import adam, amsgrad
-
 from stq_compile.codegen.lower import why_not
 from stq_compile.errors import UnsupportedOperatorError
 from stq_compile.passes.partition import element_nodes, partition
 from stq_compile.step_graph import StepGraph
+from zoo import adam, amsgrad
 
 
 def supports_all(node: fx.Node) -> str:

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from golden import Golden
 from graphs import Sketch, Values, assert_pure, aten, only, program, random_inputs, run, with_sizes
-from torch import Tensor
-from zoo import ADAM_FACTS, adam, amsgrad, sgd
-
 from stq_compile import reference
 from stq_compile.formats import FLOAT32, FORMATS, Format
 from stq_compile.options import Rounding
 from stq_compile.passes.quantize import DEQUANTIZE, QUANTIZE, insert_quantize
 from stq_compile.rounding import NEAREST, Noise, signed64
 from stq_compile.step_graph import Facts, Program, Role, StepGraph, verify
+from zoo import ADAM_FACTS, adam, amsgrad, sgd
 
 KEYS = {"exp_avg_0": 0x1234_5678_9ABC_DEF0, "exp_avg_sq_0": 0xFEDC_BA98_7654_3210}
 """The stream key of each state in the step that is run; one has its upper bit set."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import Sketch, assert_pure, aten, only, program, random_inputs, run
-from zoo import adagrad, adam, adamax, amsgrad, lion, rmsprop, sgd
 
+from graphs import Sketch, assert_pure, aten, only, program, random_inputs, run
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.step_graph import Facts, StepGraph
+from zoo import adagrad, adam, adamax, amsgrad, lion, rmsprop, sgd
 
 add, sub, mul = aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor
 

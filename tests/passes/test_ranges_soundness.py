@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import Sketch, aten, only, program, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from graphs import Sketch, aten, only, program, run
 from stq_compile.passes.ranges import Interval, _propagate, find_ranges
 from stq_compile.step_graph import Instance, StepGraph
 

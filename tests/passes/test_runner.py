@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from graphs import Sketch, program
-from zoo import adam, sgd
 
+from graphs import Sketch, program
 from stq_compile.errors import InvalidGraphError
 from stq_compile.passes.runner import Pass, run_passes
 from stq_compile.step_graph import Program
+from zoo import adam, sgd
 
 
 def renamed(name: str) -> Pass:

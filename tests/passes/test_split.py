@@ -6,9 +6,9 @@ import operator
 
 import pytest
 import torch
+
 from golden import Golden
 from graphs import Sketch, Values, assert_pure, assert_same, program, random_inputs, run
-
 from stq_compile.errors import CoupledParametersError, StqError
 from stq_compile.passes.split import split
 from stq_compile.step_graph import Program, StepGraph

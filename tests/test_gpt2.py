@@ -1,0 +1,92 @@
+"""GPT-2's 148 real shapes: few templates, and memory that stays packed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import stq_compile as stq
+from stq_compile.backend import session_of
+
+
+def gpt2_shapes(width: int = 768, layers: int = 12) -> list[tuple[int, ...]]:
+    """The parameters of GPT-2 (124 M at the defaults), in the order of the original model."""
+    layer: list[tuple[int, ...]] = [
+        (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
+        (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
+    ]  # fmt: skip
+    return [(50257, width), (1024, width), *layer * layers, (width,), (width,)]
+
+
+def make_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
+    return params
+
+
+def test_two_groups_and_148_tensors_are_few_templates() -> None:
+    params = make_parameters(gpt2_shapes(width=16))
+    matrices = [p for p in params if p.ndim > 1]
+    vectors = [p for p in params if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1, "lr": 1e-3}, {"params": vectors}]
+    optimizer = stq.compile(torch.optim.AdamW(groups, weight_decay=0.01), precision=4, min_numel=64)
+    optimizer.step()
+    session = session_of(optimizer)
+    assert session is not None
+    (step,) = session.compiled
+    assert len(step.program.units) == 1
+    assert sum(len(u.instances) for u in step.program.units) == 148
+    assert len(step.buckets) == 2  # packed ones, and vectors below min_numel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [("AdamW", ""), ("SGD", ", lr=0.1, momentum=0.9")]
+)
+def test_no_full_size_temporary(optimizer: str, options: str, tmp_path: Path) -> None:
+    """200 M parameters: peak memory above parameters and gradients is the packed states and less
+    than 64 MiB, the first step included. A small optimizer loads the compiler's modules first."""
+    script = f"""
+import torch, stq_compile as stq
+def make(sizes):
+    params = [torch.nn.Parameter(torch.zeros(n).normal_()) for n in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return stq.compile(torch.optim.{optimizer}(params{options}), precision=4)
+def field(name):
+    lines = open('/proc/self/status').read().splitlines()
+    return next(int(l.split()[1]) * 1024 for l in lines if l.startswith(name))
+warm = make([8192])
+warm.step(); warm.step()
+big = make([100_000_000, 50_000_000, 50_000_000])
+before = field('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')
+big.step(); big.step()
+print(field('VmHWM') - before - stq.report(big).state_bytes)
+"""
+    excess = int(run_script(script, tmp_path))
+    assert excess < 64 * 2**20
+
+
+def run_script(script: str, cache: Path) -> str:
+    """The last line that ``script`` prints in a process with empty compiler caches."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
