@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import re
 import subprocess
@@ -10,33 +11,190 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
 from golden import Golden
 from graphs import Sketch, aten, only, program
 from kernels import kernel_of, quantized, run_compiled
 from stq_compile.codegen.cpp.build import build
 from stq_compile.codegen.cpp.emit import emit
+from stq_compile.codegen.ir import Builder, KernelOperand, OperandKind
 from stq_compile.errors import KernelBuildError
-from stq_compile.formats import FORMATS
+from stq_compile.formats import FORMATS, Format
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.step_graph import StepGraph
 from zoo import sgd
 
+PACKED = {"exp_avg": FORMATS["softsign4"], "exp_avg_sq": FORMATS["adaptive_log3"]}
+MOMENTUM = {"momentum_buffer": FORMATS["softsign4"]}
+
 
 def adamw() -> StepGraph:
-    """AdamW as torch writes it, functionalized: decay, lerp, bias corrections, an ``lr`` input."""
+    """AdamW with an ``lr`` that is an input, functionalized from torch's own in-place calls."""
     s = Sketch("adamw")
     lr, step, p, g = s.scalar("lr", 0.01), s.counter(), s.param(), s.grad()
     m, v = s.state("exp_avg"), s.state("exp_avg_sq")
-    rate = s.call("item", lr)
-    s.call("add_", step, 1, at="adam.py:414 step_t += 1")
-    decay = s.call("rsub", s.call("mul", rate, 0.1), 1) if False else 1 - 0.01 * 0.1
-    s.call("mul_", p, decay, at="adam.py:418 param.mul_(1 - lr * weight_decay)")
-    s.call("lerp_", m, g, 0.1, at="adam.py:448 exp_avg.lerp_(grad, 1 - beta1)")
+    call, rate = s.call, s.call("item", lr)
+    call("add_", step, 1, at="adam.py:414 step_t += 1")
+    decay = call(operator.sub, 1, call(operator.mul, rate, 0.1))
+    call("mul_", p, decay, at="adam.py:418 param.mul_(1 - lr * weight_decay)")
+    call("lerp_", m, g, 0.1, at="adam.py:448 exp_avg.lerp_(grad, 1 - beta1)")
     square = "adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)"
-    s.call("addcmul_", s.call("mul_", v, 0.99, at=square), g, g, value=0.01, at=square)
-    corrections = [
-        s.call("rsub", s.call(pow, beta, step) if False else s.call("exp2", step), 1)
-        for beta in ()
+    call("addcmul_", call("mul_", v, 0.99, at=square), g, g, value=0.01, at=square)
+    rest = [call(operator.sub, 1, call(operator.pow, beta, step)) for beta in (0.9, 0.99)]
+    size = call(operator.truediv, rate, rest[0], at="adam.py:489 step_size = lr / correction1")
+    root = call(torch.sqrt, call(operator.truediv, v, rest[1]), at="adam.py:520 denom = v.sqrt()")
+    update = call(operator.truediv, m, call("add_", root, 1e-8))
+    call("sub_", p, call("mul", update, size), at="adam.py:524 param.addcdiv_(exp_avg, denom)")
+    return only(functionalize(program(s.inplace())))
+
+
+def source(unit: StepGraph, formats: dict[str, Format]) -> str:
+    return emit(kernel_of(quantized(unit, formats, "stochastic")))
+
+
+# Whole kernels. Three are enough: elsewhere tests assert structure and numbers. ---------------
+
+
+def test_adamw_float32(golden: Golden) -> None:
+    golden(source(adamw(), {}), ".cpp")
+
+
+def test_adamw_packed(golden: Golden) -> None:
+    golden(source(adamw(), PACKED), ".cpp")
+
+
+def test_sgd_packed(golden: Golden) -> None:
+    golden(source(sgd(), MOMENTUM), ".cpp")
+
+
+# Determinism. ---------------------------------------------------------------------------------
+
+
+def digest() -> str:
+    text = source(adamw(), PACKED) + source(sgd(), MOMENTUM)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_same_input_gives_the_same_bytes_in_other_processes() -> None:
+    """Sets of strings are ordered by PYTHONHASHSEED; emission must not depend on one."""
+    folder = Path(__file__).parent
+    code = (
+        f"import sys; sys.path[:0] = [{str(folder.parent)!r}, {str(folder)!r}]\n"
+        "import test_emit; print(test_emit.digest())"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "77")
     ]
-    assert not corrections
-    return s.inplace()
+    digests = {process.communicate()[0].strip() for process in processes}
+    assert digests == {digest()}
+
+
+# Every computing line says where it comes from. -----------------------------------------------
+
+STRUCTURE = re.compile(r"^(struct|static|template|STQ_INLINE|#|//|\}|for|extern|int count\)|$)")
+ADDRESSING = re.compile(
+    r"^(const int64_t first = |(float|uint16_t|uint8_t)\*? \w+(_tail\[.*\])? ?[=;]|if constexpr"
+    r"|std::mem|\w+ = \w+_tail;|const stq::BlockKey|s\.\w+ = static_cast"
+    r"|stq::(f32v|i32v) \w+(_lanes\{\}|\[stq::kPlanes\]);|(double|float\*|uint64_t) \w+;"
+    r"|(uint8_t|uint16_t)\* \w+;|int64_t \w+;|(float|bool|int) \w+;)"
+)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_computing_line_carries_its_origin(packed: bool) -> None:
+    unit = adamw()
+    text = source(unit, PACKED if packed else {})
+    own = text.split("// One row per tensor.")[0]
+    origins = {n.name for n in unit.graph.nodes} | {f"-> {w}" for w in unit.writes or ()}
+    computing = [
+        line.strip()
+        for line in own.splitlines()
+        if not STRUCTURE.match(line.strip()) and not ADDRESSING.match(line.strip())
+    ]
+    assert len(computing) > 20
+    for line in computing:
+        code, _, note = line.partition("  // ")
+        assert note, f"no origin: {line}"
+        if packed or code.startswith("const stq::i32v iota"):
+            continue
+        name = note.split("  ")[0]
+        assert name in origins or re.match(r"(param|grad|state|scalar) +float", note), line
+
+
+def test_lines_of_the_optimizer_are_named() -> None:
+    text = source(adamw(), PACKED)
+    for line in ("adam.py:418", "adam.py:448", "adam.py:471", "adam.py:489", "adam.py:524"):
+        assert line in text
+
+
+def test_the_summary_says_what_the_kernel_is() -> None:
+    first = source(sgd(), MOMENTUM).splitlines()[0]
+    assert first == (
+        "// sgd_momentum_buffer_softsign4: momentum_buffer_0 softsign4; 1 tensor; "
+        "13.03 bytes per element"
+    )
+
+
+# Names and literals. --------------------------------------------------------------------------
+
+
+def test_operands_may_be_named_like_keywords_of_cpp_and_the_kernels_own_names() -> None:
+    """State keys are the optimizer's: ``double``, ``step``, ``index``, ``s``, ``row``, ``p``."""
+    keys = ["double", "new", "class", "step", "index", "s", "row", "p", "count", "first", "tail",
+            "numel", "first_block", "stq", "block", "Row", "std", "run", "int", "main", "NULL",
+            "float32_t", "xor", "alignas", "operator", "namespace", "try"]  # fmt: skip
+    operands = [KernelOperand(key, OperandKind.FLOATS, written=True) for key in keys]
+    b = Builder("names", operands)
+    b.origin = "here"
+    for key in keys:
+        b.store("store", key, b.op("mul", b.read("load", key), 2.0))
+    build("names", emit(b.kernel))
+
+
+@pytest.mark.parametrize(
+    "value", [float("inf"), -float("inf"), float("nan"), 1e-42, -0.0, 3.4e38, 1e300, 16777217.0, 7]
+)
+def test_literals_keep_their_float32_value(value: float) -> None:
+    text = source(literal_unit(value), {})
+    line = next(x for x in text.splitlines() if " * " in x and "mul_tensor" in x)
+    literal = line.split(" * ")[1].split(";")[0]
+    constants = {"INFINITY": float("inf"), "-INFINITY": -float("inf"), "NAN": float("nan")}
+    found = constants.get(literal)
+    if found is None:
+        assert re.fullmatch(r"-?\d.*[.e].*f", literal), "no float literal in C++"
+        found = float(literal.removesuffix("f"))
+    expected = torch.tensor(value, dtype=torch.float64).float()
+    assert torch.tensor(found, dtype=torch.float64).float().equal(expected) or found != found
+    assert str(found)[0] == str(float(expected))[0]  # the sign of zero
+
+
+def literal_unit(value: float) -> StepGraph:
+    s = Sketch(shape=(5,))
+    p, g = s.param(), s.grad()
+    return s.functional({p: s.call(aten.add.Tensor, p, s.call(aten.mul.Tensor, g, value))})
+
+
+def test_a_kernel_without_states_or_scalars_runs() -> None:
+    x = {"param_0": torch.arange(5.0), "grad_0": torch.ones(5)}
+    assert torch.equal(run_compiled(literal_unit(2.0), x)["param_0"], torch.arange(5.0) + 2)
+
+
+def test_an_empty_tensor_is_no_work() -> None:
+    s = Sketch(shape=(0,))
+    p, g, m = s.param(), s.grad(), s.state("momentum_buffer")
+    unit = s.functional({m: s.call(aten.add.Tensor, m, g), p: s.call(aten.sub.Tensor, p, g)})
+    empty = torch.empty(0)
+    after = run_compiled(unit, {"param_0": empty, "grad_0": empty, "momentum_buffer_0": empty})
+    assert after["param_0"].numel() == 0
+
+
+def test_a_compiler_error_names_the_kernel_and_shows_the_output() -> None:
+    with pytest.raises(KernelBuildError, match=r"kernel broken[\s\S]*error[\s\S]*g\+\+"):
+        build("broken", "this is no C++")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from kernels import kernel_of, quantized
 from stq_compile.codegen.ir import (
     Builder,

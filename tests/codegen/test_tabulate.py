@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from graphs import Sketch, aten
 from kernels import Rig, compiled, differing, kernel_of, quantized
 from stq_compile.codegen.ir import Kernel, Space, verify_kernel
@@ -44,7 +45,9 @@ CASES: dict[str, tuple[StepGraph, dict[str, Format], Rounding]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_results_are_bit_equal(name: str) -> None:
     unit, formats, rounding = CASES[name]
-    normalizers = {k: v for k, v in NORMALIZERS.items() if any(f.normalized for f in formats.values())}
+    normalizers = {
+        k: v for k, v in NORMALIZERS.items() if any(f.normalized for f in formats.values())
+    }
     results = []
     for tables in (True, False):
         rig = Rig(unit, formats, rounding, normalizers=normalizers, tables=tables)
