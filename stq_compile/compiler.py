@@ -60,12 +60,20 @@ def analyse(program: Program, dump: Path | None = None) -> list[Stage]:
     return run_passes(program, FRONT, dump=dump)
 
 
+@dataclass(frozen=True)
+class Generated:
+    """The back passes' stages, and their last one compiled."""
+
+    stages: list[Stage]
+    units: list[Unit]
+
+
 def generate(
     program: Program, format_of: FormatOf, rounding: Rounding, dump: Path | None = None
-) -> list[Unit]:
+) -> Generated:
     """Quantize every template at the formats given and compile its kernels."""
     stages = run_passes(program, back(format_of, rounding), dump=dump, first=len(FRONT) + 1)
-    return [_compile(unit) for unit in stages[-1].program.units]
+    return Generated(stages, [_compile(unit) for unit in stages[-1].program.units])
 
 
 def _compile(graph: StepGraph) -> Unit:

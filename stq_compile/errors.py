@@ -143,6 +143,10 @@ class KernelBuildError(StqError):
     )
 
 
+class InvalidTargetError(StqError):
+    message = "{target}: {reason}"
+
+
 class UnsupportedDeviceError(StqError):
     message = (
         "{source} is on device {device}, for which there is no code generator yet; "

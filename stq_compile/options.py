@@ -70,6 +70,18 @@ class Options:
                 width = value
         return width
 
+    def width_of_created(self, param: str) -> int:
+        """Width of a state whose key is not known yet, since the step is about to create it.
+
+        The widest that any entry gives to a state of this parameter, so that nothing is lost
+        before the key is known.
+        """
+        if self.precision is None or isinstance(self.precision, int):
+            return self.width_of(param, "")
+        splits = [(*pattern.rpartition(":"), width) for pattern, width in self.precision.items()]
+        widths = [w for p, _, _, w in splits if fnmatch.fnmatchcase(param, p or "*")]
+        return max(widths, default=DEFAULT_PRECISION)
+
     def excludes(self, param: str) -> bool:
         """Whether the states of the parameter named ``param`` stay as they are."""
         return any(fnmatch.fnmatchcase(param, pattern) for pattern in self.exclude)

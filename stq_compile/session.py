@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.capture import Captured, capture, param_sources
-from stq_compile.compiler import Unit, analyse, generate
+from stq_compile.compiler import Generated, Unit, analyse, generate
 from stq_compile.errors import (
     UnsupportedDeviceError,
     UnsupportedParameterError,
@@ -90,6 +90,8 @@ class Session:
             return 32
         if self.options.excludes(operand.source.name):
             return 32
+        if operand.returned >= 0:
+            return self.options.width_of_created(operand.source.name)
         return self.options.width_of(operand.source.name, operand.source.key)
 
     def format_of(self, operand: Operand, unit: StepGraph) -> Format:
@@ -190,6 +192,7 @@ class CompiledStep:
         self.session = session
         self.bindings = captured.bindings
         self.attributes = captured.attributes
+        self.front = stages
         self.stages = stages
         self.buckets: list[Bucket] = []
         self.created: list[Operand] = []
@@ -197,17 +200,18 @@ class CompiledStep:
     @property
     def program(self) -> Program:
         """The templates, before formats."""
-        return self.stages[-1].program
+        return self.front[-1].program
 
-    def generate(self) -> list[Unit]:
+    def generate(self) -> Generated:
         """Compile kernels for the widths in force; changes nothing."""
         session = self.session
         return generate(self.program, session.format_of, session.options.rounding, session.dump)
 
-    def adopt(self, units: list[Unit]) -> None:
-        """Bring the states into the formats of ``units``, and use them from the next step on."""
+    def adopt(self, generated: Generated) -> None:
+        """Bring the states into the formats generated for, and use these from the next step on."""
         self._commit(self._wanted())
-        self._build_buckets(units)
+        self._build_buckets(generated.units)
+        self.stages = [*self.front, *generated.stages[1:]]
 
     def release(self, gm: fx.GraphModule) -> None:
         """Let Dynamo's module hold the packed states, so that the float32 ones are freed."""

@@ -465,3 +465,22 @@ def test_coupled_parameters() -> None:
         p.grad = torch.ones_like(p)
     optimizer = stq.compile(Coupled(params))
     refused_step(optimizer, errors.CoupledParametersError, r"group0.param0.*group0.param1")
+
+
+@pytest.mark.parametrize(("width", "first"), [(32, 32), (4, 8)])
+def test_a_state_that_the_step_creates(width: int, first: int) -> None:
+    """SGD makes its momentum buffer from the first gradient: packed then, at the widest width that
+    any entry gives, and at its own from the second step on."""
+    model = make_model()
+    optimizer = stq.compile(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        precision={"momentum_buffer": width, "other": 8},
+        min_numel=64,
+    )
+    for step, expected in enumerate((first, width)):
+        backward(model, step)
+        optimizer.step()
+        for p in model.parameters():
+            buffer = optimizer.state[p]["momentum_buffer"]
+            found = buffer.format.width if isinstance(buffer, PackedState) else 32
+            assert found == (expected if p.numel() >= 64 else 32)

@@ -1,0 +1,179 @@
+"""``stq``: look into a compiled step."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from torch.optim import Optimizer
+
+from stq_compile import api
+from stq_compile.backend import session_of
+from stq_compile.codegen.lower import bytes_per_element
+from stq_compile.errors import InvalidTargetError, StqError
+from stq_compile.passes.runner import Stage
+from stq_compile.session import CompiledStep
+
+app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+console = Console()
+
+TARGET_HELP = (
+    "a class of torch.optim (AdamW), or module:callable or file.py:callable that returns an "
+    "optimizer; gradients that are missing are made up"
+)
+Target = Annotated[str, typer.Argument(help=TARGET_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Precision = Annotated[int, typer.Option(help="bits of every state")]
+
+
+@app.command()
+def trace(target: Target, precision: Precision = 4, as_json: Json = False) -> None:
+    """Print the captured step graph, every input with its role and source."""
+    with _errors():
+        _show(_compiled(target, precision).stages[0], as_json)
+
+
+@app.command()
+def passes(target: Target, precision: Precision = 4, as_json: Json = False) -> None:
+    """List the passes: graphs, nodes and time after each."""
+    with _errors():
+        stages = _compiled(target, precision).stages
+        rows = [
+            {
+                "name": s.name,
+                "graphs": len(s.program.units),
+                "nodes": s.program.nodes,
+                "milliseconds": round(s.seconds * 1e3, 2),
+            }
+            for s in stages
+        ]
+        if as_json:
+            print(json.dumps({"passes": rows}))
+            return
+        table = Table(title=f"passes on {target}")
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name == "name" else "right")
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        console.print(table)
+
+
+@app.command()
+def show(
+    target: Target,
+    after: Annotated[str, typer.Option(help="name of a pass; see `stq passes`")],
+    precision: Precision = 4,
+    as_json: Json = False,
+) -> None:
+    """Print the step graphs after a pass, as Python."""
+    with _errors():
+        stages = {s.name: s for s in _compiled(target, precision).stages}
+        if after not in stages:
+            raise InvalidTargetError(
+                target=after, reason=f"no such pass; the passes are {', '.join(stages)}"
+            )
+        _show(stages[after], as_json)
+
+
+@app.command()
+def kernels(target: Target, precision: Precision = 4, as_json: Json = False) -> None:
+    """Print the generated C++ of every kernel."""
+    with _errors():
+        units = [bucket.unit for bucket in _compiled(target, precision).buckets]
+        rows = [
+            {
+                "name": u.kernel.name,
+                "target": "cpu",
+                "tensors": len(u.graph.instances),
+                "bytes_per_param": bytes_per_element(u.kernel),
+                "source": u.compiled.source,
+            }
+            for u in units
+        ]
+        if as_json:
+            print(json.dumps({"kernels": rows}))
+            return
+        for row in rows:
+            console.print(Syntax(str(row["source"]), "cpp", word_wrap=False))
+
+
+def _show(stage: Stage, as_json: bool) -> None:
+    text = str(stage.program)
+    if as_json:
+        print(json.dumps({"pass": stage.name, "optimizer": stage.program.optimizer, "graph": text}))
+    else:
+        console.print(Syntax(text, "python", word_wrap=False))
+
+
+def _compiled(target: str, precision: int) -> CompiledStep:
+    """Run one step of the target with packed states, and return what was compiled for it."""
+    optimizer = _optimizer(target)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+    api.compile(optimizer, precision=precision)
+    optimizer.step()
+    session = session_of(optimizer)
+    assert session is not None
+    (step,) = session.compiled
+    return step
+
+
+def _optimizer(target: str) -> Optimizer:
+    made = _callable(target)()
+    if not isinstance(made, Optimizer):
+        raise InvalidTargetError(
+            target=target, reason=f"it returns a {type(made).__name__}, not an optimizer"
+        )
+    return made
+
+
+def _callable(target: str) -> Callable[[], Any]:
+    place, _, name = target.rpartition(":")
+    if not place:
+        cls = getattr(torch.optim, target.removeprefix("torch.optim."), None)
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+            raise InvalidTargetError(target=target, reason="torch.optim has no such optimizer")
+        return lambda: cls([torch.nn.Parameter(torch.ones(128, 64))])
+    try:
+        module = (
+            _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
+        found: Callable[[], Any] = getattr(module, name)
+    except Exception as error:  # whatever the user's module raises is its own business
+        raise InvalidTargetError(
+            target=target, reason=f"{type(error).__name__}: {error}"
+        ) from error
+    return found
+
+
+def _load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Our own errors as one line on standard error, and exit code 2."""
+    try:
+        yield
+    except StqError as error:
+        typer.echo(f"stq: {error}", err=True)
+        raise typer.Exit(2) from error

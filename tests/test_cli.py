@@ -1,0 +1,79 @@
+"""The ``stq`` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stq_compile.cli import app
+
+SOURCE = """
+import torch
+def make():
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(100, 60))], lr=0.1, momentum=0.9)
+def wrong():
+    return 3
+"""
+
+
+def run(*args: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, args)
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    file = tmp_path / "mine.py"
+    file.write_text(SOURCE)
+    return str(file)
+
+
+def test_trace_shows_roles_and_lines(target: str) -> None:
+    code, text = run("trace", "torch.optim.AdamW")
+    assert code == 0
+    assert "state  float32[128, 64] group0.param0:exp_avg_sq" in text
+    assert "adam.py:" in text
+
+
+def test_passes_and_show() -> None:
+    code, text = run("passes", "AdamW", "--json")
+    assert code == 0
+    names = [row["name"] for row in json.loads(text)["passes"]]
+    assert names[0] == "input"
+    assert names[-1] == "partition"
+    code, text = run("show", "AdamW", "--after", "quantize", "--precision", "3", "--json")
+    assert code == 0
+    assert "torch.ops.stq.quantize" in json.loads(text)["graph"]
+    assert "midrise3" in json.loads(text)["graph"]
+
+
+def test_kernels_of_a_file(target: str) -> None:
+    code, text = run("kernels", f"{target}:make", "--json")
+    assert code == 0
+    (kernel,) = json.loads(text)["kernels"]
+    assert kernel["target"] == "cpu"
+    assert "stq::pack<4>" in kernel["source"]
+    assert kernel["bytes_per_param"] < 12.6
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("trace", "Adamm"), "no such optimizer"),
+        (("trace", "nowhere:make"), "No module named"),
+        (("trace", "{target}:wrong"), "returns a int"),
+        (("trace", "{target}:missing"), "no attribute"),
+        (("show", "SGD", "--after", "nothing"), "no such pass"),
+        (("kernels", "LBFGS"), "line search"),
+    ],
+)
+def test_bad_targets_are_one_line_and_exit_2(
+    args: tuple[str, ...], reason: str, target: str
+) -> None:
+    code, text = run(*(a.format(target=target) for a in args))
+    assert code == 2
+    assert reason in text
+    assert len(text.strip().splitlines()) == 1
