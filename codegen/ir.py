@@ -132,6 +132,11 @@ class KernelOperand:
     written: bool = False
     width: int = 0
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of an element, for operands that have one."""
+        return {OperandKind.FLOATS: 4, OperandKind.HALVES: 2}[self.kind]
+
 
 @dataclass(eq=False)
 class Value:

@@ -46,7 +46,9 @@ def sgd_math(p: Tensor, g: Tensor, s: States) -> tuple[Tensor, States]:
 def adam_math(p: Tensor, g: Tensor, s: States) -> tuple[Tensor, States]:
     m = s["exp_avg"] * BETAS[0] + g * (1 - BETAS[0])
     v = s["exp_avg_sq"] * BETAS[1] + g * g * (1 - BETAS[1])
-    return p - m / (v.sqrt() + EPS) * LR, {"exp_avg": m, "exp_avg_sq": v}
+    # torch's own float32 root is not always rounded correctly; the kernel's is.
+    root = v.double().sqrt().float()
+    return p - m / (root + EPS) * LR, {"exp_avg": m, "exp_avg_sq": v}
 
 
 def quantized(unit: StepGraph, formats: Formats, rounding: Rounding) -> StepGraph:

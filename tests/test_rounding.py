@@ -338,6 +338,26 @@ def test_the_mean_shows_that_nearest_rounding_is_biased(format: Format) -> None:
     assert max(bias(format, NEAREST, target) for target in TARGETS[format.kind]) > 5
 
 
+@pytest.mark.parametrize("kind", ["softsign", "adaptive_log"])
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-24])
+def test_zero_and_the_largest_value_stay_whatever_the_random_number(
+    kind: str, width: int, extreme: float
+) -> None:
+    """The outermost random numbers don't move a value that is a level already."""
+
+    class Extreme(Noise):
+        def uniform(self, first_block: int, blocks: int) -> float:
+            return extreme
+
+    format = FORMATS[f"{kind}{width}"]
+    x = torch.tensor([1.0, 0.0]).repeat(64)
+    values = decode(*encode(x, format, Extreme(1)), format, 128)
+    assert (values[::2] == 1).all()
+    if format.signed:
+        assert (values[1::2] == 0).all()
+
+
 def test_bfloat16_keeps_what_it_can_hold_and_shows_broken_numbers() -> None:
     x = torch.tensor([1.5, -0.0, 3.0e-39, math.inf, -math.inf, math.nan])
     x[:3] = x[:3].bfloat16().float()

@@ -94,7 +94,7 @@ class _Emitter:
             f'// {self.kernel.summary}\n#include "stq_kernel.h"',
             self._row(),
             self._scalars(),
-            self._block(),
+            self._tile(),
             _RUN,
         ]
         return "\n\n".join(parts) + "\n"
@@ -168,41 +168,62 @@ class _Emitter:
         self.said.add(v.origin)
         return f"  // {text}"
 
-    # The block function.
-    def _block(self) -> str:
+    # The tile function.
+    def _tile(self) -> str:
         lines = [
             "template <bool tail>",
-            "STQ_INLINE void block(const Row& row, const Scalars& s, uint64_t step, int64_t index,",
-            "                      int count) {",
+            "STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,",
+            "                     int blocks, int count) {",
+            "  constexpr int size = tail ? 1 : stq::kTile;",
+            *self._tail_buffers(),
+            *self._crossing(),
         ]
-        lines += self._pointers()
         for phase in self.schedule.phases:
-            lines += [f"  {line}" for v in phase.uniform for line in self._uniform(v)]
+            lines.append("  for (int j = 0; j < blocks; ++j) {")
+            lines.append("    const int64_t index = first + j;")
+            lines += self._pointers(phase)
+            lines += [f"    {self._uniform(v)}{self._note(v)}" for v in phase.uniform]
             lines += self._planes(phase)
-            for v in phase.after:
-                lines.append(f"  {self._after(v)}{self._note(v)}")
+            lines += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
+            lines.append("  }")
         lines += self._copy_back()
         return "\n".join([*lines, "}"])
 
-    def _pointers(self) -> list[str]:
-        lines = ["  const int64_t first = index * stq::kBlock;"]
+    def _tail_buffers(self) -> list[str]:
+        """The last, partial block of a tensor is computed in buffers padded with zeros."""
+        lines = []
+        for o in self.kernel.operands:
+            if o.kind not in (OperandKind.FLOATS, OperandKind.HALVES):
+                continue
+            name, type_ = _name(o.name), POINTERS[o.kind].removesuffix("*")
+            lines.append(f"  {type_} {name}_tail[tail ? stq::kBlock : 1] = {{}};")
+            copy = f"std::memcpy({name}_tail, row.{name} + first * stq::kBlock, count * {o.bytes})"
+            lines.append(f"  if constexpr (tail) {copy};")
+        return lines
+
+    def _crossing(self) -> list[str]:
+        lines = []
+        for v in self.kernel.body:
+            if id(v) in self.schedule.crossing:
+                planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
+                lines.append(f"  {_type(v)} {_name(v.name)}[size]{planes};")
+        return lines
+
+    def _pointers(self, phase: Phase) -> list[str]:
+        lines = []
+        used = {v.operand for v in [*phase.uniform, *phase.planes, *phase.after]}
         for o in self.kernel.operands:
             name = _name(o.name)
+            if o.name not in used:
+                continue
             if o.kind in (OperandKind.FLOATS, OperandKind.HALVES):
-                type_ = POINTERS[o.kind].removesuffix("*")
-                lines.append(f"  {type_}* {name} = row.{name} + first;")
-                lines.append(f"  {type_} {name}_tail[tail ? stq::kBlock : 1];")
-                lines.append("  if constexpr (tail) {")
-                lines.append(f"    std::memset({name}_tail, 0, sizeof {name}_tail);")
-                lines.append(f"    std::memcpy({name}_tail, {name}, count * sizeof(*{name}));")
-                lines.append(f"    {name} = {name}_tail;")
-                lines.append("  }")
+                place = f"row.{name} + index * stq::kBlock"
+                lines.append(f"    {POINTERS[o.kind]} {name} = tail ? {name}_tail : {place};")
             elif o.kind is OperandKind.CODES:
-                stride = o.width * 16
-                lines.append(f"  uint8_t* {name} = row.{name} + index * {stride};")
+                lines.append(f"    uint8_t* {name} = row.{name} + index * {o.width * 16};")
             elif o.kind is OperandKind.KEY:
                 key = f"stq::block_key(row.{name}, step, row.first_block + index)"
-                lines.append(f"  const stq::BlockKey {name} = {key};")
+                lines.append(f"    const stq::BlockKey {name} = {key};")
         return lines
 
     def _copy_back(self) -> list[str]:
@@ -210,22 +231,28 @@ class _Emitter:
         for o in self.kernel.operands:
             if o.kind in (OperandKind.FLOATS, OperandKind.HALVES) and o.written:
                 name = _name(o.name)
-                copy = f"std::memcpy(row.{name} + first, {name}, count * sizeof(*{name}))"
+                place = f"row.{name} + first * stq::kBlock"
+                copy = f"std::memcpy({place}, {name}_tail, count * {o.bytes})"
                 lines.append(f"  if constexpr (tail) {copy};")
         return lines
 
-    def _uniform(self, v: Value) -> list[str]:
-        name = _name(v.name)
+    def _assign(self, v: Value, expression: str) -> str:
+        """Define a value where it lives: in the tile, in the planes of a block, or nowhere else."""
+        if id(v) in self.schedule.crossing:
+            planes = "[p]" if v.space is Space.ELEMENT else ""
+            return f"{_name(v.name)}[j]{planes} = {expression};"
+        if id(v) in self.schedule.gathered:
+            return f"{_name(v.name)}[p] = {expression};"
+        return f"const {_type(v)} {_name(v.name)} = {expression};"
+
+    def _uniform(self, v: Value) -> str:
         if v.opcode == "load_word":
-            text = f"const int {name} = row.{_name(v.operand)}[index];"
-        elif v.opcode == "valid_count":
-            text = f"const float {name} = tail ? static_cast<float>(count) : 128.0f;"
-        elif v.opcode == "iota":
-            text = f"const stq::i32v {name} = stq::iota();"
-        else:
-            type_ = _type(v)
-            text = f"const {type_} {name} = {self._expression(v)};"
-        return [text + self._note(v)]
+            return self._assign(v, f"row.{_name(v.operand)}[index]")
+        if v.opcode == "valid_count":
+            return self._assign(v, "tail ? static_cast<float>(count) : 128.0f")
+        if v.opcode == "iota":
+            return self._assign(v, "stq::iota()")
+        return self._assign(v, self._expression(v))
 
     def _planes(self, phase: Phase) -> list[str]:
         if not phase.planes:
@@ -235,13 +262,13 @@ class _Emitter:
             name = _name(v.name)
             if v.opcode in REDUCTIONS:
                 type_ = "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
-                lines.append(f"  {type_} {name}_lanes{{}};")
-            elif id(v) in self.schedule.kept:
-                lines.append(f"  {_type(v)} {name}[stq::kPlanes];")
+                lines.append(f"    {type_} {name}_lanes{{}};")
+            elif id(v) in self.schedule.gathered:
+                lines.append(f"    {_type(v)} {name}[stq::kPlanes];")
         lines.append("#pragma GCC unroll 8")
-        lines.append("  for (int p = 0; p < stq::kPlanes; ++p) {")
-        lines += [f"    {self._plane(v)}{self._note(v)}" for v in phase.planes]
-        return [*lines, "  }"]
+        lines.append("    for (int p = 0; p < stq::kPlanes; ++p) {")
+        lines += [f"      {self._plane(v)}{self._note(v)}" for v in phase.planes]
+        return [*lines, "    }"]
 
     def _plane(self, v: Value) -> str:
         name, operand = _name(v.name), _name(v.operand)
@@ -265,22 +292,23 @@ class _Emitter:
             expression = "tail ? stq::valid(p, count) : stq::all(true)"
         else:
             expression = self._expression(v)
-        if id(v) in self.schedule.kept:
-            return f"{name}[p] = {expression};"
-        return f"const {_type(v)} {name} = {expression};"
+        return self._assign(v, expression)
 
     def _after(self, v: Value) -> str:
         name, operand = _name(v.name), _name(v.operand)
         if v.opcode == "block_sum":
-            return f"const float {name} = stq::sum_lanes({name}_lanes);"
+            return self._assign(v, f"stq::sum_lanes({name}_lanes)")
         if v.opcode == "block_max":
-            return f"const int {name} = stq::max_lanes({name}_lanes);"
+            return self._assign(v, f"stq::max_lanes({name}_lanes)")
         if v.opcode == "store_word":
             word = self._argument(v.args[0], Space.BLOCK)
             return f"row.{operand}[index] = static_cast<uint16_t>({word});"
         code = v.args[0]
         assert isinstance(code, Value)
-        return f"stq::pack<{v.width}>({operand}, {_name(code.name)});"
+        planes = (
+            f"{_name(code.name)}[j]" if id(code) in self.schedule.crossing else _name(code.name)
+        )
+        return f"stq::pack<{v.width}>({operand}, {planes});"
 
     def _expression(self, v: Value) -> str:
         """A pure operation in the block, table or element space."""
@@ -308,7 +336,13 @@ class _Emitter:
         name = _name(a.name)
         if a.space is Space.TENSOR:
             return f"s.{name}"
-        return f"{name}[p]" if a.space is Space.ELEMENT and id(a) in self.schedule.kept else name
+        if a.opcode == "iota":
+            return "stq::iota()"
+        if id(a) in self.schedule.crossing:
+            name += "[j]"
+        elif id(a) in self.schedule.gathered:
+            return f"{name}[p]"
+        return f"{name}[p]" if a.space is Space.ELEMENT and name.endswith("[j]") else name
 
 
 def _type(v: Value) -> str:
@@ -360,9 +394,15 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
       while (start[r + 1] <= b) ++r;
       const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
-      for (int64_t i = b - start[r]; i < stop; ++i) {
-        if (i < last) block<false>(rows[r], s[r], step, i, stq::kBlock);
-        else block<true>(rows[r], s[r], step, i, static_cast<int>(rows[r].numel - i * stq::kBlock));
+      int64_t i = b - start[r];
+      for (; i < stop && i < last; i += stq::kTile) {
+        const int64_t left = (stop < last ? stop : last) - i;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+      }
+      if (stop > last) {
+        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
+        tile<true>(rows[r], s[r], step, last, 1, count);
       }
       b = start[r] + stop;
     }

@@ -18,6 +18,7 @@ namespace stq {
 constexpr int kLanes = 16;
 constexpr int kPlanes = 8;
 constexpr int kBlock = kLanes * kPlanes;
+constexpr int kTile = 8;  // blocks that go through a phase together; what crosses fits the L1 cache
 
 typedef float f32v __attribute__((vector_size(64)));
 typedef int32_t i32v __attribute__((vector_size(64)));

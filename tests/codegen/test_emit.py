@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from golden import Golden
-from graphs import Sketch, aten, only, program
-from kernels import kernel_of, quantized, run_compiled
+from graphs import Sketch, aten, only, program, with_sizes
+from kernels import Rig, compiled, differing, kernel_of, quantized, sgd_math
 from stq_compile.codegen.cpp.build import build
 from stq_compile.codegen.cpp.emit import emit
 from stq_compile.codegen.ir import Builder, KernelOperand, OperandKind
@@ -170,18 +170,20 @@ def literal_unit(value: float) -> StepGraph:
     return s.functional({p: s.call(aten.add.Tensor, p, s.call(aten.mul.Tensor, g, value))})
 
 
-def test_a_kernel_without_states_or_scalars_runs() -> None:
-    x = {"param_0": torch.arange(5.0), "grad_0": torch.ones(5)}
-    assert torch.equal(run_compiled(literal_unit(2.0), x)["param_0"], torch.arange(5.0) + 2)
-
-
 def test_an_empty_tensor_is_no_work() -> None:
-    s = Sketch(shape=(0,))
-    p, g, m = s.param(), s.grad(), s.state("momentum_buffer")
-    unit = s.functional({m: s.call(aten.add.Tensor, m, g), p: s.call(aten.sub.Tensor, p, g)})
-    empty = torch.empty(0)
-    after = run_compiled(unit, {"param_0": empty, "grad_0": empty, "momentum_buffer_0": empty})
-    assert after["param_0"].numel() == 0
+    rig = Rig(sgd(), MOMENTUM, "stochastic", sizes=(0, 5, 0))
+    expected = rig.expected(sgd_math, 0)
+    rig.run(compiled(rig.kernel), 0)
+    assert not differing(rig.bits(), expected)
+
+
+def test_the_source_does_not_depend_on_the_tensors() -> None:
+    """Or a change of one tensor's width would compile other buckets anew."""
+    few, many = (
+        kernel_of(quantized(with_sizes(sgd(), sizes), MOMENTUM, "nearest"))
+        for sizes in ((7,), (5, 300, 20))
+    )
+    assert emit(few) == emit(many)
 
 
 def test_a_compiler_error_names_the_kernel_and_shows_the_output() -> None:
