@@ -6,7 +6,10 @@ that a kernel's codes equal the reference's bit for bit where its inputs do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from stq_compile.codegen.ir import Builder, Value
 from stq_compile.formats import (
@@ -14,6 +17,7 @@ from stq_compile.formats import (
     LOG2_COEFFICIENTS,
     MAX_RANGE,
     MIDRISE_CLIP,
+    MIDRISE_LIMIT,
     RANGE_STEP,
     TAIL_DEVIATIONS,
     Format,
@@ -53,7 +57,8 @@ def decode_block(
     if format.kind == "adaptive_log":
         octave_range = _octave_range(b, b.op("to_float", b.op("int_and", word, 31)))
         ratio = b.op("mul", octave_range, 1.0 / format.top_code)
-        octaves = b.op("fma", b.op("to_float", code), ratio, b.op("neg", octave_range))
+        below = b.op("to_float", b.op("int_sub", code, format.top_code))
+        octaves = b.op("mul", below, ratio)
         scale = b.op("from_bits", b.op("shift_left", b.op("shift_right", word, 5), 20))
         return b.op("mul", scale, exp2(b, octaves))
     assert normalizer is not None
@@ -65,18 +70,22 @@ def decode_block(
 def encode(
     b: Builder, x: Value, state: Stored, normalizer: Value | None
 ) -> tuple[Value, Value | None]:
-    """Encode elements; returns the code and the scale word, not yet stored."""
+    """Encode elements; returns the code and the scale word, not yet stored.
+
+    ``noise`` is uniform in [0, 2^24), or half of that to round to nearest. Codes come as floats
+    and are cut off towards zero at the end, which is the floor of what is not negative.
+    """
     format = state.format
     if format.kind == "bfloat16":
         return _encode_bfloat16(b, x, state), None
-    uniform = 0.5 if state.key is None else b.read("uniform", state.key, name="uniform")
+    noise = 0.5 * 2**24 if state.key is None else b.read("random24", state.key)
     if format.kind == "softsign":
-        code, word = _encode_softsign(b, x, format, uniform)
+        code, word = _encode_softsign(b, x, format, noise)
     elif format.kind == "adaptive_log":
-        code, word = _encode_adaptive_log(b, x, format, uniform)
+        code, word = _encode_adaptive_log(b, x, format, noise)
     else:
         assert normalizer is not None
-        code, word = _encode_midrise(b, x, normalizer, format, uniform)
+        code, word = _encode_midrise(b, x, normalizer, format, noise)
     return b.op("int_select", b.read("valid"), b.op("to_int", code), 0), word
 
 
@@ -134,7 +143,7 @@ def _reciprocal(b: Builder, scale: Value) -> Value:
 
 
 def _encode_softsign(
-    b: Builder, x: Value, format: Format, uniform: Value | float
+    b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     top = float(format.top_code // 2)
     word = _scale_up(b, _absmax(b, x), 16)
@@ -142,16 +151,16 @@ def _encode_softsign(
     a = b.op("min", b.op("mul", b.op("abs", x), inverse), 1.0)
     w = b.op("add", a, 1.0)
     t = b.op("div", b.op("mul", a, 2.0 * top), w)
-    k = b.op("min", b.op("floor", t), top - 1.0)
+    k = b.op("floor", t)
     p = b.op("mul", b.op("sub", t, k), b.op("sub", 2.0 * top - 1.0, k))
-    p = b.op("mul", p, b.op("mul", w, 1.0 / (2.0 * top)))
-    level = b.op("select", b.op("lt", uniform, p), b.op("add", k, 1.0), k)
-    signed = b.op("select", b.op("lt", x, 0.0), b.op("neg", level), level)
-    return b.op("add", signed, top), word
+    # The probability in units of the noise: a power of two more in the constant, nothing else.
+    p = b.op("mul", p, b.op("mul", w, float(np.float32(1.0 / (2.0 * top))) * 2.0**24))
+    level = b.op("select", b.op("lt", noise, p), b.op("add", k, 1.0), k)
+    return b.op("add", b.op("copysign", level, x), top), word
 
 
 def _encode_adaptive_log(
-    b: Builder, x: Value, format: Format, uniform: Value | float
+    b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     levels = float(format.top_code)
     top = _scale_up(b, _absmax(b, x), 20)
@@ -169,18 +178,19 @@ def _encode_adaptive_log(
     ratio = b.op("div", levels, octave_range)
     bounded = b.op("max", octaves, b.op("neg", octave_range))
     t = b.op("fma", bounded, ratio, levels)
-    code = b.op("min", b.op("max", b.op("floor", b.op("add", t, uniform)), 0.0), levels)
+    code = b.op("min", b.op("fma", noise, 2.0**-24, t), levels)
     word = b.op("int_or", b.op("shift_left", top, 5), b.op("to_int", step))
-    zero = b.op("int_eq", top, 0)
-    return b.op("select", zero, 0.0, code), b.op("int_select", zero, 0, word)
+    return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
 
 
 def _encode_midrise(
-    b: Builder, x: Value, normalizer: Value, format: Format, uniform: Value | float
+    b: Builder, x: Value, normalizer: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     half = format.top_code / 2
     unit = b.op("sqrt", normalizer)
     u = b.op("select", b.op("gt", unit, 0.0), b.op("div", x, unit), 0.0)
+    bounded = b.op("max", b.op("min", u, MIDRISE_LIMIT), -MIDRISE_LIMIT)
+    u = b.op("select", b.op("lt", b.op("abs", u), math.inf), bounded, u)
     u = b.op("select", b.read("valid"), u, 0.0)
     share = b.op("div", 1.0, b.read("valid_count"))
     rms = b.op("sqrt", b.op("mul", b.reduce("block_sum", b.op("mul", u, u)), share))
@@ -188,8 +198,8 @@ def _encode_midrise(
     word = _scale_up(b, _magnitude(b, scaled), 16)
     inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
     t = b.op("fma", u, inverse, half)
-    code = b.op("floor", b.op("add", t, uniform))
-    return b.op("min", b.op("max", code, 0.0), float(format.top_code)), word
+    code = b.op("max", b.op("fma", noise, 2.0**-24, t), 0.0)
+    return b.op("min", code, float(format.top_code)), word
 
 
 def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:

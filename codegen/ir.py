@@ -50,6 +50,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "log": ((F,), F),
     "pow": ((F, F), F),
     "sign": ((F,), F),
+    "copysign": ((F, F), F),
     "floor": ((F,), F),
     "ceil": ((F,), F),
     "min": ((F, F), F),  # of numbers: either argument if one is NaN
@@ -89,7 +90,7 @@ READS: dict[str, tuple[Space, Type]] = {
     "load": (Space.ELEMENT, F),
     "load_half": (Space.ELEMENT, I),  # 16 bits, zero-extended
     "unpack": (Space.ELEMENT, I),
-    "uniform": (Space.ELEMENT, F),
+    "random24": (Space.ELEMENT, F),  # a whole number in [0, 2^24)
     "random": (Space.ELEMENT, I),
     "valid": (Space.ELEMENT, B),
     "load_word": (Space.BLOCK, I),  # 16 bits, zero-extended

@@ -31,7 +31,7 @@ from stq_compile.step_graph import Instance, Operand, Program, Role, Source, Ste
 def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
     """``a * b + c`` rounded once, where ``b`` is no symbolic float (``prims.fma`` takes none)."""
     if isinstance(b, torch.SymFloat):
-        return c + a * b  # type: ignore[no-any-return]
+        return c + a.mul(b)
     fused: Tensor = inductor_prims.fma(a, b, c)
     return fused
 

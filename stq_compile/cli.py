@@ -146,7 +146,8 @@ def _callable(target: str) -> Callable[[], Any]:
         cls = getattr(torch.optim, target.removeprefix("torch.optim."), None)
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise InvalidTargetError(target=target, reason="torch.optim has no such optimizer")
-        return lambda: cls([torch.nn.Parameter(torch.ones(128, 64))])
+        make: Callable[..., Any] = cls
+        return lambda: make([torch.nn.Parameter(torch.ones(128, 64))])
     try:
         module = (
             _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)

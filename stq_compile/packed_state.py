@@ -142,10 +142,16 @@ class PackedState(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.clone.default and args[0]._storage is not None:
+        if func is torch.ops.aten.clone.default and _keeps_layout(args[0], kwargs):
             state = args[0]
             return PackedState(
                 state.packed.clone(), state.size(), state.stride(), state.storage_offset()
+            )
+        if torch.Tag.inplace_view in func.tags:
+            raise FormatMismatchError(
+                where=f"{func} of a packed state",
+                found="a change of its shape in place",
+                expected="the operator that returns a new view",
             )
         if _is_view(func) and isinstance(args[0], PackedState):
             return _view(func, args, kwargs)
@@ -165,6 +171,8 @@ def memory_order(values: Tensor) -> Tensor:
 
 def is_dense(values: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gaps or overlap."""
+    if values.numel() == 0:
+        return True
     expected = 1
     for size, stride in sorted(
         zip(values.size(), values.stride(), strict=True), key=lambda pair: pair[1]
@@ -175,6 +183,16 @@ def is_dense(values: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _keeps_layout(state: PackedState, kwargs: dict[str, Any]) -> bool:
+    """Whether a clone is the whole storage in the same layout, so that its codes can be copied."""
+    return (
+        state._storage is not None
+        and kwargs.get("memory_format") in (None, torch.preserve_format)
+        and state._storage.numel == state.numel()
+        and is_dense(state)
+    )
 
 
 def _is_view(func: Any) -> bool:

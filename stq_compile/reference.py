@@ -23,6 +23,7 @@ from stq_compile.formats import (
     LOG2_COEFFICIENTS,
     MAX_RANGE,
     MIDRISE_CLIP,
+    MIDRISE_LIMIT,
     PLANES,
     RANGE_STEP,
     TAIL_DEVIATIONS,
@@ -76,10 +77,10 @@ def encode(
         count = part.numel()
         block = start // BLOCK
         blocks = block_count(count)
-        uniform = noise.uniform(first_block + block, blocks)
         if format.kind == "bfloat16":
             codes[start : start + count] = _bfloat16_bits(part, noise, first_block + block)
             continue
+        uniform = noise.uniform(first_block + block, blocks)
         tile = _pad(part)
         valid = _pad(torch.ones(count)) > 0
         if format.kind == "softsign":
@@ -172,7 +173,7 @@ def log2(x: Tensor) -> Tensor:
 
 
 def exp2(x: Tensor) -> Tensor:
-    """Polynomial 2^x for -126 < x <= 0, relative error 7.5e-8."""
+    """Polynomial 2^x for -126 < x <= 0, relative error 1.6e-7, exact at 0."""
     whole = torch.floor(x + 0.5)
     f = x - whole
     p = torch.full_like(f, EXP2_COEFFICIENTS[-1])
@@ -207,6 +208,7 @@ def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tupl
     With t = K y, k = floor(t) and f = t - k, the position of ``a`` between the levels k and
     k + 1, measured in values, is f (2K - 1 - k) (1 + a) / 2K; rounding up with that
     probability is unbiased in the value, and comparing it with 1/2 rounds to nearest.
+    At a = 1 it is k = K and f = 0.
     """
     top = format.top_code // 2
     scale = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 16)
@@ -214,10 +216,10 @@ def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tupl
     a = torch.minimum(x.abs() * inverse, torch.tensor(1.0))
     w = 1.0 + a
     t = (a * (2.0 * top)) / w
-    k = torch.minimum(torch.floor(t), torch.tensor(top - 1.0))
+    k = torch.floor(t)
     p = (t - k) * ((2.0 * top - 1.0) - k) * (w * (1.0 / (2.0 * top)))
     level = torch.where(uniform < p, k + 1.0, k)
-    code = torch.where(x < 0, top - level, top + level)
+    code = top + torch.copysign(level, x)
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), scale.view(-1)
 
 
@@ -251,14 +253,13 @@ def _encode_adaptive_log(
     code = torch.clamp(torch.floor(t + uniform), 0.0, levels)
     word = (top << 5) | step.to(torch.int32)
     word = torch.where(top == 0, 0, word)
-    code = torch.where(top == 0, 0.0, code)
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
     octave_range = ((word & 31).float() + 1.0) * RANGE_STEP
     ratio = octave_range * (1.0 / format.top_code)
-    octaves = fma(code.float(), ratio, -octave_range)
+    octaves = (code - format.top_code).float() * ratio
     return float_from_bits((word >> 5) << 20) * exp2(octaves)
 
 
@@ -270,6 +271,8 @@ def _encode_midrise(
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
     u = torch.where(unit > 0, x / unit, 0.0)
+    bounded = u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT)
+    u = torch.where(u.abs() < torch.inf, bounded, u)  # infinity and NaN stay to be seen
     share = 1.0 / valid.sum(1, keepdim=True).float()
     rms = (block_sum(u * u) * share).sqrt()
     step = _scale_up(magnitude_bits(rms * (MIDRISE_CLIP[format.width] / half)), 16)

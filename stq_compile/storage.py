@@ -69,45 +69,63 @@ class PackedStorage:
         """Replace all values by float32 ``[numel]``, encoded in the present format."""
         format = FLOAT32 if self.format == CONSTANT else self.format
         values = self._checked(values, format)
-        kept = [(state, state.read()) for state in self._dependents]
-        self.codes, self.scales = self._encoded(values, format, self.normalizer)
-        self.format = format
-        self.version += 1
-        for state, old in kept:
-            state.write(old)
+        codes, scales = self._encoded(values, format, _values(self.normalizer))
+        self._replace(codes, scales, format, self.normalizer)
 
     def reencode(self, format: Format, normalizer: PackedStorage | None = None) -> None:
         """Change the format and keep the values, up to the new format's rounding.
 
-        The new codes are complete before the old ones are dropped: a failure loses nothing.
+        All new codes, those of dependent states included, are complete before any old ones are
+        dropped: a failure loses nothing.
         """
         _check_normalizer(format, normalizer, self.numel)
+        if normalizer is self or (format.normalized and self._dependents):
+            raise FormatMismatchError(
+                where=f"format {format.name}",
+                found="a state in whose units others are kept",
+                expected="a state that no other depends on",
+            )
         if format == self.format and normalizer is self.normalizer:
             return
-        kept = [(state, state.read()) for state in self._dependents]
         if self.format == CONSTANT and not float(self.codes):
             codes, scales = reference.empty_buffers(format, self.numel)
         else:
             values = self._checked(self.read(), format)
-            codes, scales = self._encoded(values, format, normalizer)
-        if self.normalizer is not None:
-            self.normalizer._dependents.discard(self)
-        self.format, self.normalizer = format, normalizer
-        self.codes, self.scales = codes, scales
-        self.version += 1
+            codes, scales = self._encoded(values, format, _values(normalizer))
+        former = self.normalizer
+        self._replace(codes, scales, format, normalizer)
+        if former is not None and former is not normalizer:
+            former._dependents.discard(self)
         if normalizer is not None:
             normalizer._dependents.add(self)
-        for state, old in kept:
-            state.write(old)
 
     def fill(self, value: float) -> None:
         """Make a ``constant`` state hold ``value`` everywhere."""
+        if self.format != CONSTANT:
+            raise FormatMismatchError(
+                where="packed state", found=f"format {self.format.name}", expected="a new state"
+            )
         self.codes = torch.full((1,), value)
+
+    def _replace(
+        self, codes: Tensor, scales: Tensor, format: Format, normalizer: PackedStorage | None
+    ) -> None:
+        """Take new buffers; states in units of this one are re-encoded to keep their values."""
+        renewed = []
+        if self._dependents:
+            unit = reference.decode(codes, scales, format, self.numel, _values(normalizer))
+            renewed = [(s, s._encoded(s.read(), s.format, unit)) for s in self._dependents]
+        self.codes, self.scales, self.format, self.normalizer = codes, scales, format, normalizer
+        self.version += 1
+        for state, buffers in renewed:
+            state.codes, state.scales = buffers
+            state.version += 1
 
     def clone(self) -> PackedStorage:
         """An independent copy, with a copy of its own of the normalizer."""
         other = PackedStorage.__new__(PackedStorage)
-        other.__setstate__(self.__getstate__())
+        other.__dict__.update(self.__getstate__())
+        other._dependents = weakref.WeakSet()
         other.codes, other.scales = self.codes.clone(), self.scales.clone()
         if self.normalizer is not None:
             other.normalizer = self.normalizer.clone()
@@ -115,9 +133,8 @@ class PackedStorage:
         return other
 
     def _encoded(
-        self, values: Tensor, format: Format, normalizer: PackedStorage | None
+        self, values: Tensor, format: Format, unit: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        unit = None if normalizer is None else normalizer.read()
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
@@ -143,6 +160,10 @@ class PackedStorage:
         self._dependents = weakref.WeakSet()
         if self.normalizer is not None and "_dependents" in self.normalizer.__dict__:
             self.normalizer._dependents.add(self)
+
+
+def _values(storage: PackedStorage | None) -> Tensor | None:
+    return None if storage is None else storage.read()
 
 
 def _check_normalizer(format: Format, normalizer: PackedStorage | None, numel: int) -> None:

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backend", "report"),
     ("api",),
     ("",),  # stq_compile/__init__.py
+    ("cli",),
 )
 
 ROOT = Path(__file__).resolve().parents[1]

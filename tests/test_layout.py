@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stq_compile import layout
+from stq_compile import formats
 from stq_compile.layout import pack, unpack
+from stq_compile.reference import block_sum
 
 # Written out again here, so that a change of the package's table is seen.
 FIELD_BITS = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
@@ -109,9 +110,21 @@ def test_the_byte_check_sees_fields_in_another_order(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round trip alone would not: pack and unpack agree on the wrong order."""
-    monkeypatch.setitem(layout.FIELDS, width, tuple(reversed(FIELD_BITS[width])))
+    monkeypatch.setitem(formats.FIELDS, width, tuple(reversed(FIELD_BITS[width])))
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**width, (1, 128), generator=generator, dtype=torch.int32)
     packed = pack(codes, width)
     assert torch.equal(unpack(packed, width), codes)
     assert block_bytes(packed) != [documented_bytes(codes[0].tolist(), width)]
+
+
+def test_block_sum_adds_planes_in_order_then_lanes_by_halves() -> None:
+    x = np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32)
+    lanes = x[:, :16].copy()
+    for plane in range(1, 8):
+        lanes += x[:, 16 * plane : 16 * plane + 16]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    assert np.array_equal(block_sum(torch.from_numpy(x)).numpy(), lanes)
+    assert not np.array_equal(x.sum(axis=1, keepdims=True), lanes), "the order must matter here"

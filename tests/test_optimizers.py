@@ -1,4 +1,4 @@
-"""Every pointwise optimizer of torch.optim: compiled against eager, packed against the reference."""
+"""Every pointwise optimizer of torch.optim: compiled against eager, packed against reference."""
 
 from __future__ import annotations
 

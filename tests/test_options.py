@@ -77,9 +77,10 @@ def test_an_unknown_option_is_named_and_the_valid_ones_are_listed(name: str) -> 
 
 
 WIDTH_LIST = "(2, 3, 4, 5, 6, 8, 16, 32)"
+NOT_WIDTHS: tuple[Any, ...] = (0, 1, 7, 9, 33, -4, 4.0, True, False, "4")
 INVALID: list[tuple[str, Any, str]] = [
-    *(("precision", w, WIDTH_LIST) for w in (0, 1, 7, 9, 33, -4, 4.0, True, False, "4", [4])),
-    *(("precision", {"exp_avg": w}, WIDTH_LIST) for w in (0, 7, 4.0, True, "4", None, {})),
+    *(("precision", w, WIDTH_LIST) for w in (*NOT_WIDTHS, [4])),
+    *(("precision", {"exp_avg": w}, WIDTH_LIST) for w in (*NOT_WIDTHS, None)),
     ("precision", {"exp_avg": 4, "exp_avg_sq": 1}, WIDTH_LIST),
     ("precision", {3: 4}, "state names or globs"),
     ("precision", {("w", "exp_avg"): 4}, "state names or globs"),

@@ -322,6 +322,7 @@ def test_a_clone_keeps_its_values_when_the_normalizer_of_the_other_is_written(
     v = pack(random(ROWS, COLUMNS).square() + 0.5, LOG8)
     m = PackedState.pack(random(ROWS, COLUMNS), FORMATS["midrise3"], normalizer=v.packed)
     clone = m.clone()
+    assert isinstance(clone, PackedState)
     before = m.dequantize()
     written = clone.packed.normalizer if write_clone else v.packed
     assert written is not None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -44,6 +44,15 @@ LIMIT = 6.0
 BLOCKS = 4096
 KEYS = st.integers(0, 2**64 - 1)
 CASES = settings(deadline=None, derandomize=True, database=None, max_examples=50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small: on a busy machine, threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def plain_bits(key: int, block: int, element: int) -> int:
@@ -171,7 +180,7 @@ def bit_deviates(bits: Tensor, dim: tuple[int, ...] = (0, 1)) -> Tensor:
     single = np.unpackbits(octets, bitorder="little").reshape(*bits.shape, 32)
     count = torch.from_numpy(single.sum(dim, dtype=np.int64)).double()
     n = bits.numel() / (count.numel() / 32)
-    return (count - n / 2) / (n**0.5 / 2)
+    return torch.div(count - n / 2, n**0.5 / 2)
 
 
 def worst_deviate(bits: Tensor) -> float:
@@ -187,7 +196,7 @@ def worst_pair_deviate(a: Tensor, b: Tensor) -> float:
     """Independence of neighbours: equal bits, pairs of upper bytes, correlation of the values."""
     pairs = torch.bincount(((a >> 24) * 256 + (b >> 24)).flatten(), minlength=65536)
     values = torch.stack([a.flatten(), b.flatten()]).double()
-    correlation = float(torch.corrcoef(values)[0, 1]) * a.numel() ** 0.5
+    correlation = float(torch.corrcoef(values)[0, 1]) * math.sqrt(a.numel())
     return max(
         float(bit_deviates(a ^ b).abs().max()),
         abs(chi_square_deviate(pairs.double())),

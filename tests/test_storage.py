@@ -7,6 +7,7 @@ import itertools
 import pickle
 import weakref
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def filled(format: Format, rounding: Rounding = "stochastic") -> PackedStorage:
 def one_gap(format: Format) -> float:
     """An upper bound of the gap between neighbouring levels for values from 1 to 2."""
     if format.kind == "softsign":
-        return 2.02 * 2 / 2 ** (format.width - 1)
+        return 2.02 * 2 / (format.top_code // 2 + 1)
     if format.kind == "adaptive_log":  # a range of at most 4 steps of 14/32 octaves, from 2.25
         return float(2.25 * (1 - 2 ** (-4 * 14 / 32 / format.top_code)))
     if format.kind == "midrise":
@@ -93,7 +94,7 @@ def test_a_new_storage_holds_zeros(format: Format) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_written_values_come_back_within_one_gap(format: Format, rounding: Rounding) -> None:
     storage = filled(format, rounding)
-    read, written = storage.read().split(128), between_one_and_two().split(128)
+    read, written = torch.split(storage.read(), 128), torch.split(between_one_and_two(), 128)
     if format.kind == "adaptive_log":  # whose range leaves out the lowest tenth
         written = tuple(x.clamp(min=y.min()) for x, y in zip(written, read, strict=True))
     error = (torch.cat(read) - torch.cat(written)).abs().max()
@@ -149,7 +150,6 @@ def test_a_constant_reads_as_its_value_and_becomes_float32_when_written() -> Non
     storage = PackedStorage(NUMEL, CONSTANT)
     storage.fill(0.25)
     assert storage.read().tolist() == [0.25] * NUMEL
-    assert storage.nbytes == 4
     storage.write(between_one_and_two())
     assert storage.format == FLOAT32
     assert torch.equal(storage.read(), between_one_and_two())
@@ -158,10 +158,11 @@ def test_a_constant_reads_as_its_value_and_becomes_float32_when_written() -> Non
 def test_only_a_new_storage_is_a_constant() -> None:
     storage = filled(SOFTSIGN4)
     before = facts(storage)
-    for attempt in (lambda: storage.reencode(CONSTANT), lambda: storage.fill(3.0)):
-        with pytest.raises(FormatMismatchError):
-            attempt()
-        assert facts(storage) == before
+    with pytest.raises(FormatMismatchError):
+        storage.reencode(CONSTANT)
+    with pytest.raises(FormatMismatchError):
+        storage.fill(3.0)
+    assert facts(storage) == before
 
 
 @pytest.mark.parametrize("numel", [0, NUMEL - 1, NUMEL + 1, 1])
@@ -272,7 +273,7 @@ CHANGES: dict[str, Callable[[PackedStorage], None]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_values_stay_when_the_normalizer_changes(
-    change: Callable[[PackedStorage], None], rounding: str
+    change: Callable[[PackedStorage], None], rounding: Rounding
 ) -> None:
     m, v = momentum_pair(rounding)
     before, codes = m.read(), m.codes
@@ -390,9 +391,8 @@ def test_a_copy_is_independent(duplicate: Callable[[PackedStorage], PackedStorag
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("name", ["deepcopy", "pickle"])
 def test_states_copied_together_stay_tied(name: str, order: tuple[int, int]) -> None:
-    states = momentum_pair()
-    pair = tuple(states[i] for i in order)
-    both = copy.deepcopy(pair) if name == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    pair = tuple(itemgetter(*order)(momentum_pair()))
+    both = pickle.loads(pickle.dumps(pair)) if name == "pickle" else copy.deepcopy(pair)
     m, v = (both[order.index(i)] for i in (0, 1))
     assert m.normalizer is v
     before = m.read()

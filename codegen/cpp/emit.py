@@ -51,7 +51,7 @@ TEMPLATES: dict[str, str] = {
     **{name: f"stq::{name}({{0}}, {{1}}, {{2}})" for name in ("fma", "select")},
     **{
         name: f"stq::{name}({{0}}, {{1}})"
-        for name in ("min", "max", "minimum", "maximum", "pow", "lookup")
+        for name in ("min", "max", "minimum", "maximum", "pow", "copysign", "lookup")
     },
     **{name: f"stq::{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "sign")},
     **{name: f"stq::{name}({{0}})" for name in ("floor", "ceil", "to_float", "to_int")},
@@ -286,7 +286,7 @@ class _Emitter:
             expression = f"stq::{v.opcode}({operand} + p * stq::kLanes)"
         elif v.opcode == "unpack":
             expression = f"stq::unpack<{v.width}>({operand}, p)"
-        elif v.opcode in ("uniform", "random"):
+        elif v.opcode in ("random24", "random"):
             expression = f"stq::{v.opcode}({operand}, p)"
         elif v.opcode == "valid":
             expression = "tail ? stq::valid(p, count) : stq::all(true)"

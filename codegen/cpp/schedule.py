@@ -24,7 +24,7 @@ class Phase:
     after: list[Value] = field(default_factory=list)  # reductions' results, packing, scale words
 
 
-MADE_ANYWHERE = ("uniform", "random", "valid", "valid_count", "iota")
+MADE_ANYWHERE = ("random24", "random", "valid", "valid_count", "iota")
 """Reads that touch no memory."""
 
 

@@ -63,6 +63,8 @@ STQ_INLINE float sqrt(float x) { return std::sqrt(x); }
 STQ_INLINE double abs(double x) { return std::fabs(x); }
 STQ_INLINE float abs(float x) { return std::fabs(x); }
 STQ_INLINE f32v abs(f32v x) { return from_bits(bits_of(x) & 0x7fffffff); }
+STQ_INLINE double copysign(double a, double b) { return std::copysign(a, b); }
+STQ_INLINE f32v copysign(f32v a, f32v b) { return from_bits((bits_of(a) & 0x7fffffff) | (bits_of(b) & INT32_MIN)); }
 STQ_INLINE double floor(double x) { return std::floor(x); }
 STQ_INLINE float floor(float x) { return std::floor(x); }
 STQ_INLINE double ceil(double x) { return std::ceil(x); }
@@ -233,8 +235,8 @@ STQ_INLINE u32v random_bits(BlockKey key, int plane) {
   return x ^ (x >> 16);
 }
 STQ_INLINE i32v random(BlockKey key, int plane) { return reinterpret_cast<i32v>(random_bits(key, plane)); }
-STQ_INLINE f32v uniform(BlockKey key, int plane) {
-  return to_float(reinterpret_cast<i32v>(random_bits(key, plane) >> 8)) * 0x1p-24f;
+STQ_INLINE f32v random24(BlockKey key, int plane) {
+  return to_float(reinterpret_cast<i32v>(random_bits(key, plane) >> 8));
 }
 
 }  // namespace stq

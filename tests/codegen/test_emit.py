@@ -18,7 +18,7 @@ from graphs import Sketch, aten, only, program, with_sizes
 from kernels import Rig, compiled, differing, kernel_of, quantized, sgd_math
 from stq_compile.codegen.cpp.build import build
 from stq_compile.codegen.cpp.emit import emit
-from stq_compile.codegen.ir import Builder, KernelOperand, OperandKind
+from stq_compile.codegen.ir import STORES, Builder, KernelOperand, OperandKind, Value
 from stq_compile.errors import KernelBuildError
 from stq_compile.formats import FORMATS, Format
 from stq_compile.passes.functionalize import functionalize
@@ -93,28 +93,30 @@ def test_the_same_input_gives_the_same_bytes_in_another_process() -> None:
 
 # Every computing line says where it comes from. -----------------------------------------------
 
-# Declarations and addressing: they compute no value of the graph.
-STRUCTURE = re.compile(r"(struct|static|template|STQ_INLINE|#|//|\}|for|if constexpr|int count\))")
-DECLARATION = re.compile(
-    r"(const int64_t first = |(float|uint16_t|uint8_t)\* \w+ = row\.|const stq::BlockKey "
-    r"|std::mem|\w+ = \w+_tail;|s\.\w+ = static_cast|const stq::i32v iota = "
-    r"|stq::(f32v|i32v) \w+(_lanes\{\}|\[stq::kPlanes\]);"
-    r"|(double|float|float\*|int|bool|uint\d+_t\*?|int64_t) \w+(\[.*\])?;)"
-)
-
 
 @pytest.mark.parametrize("formats", [{}, PACKED])
-def test_every_computing_line_carries_its_origin(formats: dict[str, Format]) -> None:
+def test_every_operation_has_a_line_that_names_its_graph_node(formats: dict[str, Format]) -> None:
     unit = quantized(adamw(), formats, "stochastic")
-    own, _, _ = emit(kernel_of(unit)).partition("// One row per tensor.")
-    origins = {n.name for n in unit.graph.nodes} | {f"-> {w}" for w in unit.writes or ()}
-    origins |= {o.describe().split("  ")[0] for o in unit.operands}
-    lines = [line.strip() for line in own.splitlines() if line.strip()]
-    lines = [x for x in lines if not STRUCTURE.match(x) and not DECLARATION.match(x)]
-    assert len(lines) > 20
-    for line in lines:
-        _, _, note = line.partition("  // ")
-        assert note.split("  ")[0] in origins, f"no origin: {line}"
+    kernel = kernel_of(unit)
+    lines = [line.strip() for line in emit(kernel).splitlines()]
+    known = {n.name for n in unit.graph.nodes} | {o.describe() for o in unit.operands}
+    assert len(kernel.body) > 20
+    for v in kernel.body:
+        if v.opcode == "iota":
+            continue  # belongs to all tables
+        notes = [line.partition("  // ")[2] for line in lines if _computes(line, v)]
+        origin = v.origin if v.origin in known else v.origin.split("  ")[0]
+        assert origin in known or origin.startswith("-> "), f"{v.name} comes from {v.origin!r}"
+        node = origin.split("  ")[0]
+        assert notes, f"no line computes {v.name}"
+        assert all(note.split("  ")[0] == node for note in notes), f"{v.name}: {notes}"
+
+
+def _computes(line: str, v: Value) -> bool:
+    """Whether the line assigns a value, or is the store of an operand."""
+    if v.opcode in STORES:
+        return f"// -> {v.operand}" in line
+    return re.match(rf"(const [\w:]+ )?{v.name}_?(\[\w+\])* = ", line) is not None
 
 
 def test_lines_of_the_optimizer_are_named() -> None:

@@ -37,62 +37,49 @@ static void scalars(const Row& row, Scalars& s) {
 }
 
 template <bool tail>
-STQ_INLINE void block(const Row& row, const Scalars& s, uint64_t step, int64_t index,
-                      int count) {
-  const int64_t first = index * stq::kBlock;
-  float* param_0 = row.param_0 + first;
-  float param_0_tail[tail ? stq::kBlock : 1];
-  if constexpr (tail) {
-    std::memset(param_0_tail, 0, sizeof param_0_tail);
-    std::memcpy(param_0_tail, param_0, count * sizeof(*param_0));
-    param_0 = param_0_tail;
-  }
-  float* grad_0 = row.grad_0 + first;
-  float grad_0_tail[tail ? stq::kBlock : 1];
-  if constexpr (tail) {
-    std::memset(grad_0_tail, 0, sizeof grad_0_tail);
-    std::memcpy(grad_0_tail, grad_0, count * sizeof(*grad_0));
-    grad_0 = grad_0_tail;
-  }
-  float* exp_avg_0 = row.exp_avg_0 + first;
-  float exp_avg_0_tail[tail ? stq::kBlock : 1];
-  if constexpr (tail) {
-    std::memset(exp_avg_0_tail, 0, sizeof exp_avg_0_tail);
-    std::memcpy(exp_avg_0_tail, exp_avg_0, count * sizeof(*exp_avg_0));
-    exp_avg_0 = exp_avg_0_tail;
-  }
-  float* exp_avg_sq_0 = row.exp_avg_sq_0 + first;
-  float exp_avg_sq_0_tail[tail ? stq::kBlock : 1];
-  if constexpr (tail) {
-    std::memset(exp_avg_sq_0_tail, 0, sizeof exp_avg_sq_0_tail);
-    std::memcpy(exp_avg_sq_0_tail, exp_avg_sq_0, count * sizeof(*exp_avg_sq_0));
-    exp_avg_sq_0 = exp_avg_sq_0_tail;
-  }
+STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,
+                     int blocks, int count) {
+  constexpr int size = tail ? 1 : stq::kTile;
+  float param_0_tail[tail ? stq::kBlock : 1] = {};
+  if constexpr (tail) std::memcpy(param_0_tail, row.param_0 + first * stq::kBlock, count * 4);
+  float grad_0_tail[tail ? stq::kBlock : 1] = {};
+  if constexpr (tail) std::memcpy(grad_0_tail, row.grad_0 + first * stq::kBlock, count * 4);
+  float exp_avg_0_tail[tail ? stq::kBlock : 1] = {};
+  if constexpr (tail) std::memcpy(exp_avg_0_tail, row.exp_avg_0 + first * stq::kBlock, count * 4);
+  float exp_avg_sq_0_tail[tail ? stq::kBlock : 1] = {};
+  if constexpr (tail) std::memcpy(exp_avg_sq_0_tail, row.exp_avg_sq_0 + first * stq::kBlock, count * 4);
+  for (int j = 0; j < blocks; ++j) {
+    const int64_t index = first + j;
+    float* param_0 = tail ? param_0_tail : row.param_0 + index * stq::kBlock;
+    float* grad_0 = tail ? grad_0_tail : row.grad_0 + index * stq::kBlock;
+    float* exp_avg_0 = tail ? exp_avg_0_tail : row.exp_avg_0 + index * stq::kBlock;
+    float* exp_avg_sq_0 = tail ? exp_avg_sq_0_tail : row.exp_avg_sq_0 + index * stq::kBlock;
 #pragma GCC unroll 8
-  for (int p = 0; p < stq::kPlanes; ++p) {
-    const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param  float32[3, 5] p0
-    const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad   float32[3, 5] p0
-    const stq::f32v exp_avg_0_1 = stq::load(exp_avg_0 + p * stq::kLanes);  // state  float32[3, 5] p0:exp_avg
-    const stq::f32v exp_avg_sq_0_1 = stq::load(exp_avg_sq_0 + p * stq::kLanes);  // state  float32[3, 5] p0:exp_avg_sq
-    const stq::f32v mul_1_1 = param_0_1 * s.sub_1;  // mul_1  adam.py:418 param.mul_(1 - lr * weight_decay)
-    const stq::f32v sub_1_1 = grad_0_1 - exp_avg_0_1;  // sub_1  adam.py:448 exp_avg.lerp_(grad, 1 - beta1)
-    const stq::f32v fma_1 = stq::fma(sub_1_1, stq::all(0.1f), exp_avg_0_1);  // fma  adam.py:448 exp_avg.lerp_(grad, 1 - beta1)
-    const stq::f32v mul_2_1 = exp_avg_sq_0_1 * 0.99f;  // mul_2  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    const stq::f32v mul_3_1 = grad_0_1 * 0.01f;  // mul_3  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    const stq::f32v fma_1_1 = stq::fma(mul_3_1, grad_0_1, mul_2_1);  // fma_1  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    const stq::f32v div_2 = fma_1_1 / s.sub_3_1;  // div
-    const stq::f32v sqrt_1 = stq::sqrt(div_2);  // sqrt  adam.py:520 denom = v.sqrt()
-    const stq::f32v add_1_1 = sqrt_1 + 1e-08f;  // add_1
-    const stq::f32v div_1_1 = fma_1 / add_1_1;  // div_1
-    const stq::f32v mul_5_1 = div_1_1 * s.mul_4_1;  // mul_5
-    const stq::f32v sub_4_1 = mul_1_1 - mul_5_1;  // sub_4  adam.py:524 param.addcdiv_(exp_avg, denom)
-    stq::store(param_0 + p * stq::kLanes, sub_4_1);  // -> param_0
-    stq::store(exp_avg_0 + p * stq::kLanes, fma_1);  // -> exp_avg_0
-    stq::store(exp_avg_sq_0 + p * stq::kLanes, fma_1_1);  // -> exp_avg_sq_0
+    for (int p = 0; p < stq::kPlanes; ++p) {
+      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param  float32[3, 5] p0
+      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad   float32[3, 5] p0
+      const stq::f32v exp_avg_0_1 = stq::load(exp_avg_0 + p * stq::kLanes);  // state  float32[3, 5] p0:exp_avg
+      const stq::f32v exp_avg_sq_0_1 = stq::load(exp_avg_sq_0 + p * stq::kLanes);  // state  float32[3, 5] p0:exp_avg_sq
+      const stq::f32v mul_1_1 = param_0_1 * s.sub_1;  // mul_1  adam.py:418 param.mul_(1 - lr * weight_decay)
+      const stq::f32v sub_1_1 = grad_0_1 - exp_avg_0_1;  // sub_1  adam.py:448 exp_avg.lerp_(grad, 1 - beta1)
+      const stq::f32v fma_1 = stq::fma(sub_1_1, stq::all(0.1f), exp_avg_0_1);  // fma  adam.py:448 exp_avg.lerp_(grad, 1 - beta1)
+      const stq::f32v mul_2_1 = exp_avg_sq_0_1 * 0.99f;  // mul_2  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+      const stq::f32v mul_3_1 = grad_0_1 * 0.01f;  // mul_3  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+      const stq::f32v fma_1_1 = stq::fma(mul_3_1, grad_0_1, mul_2_1);  // fma_1  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+      const stq::f32v div_2 = fma_1_1 / s.sub_3_1;  // div
+      const stq::f32v sqrt_1 = stq::sqrt(div_2);  // sqrt  adam.py:520 denom = v.sqrt()
+      const stq::f32v add_1_1 = sqrt_1 + 1e-08f;  // add_1
+      const stq::f32v div_1_1 = fma_1 / add_1_1;  // div_1
+      const stq::f32v mul_5_1 = div_1_1 * s.mul_4_1;  // mul_5
+      const stq::f32v sub_4_1 = mul_1_1 - mul_5_1;  // sub_4  adam.py:524 param.addcdiv_(exp_avg, denom)
+      stq::store(param_0 + p * stq::kLanes, sub_4_1);  // -> param_0
+      stq::store(exp_avg_0 + p * stq::kLanes, fma_1);  // -> exp_avg_0
+      stq::store(exp_avg_sq_0 + p * stq::kLanes, fma_1_1);  // -> exp_avg_sq_0
+    }
   }
-  if constexpr (tail) std::memcpy(row.param_0 + first, param_0, count * sizeof(*param_0));
-  if constexpr (tail) std::memcpy(row.exp_avg_0 + first, exp_avg_0, count * sizeof(*exp_avg_0));
-  if constexpr (tail) std::memcpy(row.exp_avg_sq_0 + first, exp_avg_sq_0, count * sizeof(*exp_avg_sq_0));
+  if constexpr (tail) std::memcpy(row.param_0 + first * stq::kBlock, param_0_tail, count * 4);
+  if constexpr (tail) std::memcpy(row.exp_avg_0 + first * stq::kBlock, exp_avg_0_tail, count * 4);
+  if constexpr (tail) std::memcpy(row.exp_avg_sq_0 + first * stq::kBlock, exp_avg_sq_0_tail, count * 4);
 }
 
 // One row per tensor. Work is spread over blocks, not tensors; threads is what torch uses.
@@ -114,9 +101,15 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
       while (start[r + 1] <= b) ++r;
       const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
-      for (int64_t i = b - start[r]; i < stop; ++i) {
-        if (i < last) block<false>(rows[r], s[r], step, i, stq::kBlock);
-        else block<true>(rows[r], s[r], step, i, static_cast<int>(rows[r].numel - i * stq::kBlock));
+      int64_t i = b - start[r];
+      for (; i < stop && i < last; i += stq::kTile) {
+        const int64_t left = (stop < last ? stop : last) - i;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+      }
+      if (stop > last) {
+        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
+        tile<true>(rows[r], s[r], step, last, 1, count);
       }
       b = start[r] + stop;
     }
