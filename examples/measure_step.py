@@ -3,9 +3,9 @@
     python examples/measure_step.py
 
 GPT-2's 148 parameter shapes (124 M parameters), AdamW, states at 4 and 3 bits. The first step runs
-in a process of its own with an empty compiler cache. A later step is timed in rounds next to torch's
-fused AdamW in fp32, both on the same gradients; the table gives medians and their ratio. Overhead is
-the time of a step of 148 tensors with 64 elements each, which is next to no arithmetic.
+in a process of its own with an empty compiler cache. A later step is timed in rounds next to
+torch's fused AdamW in fp32, both on the same gradients; the table gives medians and their ratio.
+Overhead is the time of a step of 148 tensors of 64 elements, which is next to no arithmetic.
 """
 
 from __future__ import annotations

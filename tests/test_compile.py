@@ -256,7 +256,7 @@ def test_dense_layouts(layout: str) -> None:
     assert p.stride() == values.stride()
     optimizer = stq.compile(torch.optim.AdamW([p]), precision=32, min_numel=64)
     eager = torch.optim.AdamW([q])
-    for i in range(3):
+    for _ in range(3):
         grad = torch.randn(p.shape)  # contiguous: other strides than the parameter's
         p.grad, q.grad = grad.clone(), grad.clone()
         optimizer.step()

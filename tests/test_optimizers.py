@@ -151,7 +151,8 @@ def compare_codes(state: PackedState, value: Tensor, noise: Noise) -> None:
         return
     unit = None if storage.normalizer is None else storage.normalizer.read()
     codes, scales = reference.encode(value.reshape(-1), storage.format, noise, unit)
-    assert (scales == storage.scales).float().mean() >= 0.97
+    # A last-bit difference of the inputs may move one block's scale to the next word.
+    assert int((scales != storage.scales).sum()) <= max(1, scales.numel() // 100)
     got, want = unpacked(storage, storage.codes), unpacked(storage, codes)
     same = (scales == storage.scales)[:, None].expand_as(got)
     difference = (got - want)[same].abs()

@@ -79,26 +79,26 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     const float exp_avg_sq_0_add = exp_avg_sq_0_to_float + 1.0f;  // exp_avg_sq_0
     const float exp_avg_sq_0_mul = exp_avg_sq_0_add * 0.4375f;  // exp_avg_sq_0
     const float exp_avg_sq_0_mul_1 = exp_avg_sq_0_mul * 0.14285715f;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_to_float_1_table = stq::to_float(stq::iota());  // exp_avg_sq_0
-    const float exp_avg_sq_0_neg = -exp_avg_sq_0_mul;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_table = stq::fma(exp_avg_sq_0_to_float_1_table, stq::all(exp_avg_sq_0_mul_1), stq::all(exp_avg_sq_0_neg));  // exp_avg_sq_0
+    const stq::i32v exp_avg_sq_0_int_sub_table = stq::iota() - 7;  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_to_float_1_table = stq::to_float(exp_avg_sq_0_int_sub_table);  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_mul_2_table = exp_avg_sq_0_to_float_1_table * exp_avg_sq_0_mul_1;  // exp_avg_sq_0
     const int exp_avg_sq_0_shift_right = exp_avg_sq_0_word >> 5;  // exp_avg_sq_0
     const int exp_avg_sq_0_shift_left = exp_avg_sq_0_shift_right << 20;  // exp_avg_sq_0
     const float exp_avg_sq_0_from_bits = stq::from_bits(exp_avg_sq_0_shift_left);  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_add_1_table = exp_avg_sq_0_fma_table + 0.5f;  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_add_1_table = exp_avg_sq_0_mul_2_table + 0.5f;  // exp_avg_sq_0
     const stq::f32v exp_avg_sq_0_floor_table = stq::floor(exp_avg_sq_0_add_1_table);  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_sub_table = exp_avg_sq_0_fma_table - exp_avg_sq_0_floor_table;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_1_table = stq::fma(exp_avg_sq_0_sub_table, stq::all(0.0013276471f), stq::all(0.009675542f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_2_table = stq::fma(exp_avg_sq_0_fma_1_table, exp_avg_sq_0_sub_table, stq::all(0.05550713f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_3_table = stq::fma(exp_avg_sq_0_fma_2_table, exp_avg_sq_0_sub_table, stq::all(0.2402212f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_4_table = stq::fma(exp_avg_sq_0_fma_3_table, exp_avg_sq_0_sub_table, stq::all(0.69314694f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_5_table = stq::fma(exp_avg_sq_0_fma_4_table, exp_avg_sq_0_sub_table, stq::all(1.0000001f));  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_sub_table = exp_avg_sq_0_mul_2_table - exp_avg_sq_0_floor_table;  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_fma_table = stq::fma(exp_avg_sq_0_sub_table, stq::all(0.0013264727f), stq::all(0.009671513f));  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_fma_1_table = stq::fma(exp_avg_sq_0_fma_table, exp_avg_sq_0_sub_table, stq::all(0.05550733f));  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_fma_2_table = stq::fma(exp_avg_sq_0_fma_1_table, exp_avg_sq_0_sub_table, stq::all(0.24022244f));  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_fma_3_table = stq::fma(exp_avg_sq_0_fma_2_table, exp_avg_sq_0_sub_table, stq::all(0.693147f));  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_fma_4_table = stq::fma(exp_avg_sq_0_fma_3_table, exp_avg_sq_0_sub_table, stq::all(1.0f));  // exp_avg_sq_0
     const stq::i32v exp_avg_sq_0_to_int_table = stq::to_int(exp_avg_sq_0_floor_table);  // exp_avg_sq_0
     const stq::i32v exp_avg_sq_0_int_add_table = exp_avg_sq_0_to_int_table + 127;  // exp_avg_sq_0
     const stq::i32v exp_avg_sq_0_shift_left_1_table = exp_avg_sq_0_int_add_table << 23;  // exp_avg_sq_0
     const stq::f32v exp_avg_sq_0_from_bits_1_table = stq::from_bits(exp_avg_sq_0_shift_left_1_table);  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_mul_2_table = exp_avg_sq_0_fma_5_table * exp_avg_sq_0_from_bits_1_table;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_table = exp_avg_sq_0_from_bits * exp_avg_sq_0_mul_2_table;  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_mul_3_table = exp_avg_sq_0_fma_4_table * exp_avg_sq_0_from_bits_1_table;  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_table = exp_avg_sq_0_from_bits * exp_avg_sq_0_mul_3_table;  // exp_avg_sq_0
     const stq::f32v mul_2_1_table = exp_avg_sq_0_table * 0.99f;  // mul_2  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     stq::i32v exp_avg_0_new_absmax_lanes{};
     stq::i32v exp_avg_sq_0_new_absmax_lanes{};
@@ -174,7 +174,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::f32v exp_avg_sq_0_new_block_sum_1_lanes{};
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v exp_avg_0_new_uniform = stq::uniform(exp_avg_0_key, p);  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_exp_avg_0_key = stq::random24(exp_avg_0_key, p);  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_abs = stq::abs(fma_1[j][p]);  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_mul = exp_avg_0_new_abs * exp_avg_0_new_select;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_min = stq::min(exp_avg_0_new_mul, stq::all(1.0f));  // exp_avg_0_new
@@ -182,19 +182,16 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v exp_avg_0_new_mul_1 = exp_avg_0_new_min * 14.0f;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_div_1 = exp_avg_0_new_mul_1 / exp_avg_0_new_add;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_floor = stq::floor(exp_avg_0_new_div_1);  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_min_1 = stq::min(exp_avg_0_new_floor, stq::all(6.0f));  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_sub = exp_avg_0_new_div_1 - exp_avg_0_new_min_1;  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_sub_1 = 13.0f - exp_avg_0_new_min_1;  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_sub = exp_avg_0_new_div_1 - exp_avg_0_new_floor;  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_sub_1 = 13.0f - exp_avg_0_new_floor;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_mul_2 = exp_avg_0_new_sub * exp_avg_0_new_sub_1;  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_mul_3 = exp_avg_0_new_add * 0.071428575f;  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_mul_3 = exp_avg_0_new_add * 1.1983726e+06f;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_mul_4 = exp_avg_0_new_mul_2 * exp_avg_0_new_mul_3;  // exp_avg_0_new
-      const stq::i32v exp_avg_0_new_lt = exp_avg_0_new_uniform < exp_avg_0_new_mul_4;  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_add_1 = exp_avg_0_new_min_1 + 1.0f;  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_select_1 = stq::select(exp_avg_0_new_lt, exp_avg_0_new_add_1, exp_avg_0_new_min_1);  // exp_avg_0_new
-      const stq::i32v exp_avg_0_new_lt_1 = fma_1[j][p] < 0.0f;  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_neg = -exp_avg_0_new_select_1;  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_select_2 = stq::select(exp_avg_0_new_lt_1, exp_avg_0_new_neg, exp_avg_0_new_select_1);  // exp_avg_0_new
-      const stq::f32v exp_avg_0_new_add_2 = exp_avg_0_new_select_2 + 7.0f;  // exp_avg_0_new
+      const stq::i32v exp_avg_0_new_lt = exp_avg_0_new_exp_avg_0_key < exp_avg_0_new_mul_4;  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_add_1 = exp_avg_0_new_floor + 1.0f;  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_select_1 = stq::select(exp_avg_0_new_lt, exp_avg_0_new_add_1, exp_avg_0_new_floor);  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_copysign = stq::copysign(exp_avg_0_new_select_1, fma_1[j][p]);  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_add_2 = exp_avg_0_new_copysign + 7.0f;  // exp_avg_0_new
       const stq::i32v exp_avg_0_new_to_int = stq::to_int(exp_avg_0_new_add_2);  // exp_avg_0_new
       getitem[p] = stq::select(exp_avg_0_new_valid[j][p], exp_avg_0_new_to_int, stq::all(0));  // exp_avg_0_new
       const stq::f32v exp_avg_sq_0_new_mul = fma_1_1[j][p] * exp_avg_sq_0_new_select;  // exp_avg_sq_0_new
@@ -254,15 +251,12 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::i32v getitem_2[stq::kPlanes];
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v exp_avg_sq_0_new_uniform = stq::uniform(exp_avg_sq_0_key, p);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random24(exp_avg_sq_0_key, p);  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_max_3 = stq::max(exp_avg_sq_0_new_max[j][p], stq::all(exp_avg_sq_0_new_neg_1));  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_fma_7 = stq::fma(exp_avg_sq_0_new_max_3, stq::all(exp_avg_sq_0_new_div_2), stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_add_1 = exp_avg_sq_0_new_fma_7 + exp_avg_sq_0_new_uniform;  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_floor = stq::floor(exp_avg_sq_0_new_add_1);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_max_4 = stq::max(exp_avg_sq_0_new_floor, stq::all(0.0f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_max_4, stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_select_2 = stq::select(stq::all(exp_avg_sq_0_new_int_eq_1), stq::all(0.0f), exp_avg_sq_0_new_min_1);  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_select_2);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_8 = stq::fma(exp_avg_sq_0_new_exp_avg_sq_0_key, stq::all(5.9604645e-08f), exp_avg_sq_0_new_fma_7);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_fma_8, stq::all(7.0f));  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_min_1);  // exp_avg_sq_0_new
       getitem_2[p] = stq::select(exp_avg_0_new_valid[j][p], exp_avg_sq_0_new_to_int_1, stq::all(0));  // exp_avg_sq_0_new
     }
     stq::pack<3>(exp_avg_sq_0_codes, getitem_2);  // -> exp_avg_sq_0_codes

@@ -85,7 +85,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::i32v getitem[stq::kPlanes];
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v momentum_buffer_0_new_uniform = stq::uniform(momentum_buffer_0_key, p);  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_momentum_buffer_0_key = stq::random24(momentum_buffer_0_key, p);  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_abs = stq::abs(add_tensor[j][p]);  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul = momentum_buffer_0_new_abs * momentum_buffer_0_new_select;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_min = stq::min(momentum_buffer_0_new_mul, stq::all(1.0f));  // momentum_buffer_0_new
@@ -93,19 +93,16 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v momentum_buffer_0_new_mul_1 = momentum_buffer_0_new_min * 14.0f;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_div_1 = momentum_buffer_0_new_mul_1 / momentum_buffer_0_new_add;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_floor = stq::floor(momentum_buffer_0_new_div_1);  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_min_1 = stq::min(momentum_buffer_0_new_floor, stq::all(6.0f));  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_sub = momentum_buffer_0_new_div_1 - momentum_buffer_0_new_min_1;  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_sub_1 = 13.0f - momentum_buffer_0_new_min_1;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_sub = momentum_buffer_0_new_div_1 - momentum_buffer_0_new_floor;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_sub_1 = 13.0f - momentum_buffer_0_new_floor;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul_2 = momentum_buffer_0_new_sub * momentum_buffer_0_new_sub_1;  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_mul_3 = momentum_buffer_0_new_add * 0.071428575f;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_mul_3 = momentum_buffer_0_new_add * 1.1983726e+06f;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul_4 = momentum_buffer_0_new_mul_2 * momentum_buffer_0_new_mul_3;  // momentum_buffer_0_new
-      const stq::i32v momentum_buffer_0_new_lt = momentum_buffer_0_new_uniform < momentum_buffer_0_new_mul_4;  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_add_1 = momentum_buffer_0_new_min_1 + 1.0f;  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_select_1 = stq::select(momentum_buffer_0_new_lt, momentum_buffer_0_new_add_1, momentum_buffer_0_new_min_1);  // momentum_buffer_0_new
-      const stq::i32v momentum_buffer_0_new_lt_1 = add_tensor[j][p] < 0.0f;  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_neg = -momentum_buffer_0_new_select_1;  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_select_2 = stq::select(momentum_buffer_0_new_lt_1, momentum_buffer_0_new_neg, momentum_buffer_0_new_select_1);  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_add_2 = momentum_buffer_0_new_select_2 + 7.0f;  // momentum_buffer_0_new
+      const stq::i32v momentum_buffer_0_new_lt = momentum_buffer_0_new_momentum_buffer_0_key < momentum_buffer_0_new_mul_4;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_add_1 = momentum_buffer_0_new_floor + 1.0f;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_select_1 = stq::select(momentum_buffer_0_new_lt, momentum_buffer_0_new_add_1, momentum_buffer_0_new_floor);  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_copysign = stq::copysign(momentum_buffer_0_new_select_1, add_tensor[j][p]);  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_add_2 = momentum_buffer_0_new_copysign + 7.0f;  // momentum_buffer_0_new
       const stq::i32v momentum_buffer_0_new_to_int = stq::to_int(momentum_buffer_0_new_add_2);  // momentum_buffer_0_new
       getitem[p] = stq::select(momentum_buffer_0_new_valid[j][p], momentum_buffer_0_new_to_int, stq::all(0));  // momentum_buffer_0_new
     }
