@@ -16,8 +16,6 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stq_compile.errors import InvalidKernelError
-
 
 class Space(enum.IntEnum):
     TENSOR = 0
@@ -191,14 +189,25 @@ class Builder:
         self._names: dict[str, int] = {o.name: 0 for o in operands}
 
     def op(self, opcode: str, *args: Argument, name: str = "") -> Value:
-        """A pure operation, in the highest space of its arguments."""
-        key = (opcode, *(id(a) if isinstance(a, Value) else (type(a), a) for a in args))
+        """A pure operation, in the highest space of its arguments.
+
+        A mask where a number is expected counts as 1 and 0.
+        """
+        args = tuple(
+            self.number(a) if t is F else a for a, t in zip(args, OPCODES[opcode][0], strict=True)
+        )
+        key = (opcode, *(id(a) if isinstance(a, Value) else repr(a) for a in args))
         if key in self._known:
             return self._known[key]
         space = max((a.space for a in args if isinstance(a, Value)), default=Space.TENSOR)
         value = self._append(name or opcode, opcode, args, space, OPCODES[opcode][1])
         self._known[key] = value
         return value
+
+    def number(self, a: Argument) -> Argument:
+        """``a`` as a number."""
+        is_mask = isinstance(a, Value) and a.type is B
+        return self.op("select", a, 1.0, 0.0) if is_mask else a
 
     def read(self, opcode: str, operand: str = "", *, width: int = 0, name: str = "") -> Value:
         key = (opcode, operand, width)
@@ -234,58 +243,3 @@ class Builder:
         )
         self.kernel.body.append(value)
         return value
-
-
-def verify_kernel(kernel: Kernel) -> None:
-    """Check definition before use, types, spaces and operands; raises `InvalidKernelError`."""
-    names = {o.name for o in kernel.operands}
-    defined: set[int] = set()
-    stored: set[str] = set()
-
-    def fail(value: Value, reason: str) -> None:
-        raise InvalidKernelError(
-            kernel=kernel.name, op=f"{value.name} = {value.opcode}", reason=reason
-        )
-
-    for v in kernel.body:
-        for a in v.args:
-            if isinstance(a, Value) and id(a) not in defined:
-                fail(v, f"argument {a.name} is not defined before it")
-        if v.operand and v.operand not in names:
-            fail(v, f"no operand {v.operand}")
-        highest = max((a.space for a in v.args if isinstance(a, Value)), default=Space.TENSOR)
-        if v.opcode in OPCODES:
-            _verify_types(v, OPCODES[v.opcode][0], fail)
-            if v.space != highest and not (v.opcode == "lookup" and v.space is Space.ELEMENT):
-                fail(v, f"space {v.space.name} for arguments in {highest.name}")
-        elif v.opcode in REDUCTIONS:
-            _verify_types(v, (REDUCTIONS[v.opcode],), fail)
-            if highest is not Space.ELEMENT:
-                fail(v, "a reduction takes elements")
-        elif v.opcode in STORES:
-            space, type_ = STORES[v.opcode]
-            _verify_types(v, (type_,), fail)
-            if highest > space:
-                fail(v, f"stores a {highest.name} value in the {space.name} space")
-            if v.operand in stored:
-                fail(v, f"second store to {v.operand}")
-            if not kernel.operand(v.operand).written:
-                fail(v, f"operand {v.operand} is not declared as written")
-            stored.add(v.operand)
-        elif v.opcode not in READS:
-            fail(v, "unknown opcode")
-        elif v.operand in stored:
-            fail(v, f"reads {v.operand} after it was stored")
-        defined.add(id(v))
-
-
-def _verify_types(v: Value, expected: tuple[Type, ...], fail: object) -> None:
-    assert callable(fail)
-    if len(v.args) != len(expected):
-        fail(v, f"{len(v.args)} arguments for {len(expected)}")
-    for a, t in zip(v.args, expected, strict=False):
-        if isinstance(a, Value):
-            if a.type is not t:
-                fail(v, f"argument {a.name} is {a.type}, expected {t}")
-        elif t is Type.INT and not float(a).is_integer():
-            fail(v, f"literal {a!r} is not a whole number")

@@ -19,8 +19,8 @@ from stq_compile.codegen.ir import (
     OperandKind,
     Space,
     Value,
-    verify_kernel,
 )
+from stq_compile.codegen.verify import verify_kernel
 from stq_compile.errors import DuplicateLoweringError
 from stq_compile.formats import FORMATS
 from stq_compile.passes.partition import element_nodes
@@ -70,7 +70,7 @@ def lower(unit: StepGraph) -> Kernel:
     env: dict[fx.Node, Any] = {}
     states = _stored(unit)
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
-        b.origin = operand.describe()
+        b.origin = f"{node.name}  {operand.role}"
         env[node] = _read(b, node, operand, node in elements)
     for node in unit.calls:
         where = location_of(node)
@@ -195,9 +195,8 @@ def _summary(unit: StepGraph, kernel: Kernel) -> str:
     formats = ", ".join(
         f"{codes.removesuffix('_codes')} {f.name}" for codes, f in unit.formats.items()
     )
-    count = len(unit.instances)
     return (
-        f"{unit.name}: {formats or 'float32 states'}; {count} tensor{'s' * (count != 1)}; "
+        f"{unit.name}: {formats or 'float32 states'}; "
         f"{bytes_per_element(kernel):.2f} bytes per element"
     )
 
@@ -239,27 +238,31 @@ for _opcode, _targets in {
     lowers(*_targets)(_simple(_opcode))
 
 
+def _alpha(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument:
+    return kwargs.get("alpha", args[2] if len(args) > 2 else 1)  # type: ignore[no-any-return]
+
+
 @lowers(aten.add.Tensor, aten.add.Scalar, operator.add)
 def _add(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``a + alpha * b``, fused as in torch's CPU kernel."""
-    alpha = kwargs.get("alpha", 1)
+    alpha = _alpha(args, kwargs)
     if not isinstance(alpha, Value) and alpha == 1:
-        return b.op("add", *args)
+        return b.op("add", *args[:2])
     return b.op("fma", args[1], alpha, args[0])
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar, operator.sub)
 def _sub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    alpha = kwargs.get("alpha", 1)
+    alpha = _alpha(args, kwargs)
     if not isinstance(alpha, Value) and alpha == 1:
-        return b.op("sub", *args)
+        return b.op("sub", *args[:2])
     negative = b.op("neg", alpha) if isinstance(alpha, Value) else -alpha
     return b.op("fma", args[1], negative, args[0])
 
 
 @lowers(aten.rsub.Scalar, aten.rsub.Tensor)
 def _rsub(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _sub(b, (args[1], args[0]), kwargs)
+    return _sub(b, (args[1], args[0], *args[2:]), kwargs)
 
 
 @lowers(inductor_prims.fma)

@@ -62,27 +62,26 @@ def _per_tensor(graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any) -> list[
     for i in range(count):
         row = [a[i] if isinstance(a, (list, tuple)) else a for a in args]
         named = {k: v[i] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
-        first = set(graph.nodes)
-        results.append(_one(graph, base, row, named))
-        for new in graph.nodes:
-            if new not in first:
-                new.meta = {k: node.meta[k] for k in ("stack_trace",) if k in node.meta}
+        made = _one(graph, base, row, named)
+        for new in made:
+            new.meta = {k: node.meta[k] for k in ("stack_trace",) if k in node.meta}
+        results.append(made[-1])
     return results
 
 
-def _one(graph: fx.Graph, base: str, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
-    """One tensor's call of the operator named ``base``."""
+def _one(graph: fx.Graph, base: str, args: list[Any], kwargs: dict[str, Any]) -> list[fx.Node]:
+    """One tensor's call of the operator named ``base``: the nodes made, the result last."""
     if base.rstrip("_") in ("addcmul", "addcdiv") and len(args) == 4:
         kwargs = {**kwargs, "value": args.pop()}
     if base.rstrip("_") == "norm":
-        return graph.call_function(torch.linalg.vector_norm, tuple(args), kwargs)
+        return [graph.call_function(torch.linalg.vector_norm, tuple(args), kwargs)]
     if base.rstrip("_") in ("maximum", "minimum") and not isinstance(args[1], fx.Node):
         clamp = {"maximum": "clamp_min", "minimum": "clamp_max"}[base.rstrip("_")]
         base = base.replace(base.rstrip("_"), clamp)
     if hasattr(Tensor, base) and isinstance(args[0], fx.Node):
-        return graph.call_method(base, tuple(args), kwargs)
+        return [graph.call_method(base, tuple(args), kwargs)]
     function: Callable[..., Any] = getattr(torch, base.rstrip("_"))
     value = graph.call_function(function, tuple(args), kwargs)
     if base.endswith("_"):
-        return graph.call_method("copy_", (args[0], value))
-    return value
+        return [value, graph.call_method("copy_", (args[0], value))]
+    return [value]

@@ -36,6 +36,11 @@ def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
     return fused
 
 
+def _times(a: Tensor, factor: Any) -> Tensor:
+    """``a * factor``; a factor that may change is never dropped for being 1 just now."""
+    return a if not isinstance(factor, torch.SymFloat) and factor == 1 else a.mul(factor)
+
+
 def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     if abs(weight) < 0.5:
         return _fma(end - start, weight, start)
@@ -43,11 +48,11 @@ def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return _fma(a if value == 1 else a * value, b, x)
+    return _fma(_times(a, value), b, x)
 
 
 def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return x + (a if value == 1 else a * value) / b
+    return x + _times(a, value) / b
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

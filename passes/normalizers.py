@@ -7,13 +7,14 @@ sees ``m`` in units of ``sqrt(v)``, and so does a normalized format.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._inductor import inductor_prims
 
-from stq_compile.step_graph import Facts, Program, Role, StepGraph
+from stq_compile.step_graph import Program, Role, StepGraph
 
 PROBES = 16
 PROBE_STEP = 1000.0
@@ -53,8 +54,7 @@ def _find(unit: StepGraph) -> StepGraph:
             live = before.abs() > 0
             if live.any() and bool(((after[live] / before[live] - 0.5).abs() < TOLERANCE).all()):
                 found[key] = candidate
-    facts = Facts(unit.facts.nonnegative, found, unit.facts.fragile)
-    return unit.replace(facts=facts)
+    return unit.replace(facts=replace(unit.facts, normalizers=found))
 
 
 def _sensitivity(unit: StepGraph, state: str, scaled: str | None) -> Tensor:

@@ -15,6 +15,7 @@ of that state as it *will be* stored, which fixes an order: the normalizer first
 from __future__ import annotations
 
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +63,8 @@ def _assignment(
 def _insert(unit: StepGraph, formats: tuple[Format | None, ...], rounding: Rounding) -> StepGraph:
     packed = {o.name: f for o, f in zip(unit.operands, formats, strict=True) if f is not None}
     key_of = {o.name: o.source.key for o in unit.operands}
-    name = "_".join([unit.name, *(f"{key_of[n]}_{f.name}" for n, f in packed.items())])
+    parts = [unit.name, *(f"{key_of[n]}_{f.name}" for n, f in packed.items())]
+    name = re.sub(r"\W", "_", "_".join(parts))
     if not packed:
         return unit.replace(name=name)
     name_of = {o.source.key: o.name for o in unit.operands if o.role is Role.STATE}
@@ -163,6 +165,10 @@ def _expanded(
             operands.append(operand)
             continue
         for part, node in inputs[operand.name].items():
-            dtype = {"codes": torch.uint8, "scales": torch.int16, "key": torch.int64}[part]
-            operands.append(replace(operand, name=node.name, role=roles[part], dtype=dtype))
+            code = torch.int16 if packed[operand.name].width == 16 else torch.uint8
+            dtype = {"codes": code, "scales": torch.int16, "key": torch.int64}[part]
+            shape = () if part == "key" else operand.shape
+            operands.append(
+                replace(operand, name=node.name, role=roles[part], dtype=dtype, shape=shape)
+            )
     return replace(instance, operands=tuple(operands))

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from stq_compile.step_graph import Facts, Program, Role, StepGraph, location_of
+from stq_compile.step_graph import Program, Role, StepGraph, location_of
 
 Interval = tuple[float, float]
 INF = math.inf
@@ -47,12 +48,8 @@ def _analyse(unit: StepGraph) -> StepGraph:
             break
         assumed = proven
     fragile = {k: v for k, v in _fragile(unit, values, states).items() if k not in scalars}
-    facts = Facts(
-        frozenset(states[n] for n in proven),
-        unit.facts.normalizers,
-        {**unit.facts.fragile, **fragile},
-    )
-    return unit.replace(facts=facts)
+    nonnegative = frozenset(states[n] for n in proven)
+    return unit.replace(facts=replace(unit.facts, nonnegative=nonnegative, fragile=fragile))
 
 
 def _propagate(unit: StepGraph, assumed: set[str]) -> dict[fx.Node, Interval]:
@@ -62,7 +59,7 @@ def _propagate(unit: StepGraph, assumed: set[str]) -> dict[fx.Node, Interval]:
         if node.op == "placeholder":
             values[node] = NONNEGATIVE if node.name in assumed else constants.get(node.name, ANY)
         elif node.op == "call_function":
-            rule = RULES.get(_base_name(node))
+            rule = RULES.get(base_name(node))
             values[node] = ANY if rule is None else rule(node, values)
     return values
 
@@ -82,13 +79,13 @@ def _fragile(
 ) -> dict[str, str]:
     fragile: dict[str, str] = {}
     for node in unit.calls:
-        if _base_name(node) not in ("sqrt", "rsqrt", "log", "log2", "log10"):
+        if base_name(node) not in ("sqrt", "rsqrt", "log", "log2", "log10"):
             continue
         if _interval(node.args[0], values)[0] >= 0:
             continue
         for name in _ancestors(node):
             if name in states:
-                fragile[states[name]] = f"{_base_name(node)} of a difference at {location_of(node)}"
+                fragile[states[name]] = f"{base_name(node)} of a difference at {location_of(node)}"
     return fragile
 
 
@@ -103,11 +100,17 @@ def _ancestors(node: fx.Node) -> set[str]:
     return {n.name for n in seen if n.op == "placeholder"}
 
 
-def _base_name(node: fx.Node) -> str:
+def base_name(node: fx.Node) -> str:
+    """Name of a node's operator without namespace and overload."""
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name).split("::")[1]
     return str(getattr(target, "__name__", target))
+
+
+def alpha_of(node: fx.Node) -> Any:
+    """The factor of the second operand of an addition or subtraction."""
+    return node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
 
 
 def _interval(value: Any, values: Mapping[fx.Node, Interval]) -> Interval:
@@ -170,13 +173,24 @@ def _binary(rule: Callable[[Interval, Interval], Interval]) -> Rule:
 
 
 def _rule_add(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
-    alpha = _interval(node.kwargs.get("alpha", 1), values)
+    alpha = _interval(alpha_of(node), values)
     return _add(_interval(node.args[0], values), _mul(alpha, _interval(node.args[1], values)))
 
 
 def _rule_sub(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
-    alpha = _interval(node.kwargs.get("alpha", 1), values)
+    alpha = _interval(alpha_of(node), values)
     return _add(_interval(node.args[0], values), _neg(_mul(alpha, _interval(node.args[1], values))))
+
+
+def _rule_rsub(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
+    alpha = _interval(alpha_of(node), values)
+    return _add(_interval(node.args[1], values), _neg(_mul(alpha, _interval(node.args[0], values))))
+
+
+def _rule_to_copy(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
+    dtype = node.kwargs.get("dtype")
+    floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return _interval(node.args[0], values) if floating else ANY
 
 
 def _product(a: Any, b: Any, values: Mapping[fx.Node, Interval]) -> Interval:
@@ -192,8 +206,8 @@ def _product(a: Any, b: Any, values: Mapping[fx.Node, Interval]) -> Interval:
 def _unscaled(value: Any, values: Mapping[fx.Node, Interval]) -> tuple[Any, Interval]:
     """``value`` as (base, interval of the constant factors taken off)."""
     scale: Interval = (1.0, 1.0)
-    while isinstance(value, fx.Node) and _base_name(value) in ("mul", "neg"):
-        if _base_name(value) == "neg":
+    while isinstance(value, fx.Node) and base_name(value) in ("mul", "neg"):
+        if base_name(value) == "neg":
             scale, value = _neg(scale), value.args[0]
             continue
         a, b = value.args[:2]
@@ -229,11 +243,14 @@ def _rule_where(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
 
 def _rule_clamp(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
     low, high = _interval(node.args[0], values)
-    for bound, is_low in zip((*node.args[1:], None, None), (True, False), strict=False):
-        if bound is None:
-            continue
-        a, b = _interval(bound, values)
-        low, high = (max(low, a), max(high, b)) if is_low else (min(low, a), min(high, b))
+    floor = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    ceiling = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    if floor is not None:
+        a, b = _interval(floor, values)
+        low, high = max(low, a), max(high, b)
+    if ceiling is not None:
+        a, b = _interval(ceiling, values)
+        low, high = min(low, a), min(high, b)
     return (low, high)
 
 
@@ -262,7 +279,7 @@ def _first(node: fx.Node, values: Mapping[fx.Node, Interval]) -> Interval:
 RULES: dict[str, Rule] = {
     "add": _rule_add,
     "sub": _rule_sub,
-    "rsub": lambda n, v: _add(_interval(n.args[1], v), _neg(_interval(n.args[0], v))),
+    "rsub": _rule_rsub,
     "mul": _rule_mul,
     "truediv": _binary(_div),
     "div": _binary(_div),
@@ -285,5 +302,5 @@ RULES: dict[str, Rule] = {
     "copy": _last,
     "clone": _first,
     "alias": _first,
-    "_to_copy": _first,
+    "_to_copy": _rule_to_copy,
 }

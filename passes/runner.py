@@ -45,17 +45,22 @@ def run_passes(
     if stop_after is not None and stop_after not in [p.name for p in passes]:
         raise ValueError(f"no pass {stop_after!r}; the passes are {[p.name for p in passes]}")
     stages = [Stage("input", program, 0.0)]
+    _dump(stages[0], dump, first)
     verify(program, "input")
     for step in passes:
         start = time.perf_counter()
         program = step.run(program)
         seconds = time.perf_counter() - start
-        verify(program, step.name)
         stages.append(Stage(step.name, program, seconds))
+        _dump(stages[-1], dump, first + len(stages) - 1)
+        verify(program, step.name)
         if step.name == stop_after:
             break
-    if dump is not None:
-        dump.mkdir(parents=True, exist_ok=True)
-        for i, stage in enumerate(stages):
-            (dump / f"{first + i:02d}_{stage.name}.py").write_text(f"{stage.program}\n")
     return stages
+
+
+def _dump(stage: Stage, folder: Path | None, number: int) -> None:
+    """Write a stage when it is made, so that a broken one is there to be read."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}_{stage.name}.py").write_text(f"{stage.program}\n")

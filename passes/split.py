@@ -7,12 +7,15 @@ tensors; that is refused, since their update is not one kernel over independent 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
 
-from stq_compile.errors import CoupledParametersError
+from stq_compile.errors import CoupledParametersError, SharedScalarError
 from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph, location_of
+
+IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
 
 
 def split(program: Program) -> Program:
@@ -62,7 +65,18 @@ def _owners(unit: StepGraph, optimizer: str) -> dict[fx.Node, int | None]:
                 optimizer=optimizer, first=first, second=second, location=location_of(node)
             )
         owner[node] = found.pop() if found else None
+        if owner[node] is None and _is_in_place(node):
+            source = node.all_input_nodes[0].name
+            raise SharedScalarError(optimizer=optimizer, source=source, location=location_of(node))
     return owner
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a call of Dynamo's graph writes its first argument (``add_``, ``+=``)."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.startswith("__") and bool(node.all_input_nodes)
+    return node.target in IN_PLACE_OPERATORS
 
 
 def _scalars_first(graph: fx.Graph, needed: set[fx.Node], members: set[fx.Node]) -> list[fx.Node]:

@@ -52,6 +52,7 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
     operands: list[Operand] = []
     bindings: dict[tuple[Role, Source], Binding] = {}
     attributes: dict[tuple[Role, Source], str] = {}
+    placeholders: dict[tuple[Role, Source], fx.Node] = {}
     position = 0
     inputs: list[tuple[fx.Node, Tensor, Binding]] = []
     for node in gm.graph.nodes:
@@ -65,13 +66,12 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
     for node, example, binding in inputs:
         role, source = _identify(node, example, known, name)
         key = (role, source)
-        twin = next((o for o in operands if (o.role, o.source) == key), None)
-        if twin is not None:
-            env[node] = next(n for n in graph.nodes if n.name == twin.name)
+        if key in placeholders:
+            env[node] = placeholders[key]
             continue
         new = graph.placeholder(_readable(role, source))
         new.meta["example"] = _stand_in(example)
-        env[node] = new
+        env[node] = placeholders[key] = new
         operands.append(
             Operand(
                 new.name,

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from stq_compile.codegen.cpp.build import CompiledKernel, build
 from stq_compile.codegen.cpp.emit import emit
-from stq_compile.codegen.ir import Kernel, verify_kernel
+from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.lower import lower, why_not
 from stq_compile.codegen.tabulate import tabulate
+from stq_compile.codegen.verify import verify_kernel
 from stq_compile.options import Rounding
 from stq_compile.passes.expand_foreach import expand_foreach
 from stq_compile.passes.fold import fold
@@ -24,6 +25,7 @@ from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import FormatOf, insert_quantize
 from stq_compile.passes.ranges import find_ranges
+from stq_compile.passes.recurrences import find_recurrences
 from stq_compile.passes.runner import Pass, Stage, run_passes
 from stq_compile.passes.split import split
 from stq_compile.step_graph import Program, StepGraph
@@ -35,6 +37,7 @@ FRONT: Sequence[Pass] = (
     Pass("functionalize", functionalize),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),
+    Pass("recurrences", find_recurrences),
 )
 
 

@@ -110,6 +110,13 @@ class CoupledParametersError(StqError):
     )
 
 
+class SharedScalarError(StqError):
+    message = (
+        "{optimizer}: the step changes {source}, which all parameters share\n  at {location}\n"
+        "The optimizer is left as it was."
+    )
+
+
 class UnknownInputError(StqError):
     message = (
         "{optimizer}: graph input {name} is neither a parameter, a gradient, a state nor a "

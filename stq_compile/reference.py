@@ -89,7 +89,7 @@ def encode(
             code, scale = _encode_adaptive_log(tile, valid, format, uniform)
         else:
             assert normalizer is not None
-            unit = _pad(normalizer[start : start + span]).sqrt()
+            unit = root(_pad(normalizer[start : start + span]))
             code, scale = _encode_midrise(tile, unit, valid, format, uniform)
         codes[block : block + blocks] = pack(torch.where(valid, code, 0), format.width)
         scales[block : block + blocks] = scale.to(torch.int16)
@@ -119,7 +119,7 @@ def decode(
             value = _decode_adaptive_log(code, word, format)
         else:
             assert normalizer is not None
-            unit = _pad(normalizer[start : start + count]).sqrt()
+            unit = root(_pad(normalizer[start : start + count]))
             value = _decode_midrise(code, word, format) * unit
         out[start : start + count] = value.view(-1)[:count]
     return out
@@ -137,6 +137,15 @@ def fma(a: Tensor | float, b: Tensor, c: Tensor | float) -> Tensor:
     wide_c = c.double() if isinstance(c, Tensor) else c
     wide_a = a.double() if isinstance(a, Tensor) else a
     return (wide_a * b.double() + wide_c).float()
+
+
+def root(x: Tensor) -> Tensor:
+    """The correctly rounded square root; torch's vectorized float32 one is off in the last bit.
+
+    (Likewise a float divided by a tensor is, in torch, a product with the reciprocal; so both
+    operands of a division are tensors here.)
+    """
+    return x.double().sqrt().float()
 
 
 def float_from_bits(bits: Tensor) -> Tensor:
@@ -196,7 +205,7 @@ def _scale_up(absmax: Tensor, drop: int) -> Tensor:
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, 1.0 / scale, 0.0)
+    return torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
 
 
 # softsign -----------------------------------------------------------------------------------
@@ -213,7 +222,7 @@ def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tupl
     top = format.top_code // 2
     scale = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 16)
     inverse = _reciprocal(float_from_bits(scale << 16))
-    a = torch.minimum(x.abs() * inverse, torch.tensor(1.0))
+    a = torch.fmin(x.abs() * inverse, torch.tensor(1.0))
     w = 1.0 + a
     t = (a * (2.0 * top)) / w
     k = torch.floor(t)
@@ -241,14 +250,14 @@ def _encode_adaptive_log(
     inverse = _reciprocal(float_from_bits(top << 20))
     octaves = torch.maximum(log2(x * inverse), torch.tensor(-MAX_RANGE))
     counted = torch.where(valid, octaves, 0.0)
-    share = 1.0 / valid.sum(1, keepdim=True).float()
+    share = _reciprocal(valid.sum(1, keepdim=True).float())
     mean = block_sum(counted) * share
     variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
-    spread = fma(variance.sqrt(), torch.tensor(TAIL_DEVIATIONS), -mean)
+    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
     step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
     step = torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
     octave_range = (step + 1.0) * RANGE_STEP
-    ratio = levels / octave_range
+    ratio = torch.full_like(octave_range, levels) / octave_range
     t = fma(torch.maximum(octaves, -octave_range), ratio, levels)
     code = torch.clamp(torch.floor(t + uniform), 0.0, levels)
     word = (top << 5) | step.to(torch.int32)
@@ -273,8 +282,8 @@ def _encode_midrise(
     u = torch.where(unit > 0, x / unit, 0.0)
     bounded = u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT)
     u = torch.where(u.abs() < torch.inf, bounded, u)  # infinity and NaN stay to be seen
-    share = 1.0 / valid.sum(1, keepdim=True).float()
-    rms = (block_sum(u * u) * share).sqrt()
+    share = _reciprocal(valid.sum(1, keepdim=True).float())
+    rms = root(block_sum(u * u) * share)
     step = _scale_up(magnitude_bits(rms * (MIDRISE_CLIP[format.width] / half)), 16)
     inverse = _reciprocal(float_from_bits(step << 16))
     t = fma(u, inverse, half)

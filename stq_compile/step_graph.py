@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.node import _get_qualified_name
@@ -97,16 +99,38 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """How a state carries over: ``s' = decay * s + ...``.
+
+    ``decay`` is an expression in the step's scalars and ``value`` its present value; both are
+    None where the state does not enter its own update in an affine way.
+    """
+
+    kind: Literal["average", "sum", "maximum", "replaced", "unknown"]
+    decay: sympy.Expr | None = None
+    value: float | None = None
+
+    @property
+    def amplification(self) -> float:
+        """Variance at which noise of variance 1 a step settles: 1 / (1 - a^2); inf for a sum."""
+        if self.value is None or abs(self.value) >= 1:
+            return math.inf
+        return 1 / (1 - self.value**2)
+
+
+@dataclass(frozen=True)
 class Facts:
     """What the graph proves about its states, by state key.
 
     ``nonnegative``: never below zero. ``normalizers``: the update divides the state by the root of
     another. ``fragile``: why an error in the state could break the step (root of a difference).
+    ``recurrences``: how the state carries over from step to step.
     """
 
     nonnegative: frozenset[str] = frozenset()
     normalizers: Mapping[str, str] = field(default_factory=dict)
     fragile: Mapping[str, str] = field(default_factory=dict)
+    recurrences: Mapping[str, Recurrence] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,7 @@ class StepGraph:
     @property
     def operands(self) -> tuple[Operand, ...]:
         """The operands of the first instance, which stands for all."""
-        return self.instances[0].operands
+        return self.instances[0].operands if self.instances else ()
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -215,7 +239,8 @@ def _defect(unit: StepGraph) -> str:
         return f"writes {unit.writes} are not distinct placeholders"
     for node in unit.calls:
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        mutable = schema is not None and schema.is_mutable
+        if mutable or (node.op == "call_method" and str(node.target).endswith("_")):
             return f"in-place node {node.name} in a functional graph"
     return ""
 
@@ -224,8 +249,9 @@ def print_graph(unit: StepGraph) -> str:
     """The graph as a Python function; runs where ``torch`` and ``operator`` are imported."""
     lines = [f"def {unit.name}("]
     many = f" (and {len(unit.instances) - 1} more)" if len(unit.instances) > 1 else ""
-    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
-        lines.append(f"    {node.name},  # {operand.describe()}{many}")
+    described = {o.name: o.describe() for o in unit.operands}
+    for node in unit.placeholders:
+        lines.append(f"    {node.name},  # {described.get(node.name, 'no operand')}{many}")
     lines.append("):")
     for node in unit.calls:
         where = location_of(node)

@@ -27,7 +27,7 @@ TEMPLATES: dict[str, str] = {
     "sub": "{0} - {1}",
     "mul": "{0} * {1}",
     "div": "{0} / {1}",
-    "neg": "-{0}",
+    "neg": "-({0})",
     "lt": "{0} < {1}",
     "le": "{0} <= {1}",
     "gt": "{0} > {1}",
@@ -69,11 +69,20 @@ POINTERS = {
 }
 
 # fmt: off
-KEYWORDS = frozenset((
-    "and", "or", "not", "xor", "signed", "unsigned", "float", "double", "int", "long", "short",
-    "char", "bool", "void", "const", "static", "new", "delete", "this", "class", "struct",
-    "union", "enum", "if", "else", "for", "while", "do", "switch", "case", "default", "return",
-    "template", "typename", "public", "private", "protected", "auto", "register", "volatile",
+RESERVED = frozenset((
+    # C++
+    "alignas", "alignof", "and", "asm", "auto", "bitand", "bitor", "bool", "break", "case",
+    "catch", "char", "class", "compl", "concept", "const", "constexpr", "continue", "default",
+    "delete", "do", "double", "else", "enum", "explicit", "export", "extern", "false", "float",
+    "for", "friend",
+    "goto", "if", "inline", "int", "long", "mutable", "namespace", "new", "noexcept", "not",
+    "nullptr", "operator", "or", "private", "protected", "public", "register", "requires", "return",
+    "short", "signed", "sizeof", "static", "struct", "switch", "template", "this", "throw", "true",
+    "try", "typedef", "typename", "union", "unsigned", "using", "virtual", "void", "volatile",
+    "while", "xor",
+    # names of the generated code
+    "blocks", "count", "first", "first_block", "index", "j", "numel", "p", "row", "run", "s",
+    "scalars", "size", "std", "step", "stq", "tail", "tile",
 ))
 # fmt: on
 
@@ -318,7 +327,7 @@ class _Emitter:
         wide = any(isinstance(a, Value) and a.space >= Space.TABLE for a in v.args)
         args = []
         for a, t in zip(v.args, types, strict=True):
-            if vector and (template.startswith("stq::") or not wide):
+            if vector and (t is Type.BOOL or template.startswith("stq::") or not wide):
                 args.append(self._broadcast(a, t))
             else:
                 args.append(self._argument(a, v.space, t))
@@ -352,7 +361,7 @@ def _type(v: Value) -> str:
 
 
 def _name(name: str) -> str:
-    return f"{name}_" if name in KEYWORDS else name
+    return f"{name}_value" if name in RESERVED else name
 
 
 def _int_literal(x: float) -> str:

@@ -137,8 +137,8 @@ STQ_INLINE f32v minimum(f32v a, f32v b) { return (a < b) | (a != a) ? a : b; }
 STQ_INLINE f32v maximum(f32v a, f32v b) { return (a > b) | (a != a) ? a : b; }
 STQ_INLINE double minimum(double a, double b) { return a < b || a != a ? a : b; }
 STQ_INLINE double maximum(double a, double b) { return a > b || a != a ? a : b; }
-STQ_INLINE f32v sign(f32v x) { return select(x > 0, all(1.0f), select(x < 0, all(-1.0f), x)); }
-STQ_INLINE double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : x; }
+STQ_INLINE f32v sign(f32v x) { return select(x > 0, all(1.0f), select(x < 0, all(-1.0f), all(0.0f))); }
+STQ_INLINE double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : 0.0; }
 
 // Unsigned bytes and halves to int32; GCC 12 converts them one by one if left to itself.
 #if defined(__AVX512F__)

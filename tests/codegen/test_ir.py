@@ -16,8 +16,8 @@ from stq_compile.codegen.ir import (
     Space,
     Type,
     Value,
-    verify_kernel,
 )
+from stq_compile.codegen.verify import verify_kernel
 from stq_compile.errors import InvalidKernelError
 from stq_compile.formats import FORMATS
 from zoo import ADAM_FACTS, adam

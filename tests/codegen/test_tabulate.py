@@ -6,9 +6,10 @@ import pytest
 
 from graphs import Sketch, aten
 from kernels import Rig, compiled, differing, kernel_of, quantized
-from stq_compile.codegen.ir import Kernel, Space, verify_kernel
+from stq_compile.codegen.ir import Kernel, Space
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.tabulate import MAX_WIDTH, tabulate
+from stq_compile.codegen.verify import verify_kernel
 from stq_compile.formats import FORMATS, Format
 from stq_compile.options import Rounding
 from stq_compile.step_graph import StepGraph

@@ -1,4 +1,4 @@
-// adamw: float32 states; 1 tensor; 28.00 bytes per element
+// adamw: float32 states; 28.00 bytes per element
 #include "stq_kernel.h"
 
 struct Row {
@@ -19,8 +19,8 @@ struct Scalars {
 };
 
 static void scalars(const Row& row, Scalars& s) {
-  const double lr_1 = row.lr;  // scalar float64[] lr
-  const double step_0_1 = *row.step_0;  // state  float32[] p0:step
+  const double lr_1 = row.lr;  // lr  scalar
+  const double step_0_1 = *row.step_0;  // step_0  state
   const double add_1 = step_0_1 + 1.0;  // add  adam.py:414 step_t += 1
   const double mul_1 = lr_1 * 0.1;  // mul
   const double sub_1 = 1.0 - mul_1;  // sub
@@ -56,10 +56,10 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     float* exp_avg_sq_0 = tail ? exp_avg_sq_0_tail : row.exp_avg_sq_0 + index * stq::kBlock;
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param  float32[3, 5] p0
-      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad   float32[3, 5] p0
-      const stq::f32v exp_avg_0_1 = stq::load(exp_avg_0 + p * stq::kLanes);  // state  float32[3, 5] p0:exp_avg
-      const stq::f32v exp_avg_sq_0_1 = stq::load(exp_avg_sq_0 + p * stq::kLanes);  // state  float32[3, 5] p0:exp_avg_sq
+      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param_0  param
+      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad_0  grad
+      const stq::f32v exp_avg_0_1 = stq::load(exp_avg_0 + p * stq::kLanes);  // exp_avg_0  state
+      const stq::f32v exp_avg_sq_0_1 = stq::load(exp_avg_sq_0 + p * stq::kLanes);  // exp_avg_sq_0  state
       const stq::f32v mul_1_1 = param_0_1 * s.sub_1;  // mul_1  adam.py:418 param.mul_(1 - lr * weight_decay)
       const stq::f32v sub_1_1 = grad_0_1 - exp_avg_0_1;  // sub_1  adam.py:448 exp_avg.lerp_(grad, 1 - beta1)
       const stq::f32v fma_1 = stq::fma(sub_1_1, stq::all(0.1f), exp_avg_0_1);  // fma  adam.py:448 exp_avg.lerp_(grad, 1 - beta1)

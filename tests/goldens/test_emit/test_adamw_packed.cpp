@@ -1,4 +1,4 @@
-// adamw_exp_avg_softsign4_exp_avg_sq_adaptive_log3: exp_avg_0 softsign4, exp_avg_sq_0 adaptive_log3; 1 tensor; 13.81 bytes per element
+// adamw_exp_avg_softsign4_exp_avg_sq_adaptive_log3: exp_avg_0 softsign4, exp_avg_sq_0 adaptive_log3; 13.81 bytes per element
 #include "stq_kernel.h"
 
 struct Row {
@@ -23,8 +23,8 @@ struct Scalars {
 };
 
 static void scalars(const Row& row, Scalars& s) {
-  const double lr_1 = row.lr;  // scalar float64[] lr
-  const double step_0_1 = *row.step_0;  // state  float32[] p0:step
+  const double lr_1 = row.lr;  // lr  scalar
+  const double step_0_1 = *row.step_0;  // step_0  state
   const double add_1 = step_0_1 + 1.0;  // add  adam.py:414 step_t += 1
   const double mul_1 = lr_1 * 0.1;  // mul
   const double sub_1 = 1.0 - mul_1;  // sub
@@ -104,8 +104,8 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::i32v exp_avg_sq_0_new_absmax_lanes{};
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param  float32[3, 5] p0
-      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad   float32[3, 5] p0
+      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param_0  param
+      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad_0  grad
       const stq::i32v exp_avg_0_code = stq::unpack<4>(exp_avg_0_codes, p);  // exp_avg_0
       const stq::f32v exp_avg_0 = stq::lookup(exp_avg_0_table, exp_avg_0_code);  // exp_avg_0
       const stq::i32v exp_avg_sq_0_code = stq::unpack<3>(exp_avg_sq_0_codes, p);  // exp_avg_sq_0
@@ -232,7 +232,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     const float exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_mul_3 - exp_avg_sq_0_new_mul_4;  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_max_1 = stq::max(exp_avg_sq_0_new_sub_1, 0.0f);  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_sqrt = stq::sqrt(exp_avg_sq_0_new_max_1);  // exp_avg_sq_0_new
-    const float exp_avg_sq_0_new_neg = -exp_avg_sq_0_new_mul_1;  // exp_avg_sq_0_new
+    const float exp_avg_sq_0_new_neg = -(exp_avg_sq_0_new_mul_1);  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_fma_6 = stq::fma(exp_avg_sq_0_new_sqrt, 1.2815515f, exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_fma_6 * 2.2857144f;  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_ceil = stq::ceil(exp_avg_sq_0_new_mul_5);  // exp_avg_sq_0_new
@@ -242,7 +242,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     const float exp_avg_sq_0_new_add = exp_avg_sq_0_new_min + 1.0f;  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_add * 0.4375f;  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_div_2 = 7.0f / exp_avg_sq_0_new_mul_6;  // exp_avg_sq_0_new
-    const float exp_avg_sq_0_new_neg_1 = -exp_avg_sq_0_new_mul_6;  // exp_avg_sq_0_new
+    const float exp_avg_sq_0_new_neg_1 = -(exp_avg_sq_0_new_mul_6);  // exp_avg_sq_0_new
     const int exp_avg_sq_0_new_shift_left_2 = exp_avg_sq_0_new_int_select_3[j] << 5;  // exp_avg_sq_0_new
     const int exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
     const int exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_shift_left_2 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new

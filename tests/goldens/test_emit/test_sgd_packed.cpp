@@ -1,4 +1,4 @@
-// sgd_momentum_buffer_softsign4: momentum_buffer_0 softsign4; 1 tensor; 13.03 bytes per element
+// sgd_momentum_buffer_softsign4: momentum_buffer_0 softsign4; 13.03 bytes per element
 #include "stq_kernel.h"
 
 struct Row {
@@ -47,8 +47,8 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::i32v momentum_buffer_0_new_absmax_lanes{};
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param  float32[3, 5] p0
-      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad   float32[3, 5] p0
+      const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param_0  param
+      const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad_0  grad
       const stq::i32v momentum_buffer_0_code = stq::unpack<4>(momentum_buffer_0_codes, p);  // momentum_buffer_0
       const stq::f32v mul_tensor = stq::lookup(mul_tensor_table, momentum_buffer_0_code);  // mul_tensor
       add_tensor[j][p] = mul_tensor + grad_0_1;  // add_tensor
