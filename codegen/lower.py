@@ -310,10 +310,16 @@ def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @lowers(aten.clone.default, aten.alias.default, aten.alias_copy.default, aten.expand.default)
-@lowers(aten.detach.default, aten.detach_copy.default, aten._to_copy.default, aten.copy.default)
+@lowers(aten.detach.default, aten.detach_copy.default, aten.copy.default)
 def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value itself; of ``copy(target, source)``, the source."""
     return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]
+
+
+@lowers(aten._to_copy.default)
+def _to_copy(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A conversion to a floating type; masks become 1 and 0."""
+    return b.number(args[0])
 
 
 @lowers(aten.full.default, aten.full_like.default)

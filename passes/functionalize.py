@@ -109,9 +109,10 @@ def _fake_inputs(unit: StepGraph) -> list[Any]:
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     inputs: list[Any] = []
-    for node in unit.placeholders:
+    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         example = node.meta["example"]
-        if example.ndim == 0 and node.users and all(u.target == "item" for u in node.users):
+        read = node.users and all(u.target == "item" for u in node.users)
+        if operand.number or (example.ndim == 0 and read):
             source = ConstantSource(node.name)
             hint = float(example)
             symbol = shape_env.create_unspecified_symbol(

@@ -49,6 +49,7 @@ def _analyse(unit: StepGraph) -> StepGraph:
         assumed = proven
     fragile = {k: v for k, v in _fragile(unit, values, states).items() if k not in scalars}
     nonnegative = frozenset(states[n] for n in proven)
+    fragile = {**unit.facts.fragile, **fragile}
     return unit.replace(facts=replace(unit.facts, nonnegative=nonnegative, fragile=fragile))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from stq_compile.report import Report, make_report
 from stq_compile.session import Session
 
 Opt = TypeVar("Opt", bound=Optimizer)
+
+_COUNTER = itertools.count()
 
 REFUSED: dict[type[Optimizer], str] = {
     LBFGS: "its step runs a line search that calls the model, which is no fixed graph",
@@ -157,11 +160,14 @@ def _raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own: Dynamo's cache and its recompile limit belong to a code
-    object, and optimizers of one class should not share them."""
+    """A copy with a code object of its own, under a name of its own.
+
+    Dynamo's cache and its recompile limit belong to a code object, and what it remembers of inputs
+    that changed belongs to a name; optimizers of one class should share neither.
+    """
     assert isinstance(function, types.FunctionType)
     copy = types.FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_COUNTER)}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

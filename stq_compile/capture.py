@@ -70,6 +70,8 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
             env[node] = placeholders[key]
             continue
         new = graph.placeholder(_readable(role, source))
+        number = not isinstance(example, Tensor)
+        example = _as_tensor(example)
         new.meta["example"] = _stand_in(example)
         env[node] = placeholders[key] = new
         operands.append(
@@ -82,6 +84,7 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
                 example.dtype,
                 example.device,
                 next((location_of(user) for user in node.users), ""),
+                number=number,
             )
         )
         bindings[key] = binding
@@ -99,6 +102,17 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
     instance = Instance(tuple(operands), tuple(range(len(outputs))))
     step = StepGraph("step", graph, (instance,))
     return Captured(Program(name, (step,)), bindings, attributes)
+
+
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def _as_tensor(example: Any) -> Tensor:
+    """A Python number that Dynamo made an input, as a 0-dim tensor."""
+    if isinstance(example, NUMBERS):
+        return torch.tensor(float(example), dtype=torch.float64)
+    tensor: Tensor = example
+    return tensor
 
 
 def _stand_in(example: Tensor) -> Tensor:
@@ -146,12 +160,13 @@ def _identify(
     if found is not None:
         return found
     location = next((location_of(user) for user in node.users), "")
-    if not isinstance(example, Tensor):
+    if not isinstance(example, (Tensor, *NUMBERS)):
         reason = f"it is a {type(example).__name__}"
         raise UnknownInputError(
             optimizer=optimizer, name=node.target, reason=reason, location=location
         )
-    if example.ndim == 0:
+    tensor = _as_tensor(example)
+    if tensor.ndim == 0:
         expression = str(node.target)
         if "grapharg" in node.meta:
             expression = str(node.meta["grapharg"].source.name).replace("L['self'].", "")
@@ -159,7 +174,7 @@ def _identify(
     raise UnknownInputError(
         optimizer=optimizer,
         name=node.target,
-        reason=f"a tensor of shape {tuple(example.shape)}",
+        reason=f"a tensor of shape {tuple(tensor.shape)}",
         location=location,
     )
 

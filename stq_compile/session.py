@@ -190,6 +190,7 @@ class CompiledStep:
 
     def __init__(self, session: Session, captured: Captured, stages: list[Stage]) -> None:
         self.session = session
+        self.number = session.compiles
         self.bindings = captured.bindings
         self.attributes = captured.attributes
         self.front = stages

@@ -64,6 +64,7 @@ class Operand:
 
     ``value`` is set for a constant hoisted out of the graph. ``returned`` is set for a state that
     the step itself creates: its position in the step's outputs. Such a state is only written.
+    ``number`` marks a Python number among the scalars, which are tensors otherwise.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Operand:
     location: str = ""
     value: float | None = None
     returned: int = -1
+    number: bool = False
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -237,7 +237,7 @@ def test_outputs_keep_their_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "reason"), [(3, "it is a int"), (torch.ones(2, 2), r"a tensor of shape \(2, 2\)")]
+    ("example", "reason"), [("3", "it is a str"), (torch.ones(2, 2), r"a tensor of shape \(2, 2\)")]
 )
 def test_an_unknown_argument_is_refused_with_the_reason(example: Any, reason: str) -> None:
     optimizer, (p,) = sgd(3)

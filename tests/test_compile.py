@@ -484,3 +484,19 @@ def test_a_state_that_the_step_creates(width: int, first: int) -> None:
             buffer = optimizer.state[p]["momentum_buffer"]
             found = buffer.format.width if isinstance(buffer, PackedState) else 32
             assert found == (expected if p.numel() >= 64 else 32)
+
+
+def test_an_integer_hyperparameter_that_changes() -> None:
+    """Dynamo makes it an input that is a Python number, not a tensor."""
+    eager_model, model = make_model(), make_model()
+    optimizers = [torch.optim.Adagrad(m.parameters(), lr_decay=0) for m in (eager_model, model)]
+    step = torch.compile(optimizers[1].step, backend="stq", options={"precision": 32})
+    for i in range(5):
+        for m, o, run in zip(
+            (eager_model, model), optimizers, (optimizers[0].step, step), strict=True
+        ):
+            o.param_groups[0]["lr_decay"] = i
+            backward(m, i)
+            run()
+    for p, q in zip(model.parameters(), eager_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)

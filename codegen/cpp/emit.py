@@ -361,7 +361,8 @@ def _type(v: Value) -> str:
 
 
 def _name(name: str) -> str:
-    return f"{name}_value" if name in RESERVED else name
+    # A name without a small letter may be a macro of the C library (NULL).
+    return f"{name}_value" if name in RESERVED or name.upper() == name else name
 
 
 def _int_literal(x: float) -> str:
