@@ -1,4 +1,4 @@
-"""`compile`, `report`: what a user calls."""
+"""`compile`, `report`, `state_dict`: what a user calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from stq_compile.backend import close_session, open_session, session_of
 from stq_compile.birth import init_states
+from stq_compile.checkpoint import StateFormat
 from stq_compile.errors import (
     AlreadyCompiledError,
     GraphBreakError,
+    InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
     StqError,
@@ -66,7 +68,6 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
         )
     session = open_session(optimizer, checked)
     driver = _Driver(session)
-    optimizer.register_load_state_dict_post_hook(driver.loaded)
     optimizer.step = types.MethodType(driver.step_function(), optimizer)  # type: ignore[method-assign]
     return optimizer
 
@@ -83,18 +84,36 @@ def report(optimizer: Optimizer) -> Report:
     return make_report(session)
 
 
+def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str, Any]:
+    """The optimizer's state dict, packed (as ``optimizer.state_dict()``) or in float32.
+
+    The float32 form is what the stock optimizer would save, up to quantization; it loads into the
+    stock optimizer and into a compiled one.
+
+    Raises:
+        NotCompiledError: the optimizer is not compiled.
+        InvalidOptionError: ``format`` is neither ``"packed"`` nor ``"fp32"``.
+    """
+    session = session_of(optimizer)
+    if session is None:
+        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    if format not in ("packed", "fp32"):
+        raise InvalidOptionError(name="format", value=format, reason="use 'packed' or 'fp32'")
+    session.checkpoint_format = format
+    try:
+        return optimizer.state_dict()
+    finally:
+        session.checkpoint_format = "packed"
+
+
 class _Driver:
     """Runs compiled steps of one optimizer: births before, errors translated after."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.pending_load = False
         self.inner = torch.compile(
             _own_code(_raw_step(type(session.optimizer))), backend=self._backend, fullgraph=True
         )
-
-    def loaded(self, optimizer: Optimizer) -> None:
-        self.pending_load = True
 
     def step_function(self) -> Callable[..., Any]:
         """A function to bind as ``optimizer.step``; hooks run around it as around the original."""
@@ -113,9 +132,7 @@ class _Driver:
 
     def run(self, optimizer: Optimizer) -> None:
         session = self.session
-        if self.pending_load:
-            session.pack_loaded()
-            self.pending_load = False
+        session.pack_loaded()
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
         try:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.optim import Optimizer
 
+from stq_compile.checkpoint import attach
 from stq_compile.errors import OptimizerNotFoundError
 from stq_compile.options import Options
 from stq_compile.session import Session
@@ -25,12 +26,20 @@ def session_of(optimizer: Optimizer) -> Session | None:
 def open_session(optimizer: Optimizer, options: Options) -> Session:
     """Make and register the session of an optimizer."""
     session = Session(optimizer, options)
-    _SESSIONS[optimizer] = session
+    _register(session)
     return session
 
 
+def _register(session: Session) -> None:
+    _SESSIONS[session.optimizer] = session
+    attach(session)
+
+
 def close_session(optimizer: Optimizer) -> None:
-    _SESSIONS.pop(optimizer, None)
+    """Forget an optimizer's session and take its hooks off."""
+    session = _SESSIONS.pop(optimizer, None)
+    for handle in session.hooks if session else ():
+        handle.remove()
 
 
 def stq(
@@ -52,7 +61,8 @@ def stq(
     if session is None:
         session = Session(optimizer, Options.from_dict(options or {}))
     compiled = session.compile(gm)
-    _SESSIONS[optimizer] = session
+    if optimizer not in _SESSIONS:
+        _register(session)
     return compiled
 
 

@@ -7,6 +7,7 @@ again, without Dynamo, whenever the widths change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,12 +77,13 @@ def generate(
 ) -> Generated:
     """Quantize every template at the formats given and compile its kernels."""
     stages = run_passes(program, back(format_of, rounding), dump=dump, first=len(FRONT) + 1)
-    return Generated(stages, [_compile(unit) for unit in stages[-1].program.units])
-
-
-def _compile(graph: StepGraph) -> Unit:
-    kernel = lower_kernel(graph)
-    return Unit(graph, kernel, build(kernel.name, emit(kernel)))
+    graphs = stages[-1].program.units
+    kernels = [lower_kernel(graph) for graph in graphs]
+    names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
+    with ThreadPoolExecutor() as pool:  # the C++ compiler runs in processes of its own
+        compiled = list(pool.map(build, names, sources))
+    units = [Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)]
+    return Generated(stages, units)
 
 
 def lower_kernel(graph: StepGraph) -> Kernel:

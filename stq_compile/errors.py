@@ -150,6 +150,13 @@ class KernelBuildError(StqError):
     )
 
 
+class CheckpointError(StqError):
+    message = (
+        "cannot load the checkpoint: {entry} is {found}, expected {expected}. "
+        "Nothing was loaded; the optimizer is as it was."
+    )
+
+
 class InvalidTargetError(StqError):
     message = "{target}: {reason}"
 

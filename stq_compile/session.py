@@ -11,11 +11,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import Captured, capture, param_sources
 from stq_compile.compiler import Generated, Unit, analyse, generate
@@ -55,6 +56,10 @@ class Session:
         self._optimizer = weakref.ref(optimizer)
         self.options = options
         self.dump = dump
+        self.seed = options.seed
+        self.checkpoint_format: Literal["packed", "fp32"] = "packed"
+        self.loaded = False
+        self.hooks: list[RemovableHandle] = []
         self.steps = 0
         self.compiles = 0
         self.transitions = 0
@@ -154,7 +159,10 @@ class Session:
                 yield param, sources[id(param)], str(key), value
 
     def pack_loaded(self) -> None:
-        """Pack the float32 states whose format is known, as after ``load_state_dict``."""
+        """Pack the float32 states whose format is known, if a checkpoint was loaded."""
+        if not self.loaded:
+            return
+        self.loaded = False
         for param, source, key, value in list(self.states()):
             info = self.info.get((source.param, key))
             if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
@@ -180,7 +188,7 @@ class Session:
     def storage_options(self, source: Source) -> dict[str, Any]:
         return {
             "rounding": self.options.rounding,
-            "seed": self.options.seed,
+            "seed": self.seed,
             "stream": stream_id(source.param, source.key),
         }
 
@@ -295,7 +303,7 @@ class CompiledStep:
     def __call__(self, *args: Tensor) -> tuple[Any, ...]:
         session = self.session
         created = {o.returned: self._create(o) for o in self.created}
-        step = mixed_step(session.options.seed, session.steps)
+        step = mixed_step(session.seed, session.steps)
         for bucket in self.buckets:
             bucket.run(args, created, step)
         session.steps += 1

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compiler",),
     ("runtime",),
     ("session",),
+    ("checkpoint",),
     ("backend", "report"),
     ("api",),
     ("",),  # stq_compile/__init__.py

@@ -1,0 +1,205 @@
+"""Checkpoints: packed, exact, and refused whole if anything is wrong with them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stq_compile as stq
+from models import backward, equal, make_model
+from stq_compile import PackedState, errors
+from stq_compile.backend import session_of
+
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def adamw(precision: Any = None, **options: Any) -> Make:
+    precision = precision or {"exp_avg": 4, "exp_avg_sq": 3}
+    return lambda model: stq.compile(
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        precision=precision, min_numel=64, **options,
+    )  # fmt: skip
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return stq.compile(optimizer, precision=4, min_numel=64)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+
+
+def through_a_file(checkpoint: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(make: Make, checkpoint: Any, weights: Any, started: bool) -> Any:
+    """A new process, as it were: another model, another optimizer, and the checkpoint."""
+    model = make_model(1)
+    optimizer = make(model)
+    if started:
+        train(model, optimizer, range(50, 52))
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(checkpoint)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(
+    "make", [adamw(), adamw({"*": 3}), adamw({"*": 16}), adamw(rounding="nearest"), sgd]
+)
+def test_resume_is_exact_to_the_bit(make: Make, started: bool) -> None:
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, range(3))
+    saved = through_a_file(
+        {"optimizer": optimizer.state_dict(), "model": copy.deepcopy(model.state_dict())}
+    )
+    train(model, optimizer, range(3, 8))
+    other, again = resumed(make, saved["optimizer"], saved["model"], started)
+    train(other, again, range(3, 8))
+    assert equal(model.parameters(), other.parameters())
+
+
+def test_resume_with_changed_widths() -> None:
+    model = make_model()
+    optimizer = adamw()(model)
+    train(model, optimizer, range(2))
+    session = session_of(optimizer)
+    assert session is not None
+    session.change_widths({(0, "exp_avg"): 6, (2, "exp_avg_sq"): 8})
+    train(model, optimizer, range(2, 4))
+    saved = through_a_file(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(4, 7))
+    other, again = resumed(adamw(), saved, weights, False)
+    train(other, again, range(4, 7))
+    assert equal(model.parameters(), other.parameters())
+    assert stq.report(again).rows == stq.report(optimizer).rows
+
+
+def test_fp32_form_loads_into_the_stock_optimizer_and_back() -> None:
+    model = make_model()
+    optimizer = adamw()(model)
+    train(model, optimizer, range(3))
+    saved = stq.state_dict(optimizer, format="fp32")
+    assert "stq" not in saved
+    stock = torch.optim.AdamW(make_model(1).parameters())
+    stock.load_state_dict(copy.deepcopy(saved))
+    for p, q in zip(model.parameters(), stock.param_groups[0]["params"], strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert type(stock.state[q][key]) is torch.Tensor
+            assert torch.equal(stock.state[q][key], optimizer.state[p][key] + 0)
+    other, again = resumed(adamw(), saved, model.state_dict(), True)
+    train(other, again, range(3, 4))
+    assert isinstance(next(iter(again.state.values()))["exp_avg"], PackedState)
+
+
+def test_other_widths_are_converted() -> None:
+    model = make_model()
+    optimizer = adamw()(model)
+    train(model, optimizer, range(3))
+    other, again = resumed(adamw({"*": 8}), optimizer.state_dict(), model.state_dict(), False)
+    train(other, again, range(3, 4))
+    widths = {r.width for r in stq.report(again).rows if len(r.shape) > 1}
+    assert widths == {8}
+
+
+def test_a_checkpoint_is_small_and_independent() -> None:
+    p = nn.Parameter(torch.randn(100_000))
+    p.grad = torch.randn(100_000)
+    optimizer = stq.compile(torch.optim.AdamW([p]), precision=4)
+    optimizer.step()
+    sizes = []
+    for saved in (optimizer.state_dict(), stq.state_dict(optimizer, format="fp32")):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        sizes.append(file.tell())
+    assert sizes[0] <= 0.14 * sizes[1]
+    other = stq.compile(torch.optim.AdamW([p]), precision=4)
+    saved = optimizer.state_dict()
+    codes = saved["state"][0]["exp_avg"]["codes"].clone()
+    other.load_state_dict(saved)
+    other.step()  # writes its own codes, not the checkpoint's
+    assert torch.equal(saved["state"][0]["exp_avg"]["codes"], codes)
+
+
+def edit(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        place: Any = saved
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to(place[path[-1]]) if callable(to) else to
+
+    return change
+
+
+M = ("state", 0, "exp_avg")
+BROKEN = {
+    "version": edit("stq", "version", to=99),
+    "steps": edit("stq", "steps", to="many"),
+    "seed": edit("stq", "seed", to=-1),
+    "header": edit("stq", to=[1, 2]),
+    "plan": edit("stq", "plan", to=[[1, 2]]),
+    "format": edit(*M, "format", to="softsign7"),
+    "unhashable format": edit(*M, "format", to=[]),
+    "size": edit(*M, "size", to=[3, 3]),
+    "stride": edit(*M, "stride", to=None),
+    "codes cut": edit(*M, "codes", to=lambda codes: codes[:-1]),
+    "codes of another dtype": edit(*M, "codes", to=lambda codes: codes.float()),
+    "codes no tensor": edit(*M, "codes", to=b"123"),
+    "code out of range": edit(*M, "codes", to=lambda codes: torch.full_like(codes, 255)),
+    "scale nan": edit(*M, "scales", to=lambda scales: torch.full_like(scales, 0x7FC0)),
+    "scale negative": edit(*M, "scales", to=lambda scales: torch.full_like(scales, -5)),
+    "variance scale inf": edit("state", 0, "exp_avg_sq", "scales", to=lambda s: s * 0 - 0x100),
+    "normalizer": edit(*M, "normalizer", to="exp_avg_sq"),
+    "eager writes": edit(*M, "eager_writes", to=1.5),
+    "state no dict": edit("state", to=3),
+    "entries no dict": edit("state", 0, to="x"),
+    "groups": edit("param_groups", to=None),
+    "stranger": edit("state", to=lambda states: {**states, 77: states[0]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_checkpoint_is_refused_whole(change: Callable[[dict[str, Any]], None]) -> None:
+    model = make_model()
+    optimizer = adamw()(model)
+    train(model, optimizer, range(2))
+    broken = copy.deepcopy(optimizer.state_dict())
+    change(broken)
+    other = make_model(1)
+    again = adamw(seed=5)(other)
+    train(other, again, range(2))
+    session = session_of(again)
+    assert session is not None
+    before = copy.deepcopy(again.state_dict())
+    with pytest.raises(errors.CheckpointError, match="Nothing was loaded"):
+        again.load_state_dict(broken)
+    after = again.state_dict()
+    assert after["stq"] == before["stq"]
+    for i, entries in before["state"].items():
+        for key, value in entries.items():
+            now = after["state"][i][key]
+            same = value["codes"].equal(now["codes"]) if isinstance(value, dict) else value == now
+            assert same.all() if isinstance(same, torch.Tensor) else same
+    train(other, again, range(2, 3))
+
+
+def test_unknown_form() -> None:
+    with pytest.raises(errors.InvalidOptionError, match="packed"):
+        stq.state_dict(adamw()(make_model()), format="int8")  # type: ignore[arg-type]
+    with pytest.raises(errors.NotCompiledError):
+        stq.state_dict(torch.optim.AdamW(make_model().parameters()))
