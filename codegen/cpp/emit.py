@@ -6,11 +6,16 @@ Elements are computed plane by plane (16 lanes, 8 planes a block), in the phases
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from stq_compile.codegen.cpp.schedule import Phase, Schedule
+from stq_compile.codegen.cpp.syntax import (
+    POINTERS,
+    TEMPLATES,
+    c_name,
+    c_type,
+    double_literal,
+    float_literal,
+    int_literal,
+)
 from stq_compile.codegen.ir import (
     OPCODES,
     REDUCTIONS,
@@ -21,70 +26,6 @@ from stq_compile.codegen.ir import (
     Type,
     Value,
 )
-
-TEMPLATES: dict[str, str] = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "div": "{0} / {1}",
-    "neg": "-({0})",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "and": "{0} & {1}",
-    "or": "{0} | {1}",
-    "not": "stq::logical_not({0})",
-    "int_select": "stq::select({0}, {1}, {2})",
-    "int_add": "{0} + {1}",
-    "int_sub": "{0} - {1}",
-    "int_and": "{0} & {1}",
-    "int_or": "{0} | {1}",
-    "int_min": "stq::min({0}, {1})",
-    "int_max": "stq::max({0}, {1})",
-    "int_lt": "{0} < {1}",
-    "int_eq": "{0} == {1}",
-    "shift_left": "{0} << {1}",
-    "shift_right": "{0} >> {1}",
-    **{name: f"stq::{name}({{0}}, {{1}}, {{2}})" for name in ("fma", "select")},
-    **{
-        name: f"stq::{name}({{0}}, {{1}})"
-        for name in ("min", "max", "minimum", "maximum", "pow", "copysign", "lookup")
-    },
-    **{name: f"stq::{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "sign")},
-    **{name: f"stq::{name}({{0}})" for name in ("floor", "ceil", "to_float", "to_int")},
-    **{name: f"stq::{name}({{0}})" for name in ("bits_of", "from_bits")},
-}
-
-POINTERS = {
-    OperandKind.FLOATS: "float*",
-    OperandKind.HALVES: "uint16_t*",
-    OperandKind.CODES: "uint8_t*",
-    OperandKind.WORDS: "uint16_t*",
-    OperandKind.SCALAR: "float*",
-    OperandKind.NUMBER: "double",
-    OperandKind.KEY: "uint64_t",
-}
-
-# fmt: off
-RESERVED = frozenset((
-    # C++
-    "alignas", "alignof", "and", "asm", "auto", "bitand", "bitor", "bool", "break", "case",
-    "catch", "char", "class", "compl", "concept", "const", "constexpr", "continue", "default",
-    "delete", "do", "double", "else", "enum", "explicit", "export", "extern", "false", "float",
-    "for", "friend",
-    "goto", "if", "inline", "int", "long", "mutable", "namespace", "new", "noexcept", "not",
-    "nullptr", "operator", "or", "private", "protected", "public", "register", "requires", "return",
-    "short", "signed", "sizeof", "static", "struct", "switch", "template", "this", "throw", "true",
-    "try", "typedef", "typename", "union", "unsigned", "using", "virtual", "void", "volatile",
-    "while", "xor",
-    # names of the generated code
-    "blocks", "count", "first", "first_block", "index", "j", "numel", "p", "row", "run", "s",
-    "scalars", "size", "std", "step", "stq", "tail", "tile",
-))
-# fmt: on
 
 
 def emit(kernel: Kernel) -> str:
@@ -110,7 +51,7 @@ class _Emitter:
 
     def _row(self) -> str:
         lines = ["struct Row {"]
-        lines += [f"  {POINTERS[o.kind]} {_name(o.name)};" for o in self.kernel.operands]
+        lines += [f"  {POINTERS[o.kind]} {c_name(o.name)};" for o in self.kernel.operands]
         lines += ["  int64_t numel;", "  int64_t first_block;", "};"]
         return "\n".join(lines)
 
@@ -119,21 +60,21 @@ class _Emitter:
         tensor = [v for v in self.kernel.body if v.space is Space.TENSOR and v.opcode not in STORES]
         stores = [v for v in self.kernel.body if v.opcode == "store_scalar"]
         used = self._used_below()
-        fields = [f"  {self._field_type(v)} {_name(v.name)};" for v in tensor if id(v) in used]
+        fields = [f"  {self._field_type(v)} {c_name(v.name)};" for v in tensor if id(v) in used]
         lines = ["struct Scalars {", *fields, "};", ""]
         lines.append("static void scalars(const Row& row, Scalars& s) {")
         for v in tensor:
             type_ = {Type.FLOAT: "double", Type.BOOL: "bool", Type.INT: "int"}[v.type]
-            lines.append(f"  const {type_} {_name(v.name)} = {self._tensor(v)};{self._note(v)}")
+            lines.append(f"  const {type_} {c_name(v.name)} = {self._tensor(v)};{self._note(v)}")
         for v in stores:
             lines.append(
-                f"  *row.{_name(v.operand)} = static_cast<float>({self._double(v.args[0])});"
+                f"  *row.{c_name(v.operand)} = static_cast<float>({self._double(v.args[0])});"
                 + self._note(v)
             )
         for v in tensor:
             if id(v) in used:
-                cast = f"static_cast<{self._field_type(v)}>({_name(v.name)})"
-                lines.append(f"  s.{_name(v.name)} = {cast};")
+                cast = f"static_cast<{self._field_type(v)}>({c_name(v.name)})"
+                lines.append(f"  s.{c_name(v.name)} = {cast};")
         return "\n".join([*lines, "}"])
 
     def _used_below(self) -> set[int]:
@@ -150,9 +91,9 @@ class _Emitter:
 
     def _tensor(self, v: Value) -> str:
         if v.opcode == "load_scalar":
-            return f"*row.{_name(v.operand)}"
+            return f"*row.{c_name(v.operand)}"
         if v.opcode == "argument":
-            return f"row.{_name(v.operand)}"
+            return f"row.{c_name(v.operand)}"
         types = OPCODES[v.opcode][0]
         args = [
             self._double(a) if t is Type.FLOAT else self._plain(a)
@@ -162,11 +103,11 @@ class _Emitter:
 
     @staticmethod
     def _double(a: Value | float) -> str:
-        return _name(a.name) if isinstance(a, Value) else _double_literal(a)
+        return c_name(a.name) if isinstance(a, Value) else double_literal(a)
 
     @staticmethod
     def _plain(a: Value | float) -> str:
-        return _name(a.name) if isinstance(a, Value) else str(int(a)).lower()
+        return c_name(a.name) if isinstance(a, Value) else str(int(a)).lower()
 
     def _note(self, v: Value) -> str:
         """The graph node, with its source line where the node first appears."""
@@ -204,7 +145,7 @@ class _Emitter:
         for o in self.kernel.operands:
             if o.kind not in (OperandKind.FLOATS, OperandKind.HALVES):
                 continue
-            name, type_ = _name(o.name), POINTERS[o.kind].removesuffix("*")
+            name, type_ = c_name(o.name), POINTERS[o.kind].removesuffix("*")
             lines.append(f"  {type_} {name}_tail[tail ? stq::kBlock : 1] = {{}};")
             copy = f"std::memcpy({name}_tail, row.{name} + first * stq::kBlock, count * {o.bytes})"
             lines.append(f"  if constexpr (tail) {copy};")
@@ -215,14 +156,14 @@ class _Emitter:
         for v in self.kernel.body:
             if id(v) in self.schedule.crossing:
                 planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
-                lines.append(f"  {_type(v)} {_name(v.name)}[size]{planes};")
+                lines.append(f"  {c_type(v)} {c_name(v.name)}[size]{planes};")
         return lines
 
     def _pointers(self, phase: Phase) -> list[str]:
         lines = []
         used = {v.operand for v in [*phase.uniform, *phase.planes, *phase.after]}
         for o in self.kernel.operands:
-            name = _name(o.name)
+            name = c_name(o.name)
             if o.name not in used:
                 continue
             if o.kind in (OperandKind.FLOATS, OperandKind.HALVES):
@@ -239,7 +180,7 @@ class _Emitter:
         lines = []
         for o in self.kernel.operands:
             if o.kind in (OperandKind.FLOATS, OperandKind.HALVES) and o.written:
-                name = _name(o.name)
+                name = c_name(o.name)
                 place = f"row.{name} + first * stq::kBlock"
                 copy = f"std::memcpy({place}, {name}_tail, count * {o.bytes})"
                 lines.append(f"  if constexpr (tail) {copy};")
@@ -249,14 +190,14 @@ class _Emitter:
         """Define a value where it lives: in the tile, in the planes of a block, or nowhere else."""
         if id(v) in self.schedule.crossing:
             planes = "[p]" if v.space is Space.ELEMENT else ""
-            return f"{_name(v.name)}[j]{planes} = {expression};"
+            return f"{c_name(v.name)}[j]{planes} = {expression};"
         if id(v) in self.schedule.gathered:
-            return f"{_name(v.name)}[p] = {expression};"
-        return f"const {_type(v)} {_name(v.name)} = {expression};"
+            return f"{c_name(v.name)}[p] = {expression};"
+        return f"const {c_type(v)} {c_name(v.name)} = {expression};"
 
     def _uniform(self, v: Value) -> str:
         if v.opcode == "load_word":
-            return self._assign(v, f"row.{_name(v.operand)}[index]")
+            return self._assign(v, f"row.{c_name(v.operand)}[index]")
         if v.opcode == "valid_count":
             return self._assign(v, "tail ? static_cast<float>(count) : 128.0f")
         if v.opcode == "iota":
@@ -268,19 +209,19 @@ class _Emitter:
             return []
         lines = []
         for v in phase.planes:
-            name = _name(v.name)
+            name = c_name(v.name)
             if v.opcode in REDUCTIONS:
                 type_ = "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
                 lines.append(f"    {type_} {name}_lanes{{}};")
             elif id(v) in self.schedule.gathered:
-                lines.append(f"    {_type(v)} {name}[stq::kPlanes];")
+                lines.append(f"    {c_type(v)} {name}[stq::kPlanes];")
         lines.append("#pragma GCC unroll 8")
         lines.append("    for (int p = 0; p < stq::kPlanes; ++p) {")
         lines += [f"      {self._plane(v)}{self._note(v)}" for v in phase.planes]
         return [*lines, "    }"]
 
     def _plane(self, v: Value) -> str:
-        name, operand = _name(v.name), _name(v.operand)
+        name, operand = c_name(v.name), c_name(v.operand)
         if v.opcode == "block_sum":
             x = self._argument(v.args[0], Space.ELEMENT)
             return f"{name}_lanes = p == 0 ? {x} : {name}_lanes + {x};"
@@ -304,7 +245,7 @@ class _Emitter:
         return self._assign(v, expression)
 
     def _after(self, v: Value) -> str:
-        name, operand = _name(v.name), _name(v.operand)
+        name, operand = c_name(v.name), c_name(v.operand)
         if v.opcode == "block_sum":
             return self._assign(v, f"stq::sum_lanes({name}_lanes)")
         if v.opcode == "block_max":
@@ -315,7 +256,7 @@ class _Emitter:
         code = v.args[0]
         assert isinstance(code, Value)
         planes = (
-            f"{_name(code.name)}[j]" if id(code) in self.schedule.crossing else _name(code.name)
+            f"{c_name(code.name)}[j]" if id(code) in self.schedule.crossing else c_name(code.name)
         )
         return f"stq::pack<{v.width}>({operand}, {planes});"
 
@@ -341,8 +282,8 @@ class _Emitter:
 
     def _argument(self, a: Value | float, space: Space, t: Type = Type.FLOAT) -> str:
         if not isinstance(a, Value):
-            return _float_literal(a) if t is Type.FLOAT else _int_literal(a)
-        name = _name(a.name)
+            return float_literal(a) if t is Type.FLOAT else int_literal(a)
+        name = c_name(a.name)
         if a.space is Space.TENSOR:
             return f"s.{name}"
         if a.opcode == "iota":
@@ -352,36 +293,6 @@ class _Emitter:
         elif id(a) in self.schedule.gathered:
             return f"{name}[p]"
         return f"{name}[p]" if a.space is Space.ELEMENT and name.endswith("[j]") else name
-
-
-def _type(v: Value) -> str:
-    if v.space is Space.BLOCK:
-        return {Type.FLOAT: "float", Type.INT: "int", Type.BOOL: "bool"}[v.type]
-    return "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
-
-
-def _name(name: str) -> str:
-    # A name without a small letter may be a macro of the C library (NULL).
-    return f"{name}_value" if name in RESERVED or name.upper() == name else name
-
-
-def _int_literal(x: float) -> str:
-    return str(int(x))
-
-
-def _double_literal(x: float) -> str:
-    x = float(x)
-    if math.isinf(x) or math.isnan(x):
-        return {"inf": "INFINITY", "-inf": "-INFINITY"}.get(str(x), "NAN")
-    return repr(x)
-
-
-def _float_literal(x: float) -> str:
-    x = float(np.float32(x))
-    if math.isinf(x) or math.isnan(x):
-        return {"inf": "INFINITY", "-inf": "-INFINITY"}.get(str(x), "NAN")
-    text = str(np.float32(x))
-    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
 _RUN = """\
