@@ -29,6 +29,11 @@ from stq_compile.options import Options
 from stq_compile.report import Report, make_report
 from stq_compile.session import Session
 
+REFUSED_OPTIONS = {
+    "differentiable": "asks for a step that autograd sees",
+    "fused": "hides its arithmetic in one operator; leave it out, the compiled step is fused too",
+}
+
 Opt = TypeVar("Opt", bound=Optimizer)
 
 _COUNTER = itertools.count()
@@ -59,17 +64,25 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     name = type(optimizer).__name__
     if session_of(optimizer) is not None:
         raise AlreadyCompiledError(optimizer=name)
-    for refused, reason in REFUSED.items():
-        if isinstance(optimizer, refused):
-            raise UnsupportedOptimizerError(optimizer=name, reason=reason)
-    if optimizer.defaults.get("differentiable"):
-        raise UnsupportedOptimizerError(
-            optimizer=name, reason="differentiable=True asks for a step that autograd sees"
-        )
+    reason = _refusal(optimizer)
+    if reason:
+        raise UnsupportedOptimizerError(optimizer=name, reason=reason)
     session = open_session(optimizer, checked)
     driver = _Driver(session)
     optimizer.step = types.MethodType(driver.step_function(), optimizer)  # type: ignore[method-assign]
     return optimizer
+
+
+def _refusal(optimizer: Optimizer) -> str:
+    """Why an optimizer cannot be compiled at all; empty if it may be."""
+    for refused, reason in REFUSED.items():
+        if isinstance(optimizer, refused):
+            return reason
+    for group in optimizer.param_groups:
+        for option, reason in REFUSED_OPTIONS.items():
+            if group.get(option):
+                return f"{option}=True {reason}"
+    return ""
 
 
 def report(optimizer: Optimizer) -> Report:

@@ -42,6 +42,14 @@ def test_refused_optimizers(name: str) -> None:
     assert session_of(optimizer) is None
 
 
+@pytest.mark.parametrize("option", ["fused", "differentiable"])
+def test_refused_options(option: str) -> None:
+    optimizer = torch.optim.AdamW(make_model().parameters(), **{option: True})
+    with pytest.raises(errors.UnsupportedOptimizerError, match=f"{option}=True"):
+        stq.compile(optimizer)
+    assert session_of(optimizer) is None
+
+
 def test_unknown_option_leaves_the_optimizer() -> None:
     optimizer = adamw(make_model())
     with pytest.raises(errors.UnknownOptionError, match="min_numel"):
