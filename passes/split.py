@@ -12,10 +12,18 @@ from typing import Any
 
 from torch import fx
 
-from stq_compile.errors import CoupledParametersError, SharedScalarError
+from stq_compile.errors import (
+    CoupledParametersError,
+    SharedScalarError,
+    UnsupportedOutputError,
+)
 from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph, location_of
 
 IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
+
+
+VIEWS = ("detach", "view", "view_as", "reshape")
+"""Methods of Dynamo's graph that return their first argument's memory."""
 
 
 def split(program: Program) -> Program:
@@ -47,7 +55,29 @@ def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
         graph.output(tuple(env[out] for out, _ in kept))
         instance = Instance(tuple(operands), tuple(position for _, position in kept))
         units.append(StepGraph(f"{unit.name}_{param}", graph, (instance,)))
+    _check_outputs(unit, optimizer, sum(len(u.instances[0].returns) for u in units))
     return units
+
+
+def _check_outputs(unit: StepGraph, optimizer: str, kept: int) -> None:
+    """Every returned value must be a new state of one parameter."""
+    for out in unit.outputs:
+        base = out
+        while isinstance(base, fx.Node) and base.target in VIEWS:
+            base = base.args[0]
+        if isinstance(base, fx.Node) and base.op == "placeholder":
+            raise UnsupportedOutputError(
+                optimizer=optimizer,
+                found=f"a view of {base.name}, where a state of its own is expected",
+                location=location_of(out),
+            )
+    if kept != len(unit.outputs):
+        raise UnsupportedOutputError(
+            optimizer=optimizer,
+            found="a number or tensor that belongs to no single parameter, such as a step counter "
+            "kept as a Python number",
+            location=next((location_of(o) for o in unit.outputs if isinstance(o, fx.Node)), ""),
+        )
 
 
 def _owners(unit: StepGraph, optimizer: str) -> dict[fx.Node, int | None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import exc as dynamo_exc
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
@@ -18,7 +19,9 @@ from stq_compile.birth import init_states
 from stq_compile.checkpoint import StateFormat
 from stq_compile.errors import (
     AlreadyCompiledError,
+    ChangedTensorError,
     GraphBreakError,
+    InternalError,
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
@@ -47,6 +50,8 @@ REFUSED: dict[type[Optimizer], str] = {
 def compile(optimizer: Opt, **options: Any) -> Opt:
     """Compile ``optimizer.step`` with packed states; returns the same optimizer.
 
+    A closure is called before the step, once, and its loss is returned.
+
     States are packed from birth: no float32 copy of a packed state is ever allocated. Everything
     else (``param_groups``, schedulers, hooks, ``state_dict``, ``zero_grad``) works as before.
 
@@ -67,9 +72,10 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     reason = _refusal(optimizer)
     if reason:
         raise UnsupportedOptimizerError(optimizer=name, reason=reason)
-    session = open_session(optimizer, checked)
-    driver = _Driver(session)
-    optimizer.step = types.MethodType(driver.step_function(), optimizer)  # type: ignore[method-assign]
+    scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    driver = _Driver(open_session(optimizer, checked))
+    step = types.MethodType(driver.step_function(scheduled), optimizer)
+    optimizer.step = step  # type: ignore[method-assign]
     return optimizer
 
 
@@ -82,6 +88,11 @@ def _refusal(optimizer: Optimizer) -> str:
         for option, reason in REFUSED_OPTIONS.items():
             if group.get(option):
                 return f"{option}=True {reason}"
+    if list(inspect.signature(_raw_step(type(optimizer))).parameters)[1:] not in ([], ["closure"]):
+        return "its step takes other arguments than a closure"
+    own = optimizer.__dict__.get("step")
+    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        return "its step was replaced on the instance; compile first and wrap the step afterwards"
     return ""
 
 
@@ -124,12 +135,26 @@ class _Driver:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.inner = torch.compile(
-            _own_code(_raw_step(type(session.optimizer))), backend=self._backend, fullgraph=True
-        )
+        self.code: types.CodeType | None = None
+        self.inner = self._compiled()
 
-    def step_function(self) -> Callable[..., Any]:
-        """A function to bind as ``optimizer.step``; hooks run around it as around the original."""
+    def _compiled(self) -> Callable[[Optimizer], Any]:
+        """The optimizer's step under Dynamo, with nothing captured yet."""
+        if self.code is not None:
+            reset_code(self.code)  # Dynamo lets go of what it captured, and so of its states
+        step = _own_code(_raw_step(type(self.session.optimizer)))
+        self.code = step.__code__
+        return torch.compile(step, backend=self._backend, fullgraph=True)
+
+    def _backend(self, gm: Any, example_inputs: Any) -> Any:
+        return self.session.compile(gm)
+
+    def step_function(self, scheduled: bool) -> Callable[..., Any]:
+        """A function to bind as ``optimizer.step``; hooks run around it as around the original.
+
+        Dynamo does not look into it: a compiled training step that calls it calls it eagerly.
+        ``scheduled`` keeps a learning rate scheduler's mark, by which it sees that steps are made.
+        """
         driver = self
 
         @functools.wraps(type(self.session.optimizer).step)
@@ -138,19 +163,27 @@ class _Driver:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            driver.run(self)
-            return loss
+            if scheduled:
+                self._opt_called = True  # type: ignore[attr-defined]
+            result = driver.run(self)
+            return result if closure is None else loss
 
-        return Optimizer.profile_hook_step(step)
+        hooked: Any = Optimizer.profile_hook_step(step)
+        hooked = torch.compiler.disable(hooked)  # type: ignore[no-untyped-call]  # torch's
+        if scheduled:
+            hooked._wrapped_by_lr_sched = True
+        return hooked  # type: ignore[no-any-return]
 
-    def run(self, optimizer: Optimizer) -> None:
+    def run(self, optimizer: Optimizer) -> Any:
         session = self.session
-        session.pack_loaded()
+        if session.loaded:
+            session.pack_loaded()
+            self.inner = self._compiled()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
         try:
             with torch.no_grad():
-                self.inner(optimizer)
+                return self._captured(optimizer)
         except Exception as error:
             for param in born:
                 del optimizer.state[param]
@@ -161,8 +194,13 @@ class _Driver:
                 raise
             raise translated from error
 
-    def _backend(self, gm: Any, example_inputs: Any) -> Any:
-        return self.session.compile(gm)
+    def _captured(self, optimizer: Optimizer) -> Any:
+        """Run the step; capture afresh where the old capture cannot serve."""
+        try:
+            return self.inner(optimizer)
+        except (ChangedTensorError, dynamo_exc.FailOnRecompileLimitHit):
+            self.inner = self._compiled()
+            return self.inner(optimizer)
 
     @staticmethod
     def _uninstall(optimizer: Optimizer) -> None:
@@ -180,6 +218,11 @@ def _translated(error: BaseException, optimizer: str) -> StqError | None:
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
     if isinstance(error, dynamo_exc.Unsupported):
         return GraphBreakError(optimizer=optimizer, reason=str(error))
+    if isinstance(error, dynamo_exc.BackendCompilerFailed):
+        inner = error.inner_exception
+        return InternalError(optimizer=optimizer, reason=f"{type(inner).__name__}: {inner}")
+    if isinstance(error, dynamo_exc.TorchDynamoException):
+        return GraphBreakError(optimizer=optimizer, reason=str(error))
     return None
 
 
@@ -189,7 +232,7 @@ def _raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
     return step
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_code(function: Callable[..., Any]) -> types.FunctionType:
     """A copy with a code object of its own, under a name of its own.
 
     Dynamo's cache and its recompile limit belong to a code object, and what it remembers of inputs

@@ -70,7 +70,8 @@ def _current_optimizer() -> Optimizer:
     """The optimizer whose ``step`` Dynamo is translating now."""
     tx = InstructionTranslator.current_tx()
     frame = tx.output.root_tx
-    found = frame.f_locals.get("self")
-    if not isinstance(found, Optimizer):
-        raise OptimizerNotFoundError(frame=frame.f_code.co_qualname)
-    return found
+    candidates = [frame.f_locals.get("self"), *frame.f_locals.get("args", ())[:1]]
+    for found in candidates:  # torch's wrapper of a custom step calls it with *args
+        if isinstance(found, Optimizer):
+            return found
+    raise OptimizerNotFoundError(frame=frame.f_code.co_qualname)

@@ -18,8 +18,18 @@ from torch.optim import Optimizer
 from stq_compile.errors import UnknownInputError
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
 
-Binding = Tensor | int
-"""What an operand of the captured step stands for: a live tensor, or a call argument's position."""
+
+@dataclass(frozen=True)
+class Argument:
+    """An input that Dynamo passes at each call. ``live`` is set for a state: the object that the
+    optimizer holds, which packing may since have replaced."""
+
+    position: int
+    live: Tensor | None = None
+
+
+Binding = Tensor | Argument
+"""What an operand of the captured step stands for: a live tensor, or an argument of the call."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             example = node.meta["grapharg"].example
-            inputs.append((node, example, position))
+            inputs.append((node, example, Argument(position)))
             position += 1
         elif node.op == "get_attr":
             live = _attribute(gm, str(node.target))
@@ -87,6 +97,8 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
                 number=number,
             )
         )
+        if role is Role.STATE and isinstance(binding, Argument):
+            binding = Argument(binding.position, example)
         bindings[key] = binding
         if node.op == "get_attr":
             attributes[key] = str(node.target)
@@ -148,7 +160,7 @@ def _known_tensors(optimizer: Optimizer) -> dict[int, tuple[Role, Source]]:
         if owner is None:
             continue
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and id(value) not in known:  # a parameter stays one
                 known[id(value)] = (Role.STATE, Source(owner.param, owner.name, str(key)))
     return known
 
@@ -182,5 +194,5 @@ def _identify(
 def _readable(role: Role, source: Source) -> str:
     if role is Role.SCALAR:
         return re.sub(r"\W+", "_", source.key.replace("param_groups", "group")).strip("_")
-    stem = source.key or str(role)
-    return f"{stem}_{source.param}"
+    stem = re.sub(r"\W+", "_", source.key or str(role))
+    return f"{stem}_{source.param}" if stem[0].isalpha() else f"{role}_{stem}_{source.param}"

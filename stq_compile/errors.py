@@ -117,6 +117,33 @@ class SharedScalarError(StqError):
     )
 
 
+class UnsupportedOutputError(StqError):
+    message = (
+        "{optimizer}: the step stores {found}\n  at {location}\n"
+        "The optimizer is left as it was; keep step counters as tensors, and clone what is stored."
+    )
+
+
+class ChangedTensorError(StqError):
+    message = (
+        "{source}: its {what} changed since the step was compiled: {found}, compiled for {expected}"
+    )
+
+
+class InternalError(StqError):
+    message = (
+        "{optimizer}: the compiler failed: {reason}\n"
+        "The optimizer is left as it was. This is a defect of stq_compile; please report it."
+    )
+
+
+class TracingError(StqError):
+    message = (
+        "{operation} on a packed state inside torch.compile: only the optimizer's own step is "
+        "compiled on packed states; call state.dequantize() outside of the compiled function"
+    )
+
+
 class UnknownInputError(StqError):
     message = (
         "{optimizer}: graph input {name} is neither a parameter, a gradient, a state nor a "

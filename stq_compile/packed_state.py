@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.symbolic_convert import tls
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from stq_compile.errors import FormatMismatchError
+from stq_compile.errors import FormatMismatchError, TracingError
 from stq_compile.formats import Format
 from stq_compile.storage import PackedStorage
 
@@ -142,6 +144,8 @@ class PackedState(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if any(isinstance(a, PackedState) and a._storage is None for a in args):
+            _check_tracing(func)
         if func is torch.ops.aten.clone.default and _keeps_layout(args[0], kwargs):
             state = args[0]
             return PackedState(
@@ -183,6 +187,16 @@ def is_dense(values: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _check_tracing(func: Any) -> None:
+    """Only an optimizer's step may be traced on stand-ins: others would read the anchor."""
+    tx = getattr(tls, "current_tx", None)
+    frame = None if tx is None else tx.output.root_tx
+    names = {} if frame is None else frame.f_locals
+    candidates = [names.get("self"), *names.get("args", ())[:1]]
+    if not any(isinstance(c, Optimizer) for c in candidates):
+        raise TracingError(operation=func)
 
 
 def _keeps_layout(state: PackedState, kwargs: dict[str, Any]) -> bool:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stq_compile.capture import Argument
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.compiler import Unit
-from stq_compile.errors import FormatMismatchError
+from stq_compile.errors import ChangedTensorError, FormatMismatchError
 from stq_compile.formats import Format
 from stq_compile.packed_state import PackedState
 from stq_compile.rounding import GOLDEN, mix64, stream_id
@@ -26,7 +27,7 @@ from stq_compile.step_graph import Instance, Operand, Role
 from stq_compile.storage import PackedStorage
 
 Resolve = Callable[[Operand], Any]
-"""The live object of an operand: a tensor, a packed state, or a call argument's position."""
+"""The live object of an operand: a tensor, a packed state, or an argument of the call."""
 
 
 @dataclass
@@ -39,7 +40,9 @@ class Column:
     operands: tuple[Operand, ...]
     objects: list[Any]
     format: Format | None = None
-    versions: list[int] = field(default_factory=list)
+    written: bool = False
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
 
     @property
     def packed(self) -> bool:
@@ -58,7 +61,10 @@ class Bucket:
             row = tuple(instance.operands[i] for instance in self.instances)
             objects = [None if o.value is not None else resolve(o) for o in row]
             format = unit.graph.formats.get(kernel_operand.name)
-            self.columns.append(Column(i, kernel_operand.kind, row[0].role, row, objects, format))
+            written = kernel_operand.written and row[0].role not in (Role.CODES, Role.SCALES)
+            self.columns.append(
+                Column(i, kernel_operand.kind, row[0].role, row, objects, format, written)
+            )
         fields = len(self.columns) + 2
         if unit.compiled.row_bytes != 8 * fields:
             raise AssertionError(f"{unit.kernel.name}: rows of {unit.compiled.row_bytes} bytes")
@@ -78,24 +84,38 @@ class Bucket:
             values = [0.0 if o.value is None else o.value for o in column.operands]
             self.numbers[:, column.index] = values
 
-    def run(self, args: Sequence[Tensor], created: dict[int, Tensor], step: int) -> None:
-        """One step of every tensor. ``created`` holds the new states, by output position."""
-        alive: list[Tensor] = []  # copies of gradients must outlive the call
+    def fill(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
+        """Find every tensor of this step and check it; no kernel runs before all tables are full.
+
+        ``created`` holds the states that this step makes, by output position.
+
+        Raises:
+            ChangedTensorError: a tensor is not what the kernel was compiled for.
+        """
+        self.copies: list[tuple[Tensor, Tensor]] = []
         for column in self.columns:
             if column.packed:
-                self._fill_packed(column)
+                self._fill_packed(column, args)
             elif column.kind is OperandKind.NUMBER:
                 self._fill_numbers(column, args)
             elif column.kind is not OperandKind.KEY:
-                self._fill_tensors(column, args, created, alive)
+                self._fill_tensors(column, args, created)
+
+    def launch(self, step: int) -> list[Tensor]:
+        """Update every tensor; returns the ordinary tensors that were written."""
         self.unit.compiled.run(
             self.table.ctypes.data, len(self.instances), step, torch.get_num_threads()
         )
+        written = [t for c in self.columns if c.written for t in c.tensors]
+        for original, copy in self.copies:
+            if any(t is copy for t in written):
+                original.copy_(copy)
+        return written
 
-    def _fill_packed(self, column: Column) -> None:
+    def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
-        storages: list[PackedStorage] = [state.packed for state in column.objects]
-        versions = [storage.version for storage in storages]
+        storages: list[PackedStorage] = [present(o, args).packed for o in column.objects]
+        versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
             return
         for storage, operand in zip(storages, column.operands, strict=True):
@@ -108,33 +128,68 @@ class Bucket:
         self.table[:, column.index] = [_buffer(s, column.role).data_ptr() for s in storages]
         column.versions = versions
 
-    def _fill_numbers(self, column: Column, args: Sequence[Tensor]) -> None:
+    def _fill_numbers(self, column: Column, args: Sequence[Any]) -> None:
         """Hyperparameters that are inputs of the step: call arguments, or tensors of a group."""
         for r, (operand, source) in enumerate(zip(column.operands, column.objects, strict=True)):
             if operand.value is None:
-                value = args[source] if type(source) is int else source
-                self.numbers[r, column.index] = float(value)
+                self.numbers[r, column.index] = float(present(source, args))
 
     def _fill_tensors(
-        self,
-        column: Column,
-        args: Sequence[Tensor],
-        created: dict[int, Tensor],
-        alive: list[Tensor],
+        self, column: Column, args: Sequence[Any], created: dict[int, Tensor]
     ) -> None:
         """Parameters, gradients, states in float32, and states that this step creates."""
         tensors: list[Tensor] = []
-        for operand, source in zip(column.operands, column.objects, strict=True):
-            value = created[operand.returned] if operand.returned >= 0 else source
-            if type(value) is int:
-                value = args[value]
+        for operand, source, instance in zip(
+            column.operands, column.objects, self.instances, strict=True
+        ):
+            found = operand.returned >= 0
+            value = created[operand.returned] if found else present(source, args)
             if type(value) is PackedState:
                 value = _buffer(value.packed, column.role)
+            elif column.role is Role.GRAD:
+                value = self._gradient(value, operand, instance.param)
+            elif value.shape != operand.shape or value.stride() != operand.stride:
+                raise _changed(operand, "layout", value)
+            if value.dtype != operand.dtype and column.role not in (Role.CODES, Role.SCALES):
+                raise _changed(operand, "dtype", value)
             tensors.append(value)
-        if column.role is Role.GRAD:
-            rows = zip(tensors, self.instances, strict=True)
-            tensors = [_like(grad, instance.param, alive) for grad, instance in rows]
+        column.tensors = tensors
         self.table[:, column.index] = [t.data_ptr() for t in tensors]
+
+    def _gradient(self, grad: Tensor, operand: Operand, param: Operand) -> Tensor:
+        """The gradient in the parameter's memory order, which the kernel walks; else a copy."""
+        if grad.layout != torch.strided or grad.shape != operand.shape:
+            raise _changed(operand, "layout", grad)
+        if grad.stride() == param.stride:
+            return grad
+        copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)
+        self.copies.append((grad, copy))
+        return copy
+
+
+def present(source: Any, args: Sequence[Any]) -> Any:
+    """The object behind an operand in this call.
+
+    In the call that packed a state, Dynamo still passes the float32 tensor that it saw.
+    """
+    if type(source) is not Argument:
+        return source
+    value = args[source.position]
+    packed = isinstance(source.live, PackedState) and not isinstance(value, PackedState)
+    return source.live if packed else value
+
+
+def _changed(operand: Operand, what: str, value: Tensor) -> ChangedTensorError:
+    def describe(dtype: object, shape: object, stride: object) -> str:
+        return f"{dtype}{list(shape)} with strides {list(stride)}"  # type: ignore[call-overload]
+
+    stride = value.stride() if value.layout == torch.strided else ()
+    return ChangedTensorError(
+        source=operand.source,
+        what=f"{operand.role}'s {what}",
+        found=describe(value.dtype, value.shape, stride),
+        expected=describe(operand.dtype, operand.shape, operand.stride),
+    )
 
 
 def _buffer(storage: PackedStorage, role: Role) -> Tensor:
@@ -143,15 +198,6 @@ def _buffer(storage: PackedStorage, role: Role) -> Tensor:
 
 def _numel(instance: Instance) -> int:
     return torch.Size(instance.param.shape).numel()
-
-
-def _like(grad: Tensor, param: Operand, alive: list[Tensor]) -> Tensor:
-    """The gradient in the parameter's memory order, which the kernel walks; copied if not so."""
-    if grad.stride() == param.stride:
-        return grad
-    copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)
-    alive.append(copy)
-    return copy
 
 
 def mixed_step(seed: int, step: int) -> int:

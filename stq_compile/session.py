@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stq_compile.capture import Captured, capture, param_sources
+from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.compiler import Generated, Unit, analyse, generate
 from stq_compile.errors import (
     UnsupportedDeviceError,
@@ -225,9 +225,14 @@ class CompiledStep:
     def release(self, gm: fx.GraphModule) -> None:
         """Let Dynamo's module hold the packed states, so that the float32 ones are freed."""
         for key, target in self.attributes.items():
-            value = self.bindings[key]
+            value = self._live(key)
             if isinstance(value, PackedState):
                 setattr(gm, target, value)
+
+    def _live(self, key: tuple[Role, Source]) -> Tensor | None:
+        """The object that the optimizer holds."""
+        binding = self.bindings[key]
+        return binding.live if isinstance(binding, Argument) else binding
 
     def _wanted(self) -> list[tuple[Operand, StateInfo]]:
         session = self.session
@@ -249,7 +254,7 @@ class CompiledStep:
             if operand.returned >= 0:
                 continue
             where = (Role.STATE, operand.source)
-            value = self.bindings[where]
+            value = self._live(where)
             if not isinstance(value, PackedState):
                 if info.format == FLOAT32:
                     session.info[(operand.source.param, operand.source.key)] = info
@@ -267,15 +272,20 @@ class CompiledStep:
         if not info.format.normalized:
             return None
         key = info.facts.normalizers[source.key]
-        other = self.bindings[(Role.STATE, Source(source.param, source.name, key))]
+        other = self._live((Role.STATE, Source(source.param, source.name, key)))
         assert isinstance(other, PackedState)
         return other.packed
 
     def _replace_state(self, source: Source, value: PackedState) -> None:
         """Put a packed state where the float32 one was; the latter is dropped."""
-        self.bindings[(Role.STATE, source)] = value
-        param = self.session.params()[source.param]
-        self.session.optimizer.state[param][source.key] = value
+        binding = self.bindings[(Role.STATE, source)]
+        if isinstance(binding, Argument):
+            self.bindings[(Role.STATE, source)] = Argument(binding.position, value)
+        else:
+            self.bindings[(Role.STATE, source)] = value
+        entries = self.session.optimizer.state[self.session.params()[source.param]]
+        key = next((k for k in entries if str(k) == source.key), source.key)
+        entries[key] = value
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
@@ -305,7 +315,10 @@ class CompiledStep:
         created = {o.returned: self._create(o) for o in self.created}
         step = mixed_step(session.seed, session.steps)
         for bucket in self.buckets:
-            bucket.run(args, created, step)
+            bucket.fill(args, created)
+        written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
+        tracked = [tensor for tensor in written if not tensor.is_inference()]
+        torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
         session.steps += 1
         return tuple(created[i] for i in sorted(created))
 

@@ -124,7 +124,8 @@ class Rig:
         """One step of every tensor through the runtime's table."""
         bucket = Bucket(Unit(self.graph, self.kernel, kernel), self._resolve)
         with torch_threads(threads):
-            bucket.run((), {}, mixed_step(SEED, step))
+            bucket.fill((), {})
+            bucket.launch(mixed_step(SEED, step))
 
     def _resolve(self, operand: Operand) -> Tensor:
         row = self.rows[operand.source.param]
@@ -217,5 +218,7 @@ def run_compiled(unit: StepGraph, inputs: Mapping[str, Tensor], *, tables: bool 
     """One step of a unit of one instance, by its kernel; all inputs as they are afterwards."""
     live = {name: value.clone() for name, value in inputs.items()}
     kernel = kernel_of(unit, tables=tables)
-    Bucket(Unit(unit, kernel, compiled(kernel)), lambda o: live[o.name]).run((), {}, 0)
+    bucket = Bucket(Unit(unit, kernel, compiled(kernel)), lambda o: live[o.name])
+    bucket.fill((), {})
+    bucket.launch(0)
     return live
