@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from stq_compile.capture import Captured, capture, param_sources
+from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.errors import StqError, UnknownInputError
 from stq_compile.step_graph import Role, Source, location_of, verify
 
@@ -184,8 +184,8 @@ def test_bindings_are_the_live_objects_and_the_positions_of_arguments() -> None:
     result = traced.captured(optimizer)
     names = ["group0.param0", "group0.param1"]
     zero, one = (Source(i, name) for i, name in enumerate(names))
-    assert result.bindings[(Role.GRAD, one)] == 0
-    assert result.bindings[(Role.GRAD, zero)] == 1
+    assert result.bindings[(Role.GRAD, one)] == Argument(0)
+    assert result.bindings[(Role.GRAD, zero)] == Argument(1)
     assert result.bindings[(Role.PARAM, zero)] is p
     assert result.bindings[(Role.PARAM, one)] is q
 

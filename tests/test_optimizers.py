@@ -196,6 +196,7 @@ def quantize_like(twin: torch.optim.Optimizer, ours: torch.optim.Optimizer, step
 
 def distance(a: nn.Module, b: nn.Module) -> float:
     total = sum(
-        float((p - q).square().sum()) for p, q in zip(a.parameters(), b.parameters(), strict=True)
+        float((p - q).detach().square().sum())
+        for p, q in zip(a.parameters(), b.parameters(), strict=True)
     )
     return float(total**0.5)

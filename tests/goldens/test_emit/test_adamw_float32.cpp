@@ -14,8 +14,8 @@ struct Row {
 
 struct Scalars {
   float sub_1;
-  float sub_3_1;
   float mul_4_1;
+  float div_1;
 };
 
 static void scalars(const Row& row, Scalars& s) {
@@ -30,10 +30,11 @@ static void scalars(const Row& row, Scalars& s) {
   const double sub_3_1 = 1.0 - pow_2;  // sub_3
   const double reciprocal = 1.0 / sub_2_1;  // reciprocal  adam.py:489 step_size = lr / correction1
   const double mul_4_1 = reciprocal * lr_1;  // mul_4  adam.py:489 step_size = lr / correction1
+  const double div_1 = 1.0 / sub_3_1;  // div
   *row.step_0 = static_cast<float>(add_1);  // -> step_0
   s.sub_1 = static_cast<float>(sub_1);
-  s.sub_3_1 = static_cast<float>(sub_3_1);
   s.mul_4_1 = static_cast<float>(mul_4_1);
+  s.div_1 = static_cast<float>(div_1);
 }
 
 template <bool tail>
@@ -66,7 +67,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v mul_2_1 = exp_avg_sq_0_1 * 0.99f;  // mul_2  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
       const stq::f32v mul_3_1 = grad_0_1 * 0.01f;  // mul_3  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
       const stq::f32v fma_1_1 = stq::fma(mul_3_1, grad_0_1, mul_2_1);  // fma_1  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-      const stq::f32v div_2 = fma_1_1 / s.sub_3_1;  // div
+      const stq::f32v div_2 = fma_1_1 * s.div_1;  // div
       const stq::f32v sqrt_1 = stq::sqrt(div_2);  // sqrt  adam.py:520 denom = v.sqrt()
       const stq::f32v add_1_1 = sqrt_1 + 1e-08f;  // add_1
       const stq::f32v div_1_1 = fma_1 / add_1_1;  // div_1
