@@ -144,8 +144,6 @@ class PackedState(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(a, PackedState) and a._storage is None for a in args):
-            _check_tracing(func)
         if func is torch.ops.aten.clone.default and _keeps_layout(args[0], kwargs):
             state = args[0]
             return PackedState(
@@ -159,6 +157,8 @@ class PackedState(Tensor):
             )
         if _is_view(func) and isinstance(args[0], PackedState):
             return _view(func, args, kwargs)
+        if any(isinstance(a, PackedState) and a._storage is None for a in args):
+            _check_tracing(func)
         return _run_dense(func, args, kwargs)
 
 

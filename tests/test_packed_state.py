@@ -390,7 +390,7 @@ def test_a_state_without_storage_is_a_stand_in_for_tracing() -> None:
     stand_in = PackedState(None, (2, 3), (3, 1))
     assert repr(stand_in) == "PackedState(size=(2, 3), tracing)"
     assert stand_in.t().size() == (3, 2)
-    with pytest.raises(TracingError, match="aten.add"):
+    with pytest.raises(TracingError, match=r"add\.Tensor"):
         _ = stand_in + 1  # no optimizer's step is being traced
     with pytest.raises(FormatMismatchError, match="stand-in"):
         _ = stand_in.packed
