@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,12 @@ class Column:
     versions: list[tuple[int, int]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
 
-    @property
+    @cached_property
+    def from_arguments(self) -> bool:
+        """Whether Dynamo passes the objects at each call."""
+        return any(isinstance(o, Argument) for o in self.objects)
+
+    @cached_property
     def packed(self) -> bool:
         """Whether the rows are buffers of packed states, which keep their place between steps."""
         return self.role in (Role.CODES, Role.SCALES) and self.operands[0].returned < 0
@@ -56,12 +62,14 @@ class Bucket:
     def __init__(self, unit: Unit, resolve: Resolve) -> None:
         self.unit = unit
         self.instances: tuple[Instance, ...] = unit.graph.instances
+        self.params = [instance.param for instance in self.instances]
         self.columns: list[Column] = []
         for i, kernel_operand in enumerate(unit.kernel.operands):
             row = tuple(instance.operands[i] for instance in self.instances)
             objects = [None if o.value is not None else resolve(o) for o in row]
             format = unit.graph.formats.get(kernel_operand.name)
-            written = kernel_operand.written and row[0].role not in (Role.CODES, Role.SCALES)
+            # Step counters need no version for autograd, and packed states have none.
+            written = kernel_operand.written and kernel_operand.kind is OperandKind.FLOATS
             self.columns.append(
                 Column(i, kernel_operand.kind, row[0].role, row, objects, format, written)
             )
@@ -114,7 +122,10 @@ class Bucket:
 
     def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
-        storages: list[PackedStorage] = [present(o, args).packed for o in column.objects]
+        states = column.objects
+        if column.from_arguments:
+            states = [present(o, args) for o in states]
+        storages: list[PackedStorage] = [state.packed for state in states]
         versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
             return
@@ -139,16 +150,16 @@ class Bucket:
     ) -> None:
         """Parameters, gradients, states in float32, and states that this step creates."""
         tensors: list[Tensor] = []
-        for operand, source, instance in zip(
-            column.operands, column.objects, self.instances, strict=True
+        for operand, source, param in zip(
+            column.operands, column.objects, self.params, strict=True
         ):
             found = operand.returned >= 0
             value = created[operand.returned] if found else present(source, args)
             if type(value) is PackedState:
                 value = _buffer(value.packed, column.role)
             elif column.role is Role.GRAD:
-                value = self._gradient(value, operand, instance.param)
-            elif value.shape != operand.shape or value.stride() != operand.stride:
+                value = self._gradient(value, operand, param)
+            elif value.stride() != operand.stride or value.shape != operand.shape:
                 raise _changed(operand, "layout", value)
             if value.dtype != operand.dtype and column.role not in (Role.CODES, Role.SCALES):
                 raise _changed(operand, "dtype", value)

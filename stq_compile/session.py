@@ -172,6 +172,8 @@ class Session:
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
+        if not born:
+            return
         sources = param_sources(self.optimizer)
         for param in born:
             name = sources[id(param)].name
