@@ -55,7 +55,7 @@ def decode_block(
         level = b.op("div", signed, b.op("sub", 2.0 * top, b.op("abs", signed)))
         return b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
     if format.kind == "adaptive_log":
-        octave_range = _octave_range(b, b.op("to_float", b.op("int_and", word, 31)))
+        octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", word, 31)))
         ratio = b.op("mul", octave_range, 1.0 / format.top_code)
         below = b.op("to_float", b.op("int_sub", code, format.top_code))
         octaves = b.op("mul", below, ratio)
@@ -89,7 +89,7 @@ def encode(
     return b.op("int_select", b.read("valid"), b.op("to_int", code), 0), word
 
 
-def _octave_range(b: Builder, step: Value) -> Value:
+def octave_range_of(b: Builder, step: Value) -> Value:
     return b.op("mul", b.op("add", step, 1.0), RANGE_STEP)
 
 
@@ -121,13 +121,13 @@ def _magnitude(b: Builder, x: Value) -> Value:
     return b.op("int_and", b.op("bits_of", x), 0x7FFFFFFF)
 
 
-def _absmax(b: Builder, x: Value) -> Value:
+def absmax(b: Builder, x: Value) -> Value:
     magnitude = b.op("int_select", b.read("valid"), _magnitude(b, x), 0)
     return b.reduce("block_max", magnitude, name="absmax")
 
 
-def _scale_up(b: Builder, absmax: Value, drop: int) -> Value:
-    """`reference._scale_up`: the upper bits, rounded up, kept finite and normal."""
+def scale_up(b: Builder, absmax: Value, drop: int) -> Value:
+    """`reference.scale_up`: the upper bits, rounded up, kept finite and normal."""
     rounded = b.op("shift_right", b.op("int_add", absmax, (1 << drop) - 1), drop)
     low, high = 0x00800000 >> drop, (INFINITY_BITS >> drop) - 1
     bounded = b.op("int_min", b.op("int_max", rounded, low), high)
@@ -138,7 +138,7 @@ def _scale_up(b: Builder, absmax: Value, drop: int) -> Value:
     return b.op("int_select", finite, bounded, kept)
 
 
-def _reciprocal(b: Builder, scale: Value) -> Value:
+def reciprocal(b: Builder, scale: Value) -> Value:
     return b.op("select", b.op("gt", scale, 0.0), b.op("div", 1.0, scale), 0.0)
 
 
@@ -146,8 +146,8 @@ def _encode_softsign(
     b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     top = float(format.top_code // 2)
-    word = _scale_up(b, _absmax(b, x), 16)
-    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    word = scale_up(b, absmax(b, x), 16)
+    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
     a = b.op("min", b.op("mul", b.op("abs", x), inverse), 1.0)
     w = b.op("add", a, 1.0)
     t = b.op("div", b.op("mul", a, 2.0 * top), w)
@@ -163,9 +163,21 @@ def _encode_adaptive_log(
     b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     levels = float(format.top_code)
-    top = _scale_up(b, _absmax(b, x), 20)
-    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", top, 20)))
-    octaves = b.op("max", log2(b, b.op("mul", x, inverse)), -MAX_RANGE)
+    top = scale_up(b, absmax(b, x), 20)
+    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", top, 20)))
+    octaves, step = adaptive_range(b, b.op("mul", x, inverse))
+    octave_range = octave_range_of(b, step)
+    ratio = b.op("div", levels, octave_range)
+    bounded = b.op("max", octaves, b.op("neg", octave_range))
+    t = b.op("fma", bounded, ratio, levels)
+    code = b.op("min", b.op("fma", noise, 2.0**-24, t), levels)
+    word = b.op("int_or", b.op("shift_left", top, 5), b.op("to_int", step))
+    return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
+
+
+def adaptive_range(b: Builder, magnitude: Value) -> tuple[Value, Value]:
+    """`reference.adaptive_range`."""
+    octaves = b.op("max", log2(b, magnitude), -MAX_RANGE)
     counted = b.op("select", b.read("valid"), octaves, 0.0)
     share = b.op("div", 1.0, b.read("valid_count"))
     mean = b.op("mul", b.reduce("block_sum", counted), share)
@@ -173,14 +185,7 @@ def _encode_adaptive_log(
     variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
     spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS, b.op("neg", mean))
     step = b.op("sub", b.op("ceil", b.op("mul", spread, 1.0 / RANGE_STEP)), 1.0)
-    step = b.op("min", b.op("max", step, 0.0), 31.0)
-    octave_range = _octave_range(b, step)
-    ratio = b.op("div", levels, octave_range)
-    bounded = b.op("max", octaves, b.op("neg", octave_range))
-    t = b.op("fma", bounded, ratio, levels)
-    code = b.op("min", b.op("fma", noise, 2.0**-24, t), levels)
-    word = b.op("int_or", b.op("shift_left", top, 5), b.op("to_int", step))
-    return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
+    return octaves, b.op("min", b.op("max", step, 0.0), 31.0)
 
 
 def _encode_midrise(
@@ -195,8 +200,8 @@ def _encode_midrise(
     share = b.op("div", 1.0, b.read("valid_count"))
     rms = b.op("sqrt", b.op("mul", b.reduce("block_sum", b.op("mul", u, u)), share))
     scaled = b.op("mul", rms, MIDRISE_CLIP[format.width] / half)
-    word = _scale_up(b, _magnitude(b, scaled), 16)
-    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    word = scale_up(b, _magnitude(b, scaled), 16)
+    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
     t = b.op("fma", u, inverse, half)
     code = b.op("max", b.op("fma", noise, 2.0**-24, t), 0.0)
     return b.op("min", code, float(format.top_code)), word

@@ -204,6 +204,11 @@ def _scale_up(absmax: Tensor, drop: int) -> Tensor:
     return torch.where(absmax >= INFINITY_BITS, kept, bounded)
 
 
+def block_scale(x: Tensor, drop: int) -> Tensor:
+    """The scale word of each block of ``[blocks, 128]``, before the range of ``adaptive_log``."""
+    return _scale_up(magnitude_bits(x).amax(1, keepdim=True), drop)
+
+
 def _reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
 
@@ -220,7 +225,7 @@ def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tupl
     At a = 1 it is k = K and f = 0.
     """
     top = format.top_code // 2
-    scale = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 16)
+    scale = block_scale(x, 16)
     inverse = _reciprocal(float_from_bits(scale << 16))
     a = torch.fmin(x.abs() * inverse, torch.tensor(1.0))
     w = 1.0 + a
@@ -246,16 +251,9 @@ def _encode_adaptive_log(
     x: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     levels = float(format.top_code)
-    top = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 20)
+    top = block_scale(x, 20)
     inverse = _reciprocal(float_from_bits(top << 20))
-    octaves = torch.maximum(log2(x * inverse), torch.tensor(-MAX_RANGE))
-    counted = torch.where(valid, octaves, 0.0)
-    share = _reciprocal(valid.sum(1, keepdim=True).float())
-    mean = block_sum(counted) * share
-    variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
-    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
-    step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
-    step = torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
+    octaves, step = adaptive_range(x * inverse, valid)
     octave_range = (step + 1.0) * RANGE_STEP
     ratio = torch.full_like(octave_range, levels) / octave_range
     t = fma(torch.maximum(octaves, -octave_range), ratio, levels)
@@ -263,6 +261,18 @@ def _encode_adaptive_log(
     word = (top << 5) | step.to(torch.int32)
     word = torch.where(top == 0, 0, word)
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
+
+
+def adaptive_range(magnitude: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """log2 of the magnitudes relative to the scale, and the range of each block in steps - 1."""
+    octaves = torch.maximum(log2(magnitude), torch.tensor(-MAX_RANGE))
+    counted = torch.where(valid, octaves, 0.0)
+    share = _reciprocal(valid.sum(1, keepdim=True).float())
+    mean = block_sum(counted) * share
+    variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
+    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
+    step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
+    return octaves, torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:

@@ -52,6 +52,7 @@ POINTERS = {
     OperandKind.SCALAR: "float*",
     OperandKind.NUMBER: "double",
     OperandKind.KEY: "uint64_t",
+    OperandKind.SUMS: "double*",
 }
 
 # fmt: off
@@ -68,7 +69,7 @@ RESERVED = frozenset((
     "while", "xor",
     # names of the generated code
     "blocks", "count", "first", "first_block", "index", "j", "numel", "p", "row", "run", "s",
-    "scalars", "size", "std", "step", "stq", "tail", "tile",
+    "scalars", "size", "std", "step", "stq", "stride", "offset", "tail", "tile", "totals",
 ))
 # fmt: on
 
