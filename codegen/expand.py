@@ -49,11 +49,12 @@ def decode_block(
     b: Builder, code: Value, word: Value, format: Format, normalizer: Value | None
 ) -> Value:
     """The value of a code under a scale word."""
-    if format.kind == "softsign":
+    if format.kind in ("softsign", "ratio"):
         top = format.top_code // 2
         signed = b.op("to_float", b.op("int_sub", code, top))
         level = b.op("div", signed, b.op("sub", 2.0 * top, b.op("abs", signed)))
-        return b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
+        value = b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
+        return value if normalizer is None else b.op("mul", value, b.op("sqrt", normalizer))
     if format.kind == "adaptive_log":
         octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", word, 31)))
         ratio = b.op("mul", octave_range, 1.0 / format.top_code)
@@ -81,6 +82,10 @@ def encode(
     noise = 0.5 * 2**24 if state.key is None else b.read("random24", state.key)
     if format.kind == "softsign":
         code, word = _encode_softsign(b, x, format, noise)
+    elif format.kind == "ratio":
+        assert normalizer is not None
+        ratio = b.op("mul", x, reciprocal(b, b.op("sqrt", normalizer)))
+        code, word = _encode_softsign(b, _bounded(b, ratio), format, noise)
     elif format.kind == "adaptive_log":
         code, word = _encode_adaptive_log(b, x, format, noise)
     else:
@@ -194,8 +199,7 @@ def _encode_midrise(
     half = format.top_code / 2
     unit = b.op("sqrt", normalizer)
     u = b.op("select", b.op("gt", unit, 0.0), b.op("div", x, unit), 0.0)
-    bounded = b.op("max", b.op("min", u, MIDRISE_LIMIT), -MIDRISE_LIMIT)
-    u = b.op("select", b.op("lt", b.op("abs", u), math.inf), bounded, u)
+    u = _bounded(b, u)
     u = b.op("select", b.read("valid"), u, 0.0)
     share = b.op("div", 1.0, b.read("valid_count"))
     rms = b.op("sqrt", b.op("mul", b.reduce("block_sum", b.op("mul", u, u)), share))
@@ -205,6 +209,11 @@ def _encode_midrise(
     t = b.op("fma", u, inverse, half)
     code = b.op("max", b.op("fma", noise, 2.0**-24, t), 0.0)
     return b.op("min", code, float(format.top_code)), word
+
+
+def _bounded(b: Builder, u: Value) -> Value:
+    bounded = b.op("max", b.op("min", u, MIDRISE_LIMIT), -MIDRISE_LIMIT)
+    return b.op("select", b.op("lt", b.op("abs", u), math.inf), bounded, u)
 
 
 def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:

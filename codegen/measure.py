@@ -34,11 +34,13 @@ def settled_error(
     """Root mean square of the settled error of an element."""
     law = _Law(b, persistence, rounding)
     if format.kind == "softsign":
-        scale, magnitude, increment = _relative(b, new, old, 16)
-        widened = b.op("add", magnitude, 1.0)
-        square = b.op("mul", widened, widened)
-        distance = b.op("mul", square, 1 / (2.0 * (format.top_code // 2)))
-        return b.op("mul", scale, b.op("sqrt", law.variance(distance, increment, magnitude)))
+        return _softsign(b, new, old, format, law)
+    if format.kind == "ratio":
+        assert normalizer is not None
+        unit = b.op("sqrt", normalizer)
+        inverse = reciprocal(b, unit)
+        error = _softsign(b, b.op("mul", new, inverse), b.op("mul", old, inverse), format, law)
+        return b.op("mul", unit, error)
     if format.kind == "adaptive_log":
         return _adaptive_log(b, new, old, format, law)
     if format.kind == "midrise":
@@ -60,19 +62,27 @@ class _Law:
 
     def variance(self, distance: Argument, increment: Value, magnitude: Argument) -> Value:
         b = self.b
+        factor: Argument = self.persistence
+        if math.isinf(self.persistence):
+            twice = b.op("max", b.op("mul", increment, 2.0), 2 * TINY)
+            factor = b.op("add", b.op("div", magnitude, twice), 1.0)
         square = b.op("mul", distance, distance)
         if self.nearest:
-            factor: Argument = self.persistence
             if math.isinf(self.persistence):
-                twice = b.op("max", b.op("mul", increment, 2.0), 2 * TINY)
-                kept = b.op("add", b.op("div", magnitude, twice), 1.0)
-                factor = b.op("mul", kept, kept)
+                factor = b.op("mul", factor, factor)
             return b.op("mul", b.op("mul", square, factor), 1 / 12)
-        if math.isinf(self.persistence):
-            moved = b.op("fma", magnitude, 0.5, increment)
-        else:
-            moved = b.op("mul", increment, self.persistence)
-        return b.op("div", b.op("mul", square, moved), b.op("fma", increment, 6.0, distance))
+        ratio = b.op("div", increment, distance)
+        position = b.op("sub", ratio, b.op("floor", ratio))
+        spread = b.op("mul", position, b.op("sub", 1.0, position))
+        return b.op("mul", b.op("mul", square, spread), factor)
+
+
+def _softsign(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:
+    scale, magnitude, increment = _relative(b, new, old, 16)
+    widened = b.op("add", magnitude, 1.0)
+    square = b.op("mul", widened, widened)
+    distance = b.op("mul", square, 1 / (2.0 * (format.top_code // 2)))
+    return b.op("mul", scale, b.op("sqrt", law.variance(distance, increment, magnitude)))
 
 
 def _adaptive_log(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:

@@ -2,14 +2,13 @@
 
 One stochastic rounding between levels a distance ``D`` apart adds an error of variance
 ``D^2 f (1 - f)``, where ``f`` is the position of the value between them; averaged over ``f`` that
-is ``D^2 / 6``. But a state starts a step *on* a level, and moves off it by its increment
-``d = |new - old|`` only. So for ``d`` much below ``D`` the variance is ``D d``, far less for slow
-averages, and
+is ``D^2 / 6``. But a state starts a step *on* a level and moves off it by its increment
+``d = |new - old|`` only, so that ``f`` is known, ``d / D`` without its whole part:
 
-    V(d) = D^2 r / (1 + 6 r),    r = d / D
+    V = D^2 f (1 - f),    f = frac(d / D)
 
-has both limits. Noise injected at every step persists: with ``s' = a s + ...`` it settles at
-``V / (1 - a^2)``. A sum (``a = 1``) never forgets, but it grows, by ``d`` a step, and the error
+For slow averages that is about ``D d``, far less than ``D^2 / 6``. Noise injected at every step
+persists: with ``s' = a s + ...`` it settles at ``V / (1 - a^2)``. A sum (``a = 1``) never forgets, but it grows, by ``d`` a step, and the error
 shrinks relative to it: the same argument in relative terms gives ``V (s / 2 d + 1)``.
 
 Rounding to nearest is no noise: an increment below ``D / 2`` is lost at every step, so errors add
@@ -18,6 +17,7 @@ up coherently, to ``D^2 / 12 (1 - a)^2``.
 Levels, with ``x`` the value in units of the block's scale:
 
     softsign      D = (1 + x)^2 / 2K             (K levels a side)
+    ratio         the same, of the value in units of the root of the normalizer
     adaptive_log  D = x R ln 2 / L               and what lies below the range is lifted to its end
     midrise       D = step, in units of the root of the normalizer; and the clip
     bfloat16      D = 2^-7.5 x                   (2^-8 to 2^-7)
@@ -91,10 +91,12 @@ def settled_error(
     valid = _blocks(torch.ones_like(new)) > 0
     law = _Law(persistence, rounding)
     if format.kind == "softsign":
-        scale = _scale(x, 16)
-        magnitude, increment = _relative(x, before, scale)
-        distance = (1 + magnitude).square() / (2.0 * (format.top_code // 2))
-        error = scale * law.variance(distance, increment, magnitude).sqrt()
+        error = _softsign(x, before, format, law)
+    elif format.kind == "ratio":
+        assert normalizer is not None
+        unit = _blocks(normalizer).sqrt()
+        inverse = torch.where(unit > 0, 1 / unit, 0.0)
+        error = unit * _softsign(x * inverse, before * inverse, format, law)
     elif format.kind == "adaptive_log":
         error = _adaptive_log(x, before, valid, format, law)
     elif format.kind == "midrise":
@@ -115,21 +117,30 @@ class _Law:
         self.nearest = rounding == "nearest"
 
     def variance(self, distance: Tensor, increment: Tensor, magnitude: Tensor) -> Tensor:
+        factor: Tensor | float = self.persistence
         if self.nearest:
             kept = magnitude / (2 * increment.clamp_min(TINY)) + 1
-            factor = kept.square() if math.isinf(self.persistence) else self.persistence
+            factor = kept.square() if math.isinf(self.persistence) else factor
             return distance.square() * factor / 12
+        ratio = increment / distance
+        position = ratio - ratio.floor()
         if math.isinf(self.persistence):
-            moved = magnitude / 2 + increment
-        else:
-            moved = increment * self.persistence
-        return distance.square() * moved / (distance + 6 * increment)
+            factor = magnitude / (2 * increment.clamp_min(TINY)) + 1
+        return distance.square() * position * (1 - position) * factor
+
+
+def _softsign(x: Tensor, before: Tensor, format: Format, law: _Law) -> Tensor:
+    scale = _scale(x, 16)
+    magnitude, increment = _relative(x, before, scale)
+    distance = (1 + magnitude).square() / (2.0 * (format.top_code // 2))
+    return scale * law.variance(distance, increment, magnitude).sqrt()
 
 
 def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law: _Law) -> Tensor:
     scale = _scale(x, 20)
     magnitude, increment = _relative(x, before, scale)
-    octave_range = _octave_range(magnitude, valid)
+    _, step = reference.adaptive_range(magnitude, valid)
+    octave_range = (step + 1) * RANGE_STEP
     moved = (increment / magnitude.clamp_min(TINY)).clamp_max(FARTHEST)
     distance = (octave_range * (math.log(2) / format.top_code)).expand_as(x)
     variance = law.variance(distance, moved, torch.ones_like(x)) * magnitude.square()
@@ -137,12 +148,6 @@ def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law:
     # An error in a divisor has a bounded effect, its linear one is not: twice the value at most.
     bounded = torch.minimum(variance + lifted.square(), 4 * magnitude.square())
     return scale * bounded.sqrt()
-
-
-def _octave_range(magnitude: Tensor, valid: Tensor) -> Tensor:
-    """The range that `reference` gives a block, in octaves, ``[blocks, 1]``."""
-    _, step = reference.adaptive_range(magnitude, valid)
-    return (step + 1) * RANGE_STEP
 
 
 def _midrise(

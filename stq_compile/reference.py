@@ -87,6 +87,10 @@ def encode(
             code, scale = _encode_softsign(tile, format, uniform)
         elif format.kind == "adaptive_log":
             code, scale = _encode_adaptive_log(tile, valid, format, uniform)
+        elif format.kind == "ratio":
+            assert normalizer is not None
+            unit = root(_pad(normalizer[start : start + span]))
+            code, scale = _encode_softsign(_bounded(tile * _reciprocal(unit)), format, uniform)
         else:
             assert normalizer is not None
             unit = root(_pad(normalizer[start : start + span]))
@@ -115,6 +119,10 @@ def decode(
         word = (scales[rows].to(torch.int32) & 0xFFFF)[:, None]
         if format.kind == "softsign":
             value = _decode_softsign(code, word, format)
+        elif format.kind == "ratio":
+            assert normalizer is not None
+            unit = root(_pad(normalizer[start : start + count]))
+            value = _decode_softsign(code, word, format) * unit
         elif format.kind == "adaptive_log":
             value = _decode_adaptive_log(code, word, format)
         else:
@@ -289,9 +297,7 @@ def _encode_midrise(
     x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
-    u = torch.where(unit > 0, x / unit, 0.0)
-    bounded = u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT)
-    u = torch.where(u.abs() < torch.inf, bounded, u)  # infinity and NaN stay to be seen
+    u = _bounded(torch.where(unit > 0, x / unit, 0.0))
     share = _reciprocal(valid.sum(1, keepdim=True).float())
     rms = root(block_sum(u * u) * share)
     step = _scale_up(magnitude_bits(rms * (MIDRISE_CLIP[format.width] / half)), 16)
@@ -299,6 +305,11 @@ def _encode_midrise(
     t = fma(u, inverse, half)
     code = torch.clamp(torch.floor(t + uniform), 0.0, float(format.top_code))
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), step.view(-1)
+
+
+def _bounded(u: Tensor) -> Tensor:
+    """Normalized values kept in range; infinity and NaN stay to be seen."""
+    return torch.where(u.abs() < torch.inf, u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT), u)
 
 
 def _decode_midrise(code: Tensor, word: Tensor, format: Format) -> Tensor:
