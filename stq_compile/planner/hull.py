@@ -64,7 +64,8 @@ def build_steps(cost: Floats, nbytes: Ints, allowed: Bools) -> Steps:
     gain, slope = np.zeros(shape), np.zeros(shape)
     at, bound = start.copy(), np.full(states, np.inf)
     # From here on a row is a candidate: numpy reduces long columns faster than short rows.
-    costs, sizes, usable = (np.ascontiguousarray(a.T) for a in (cost, nbytes, allowed))
+    costs, sizes = np.ascontiguousarray(cost.T), np.ascontiguousarray(nbytes.T)
+    usable = np.ascontiguousarray(allowed.T)
     for corner in range(shape[1]):
         added = sizes - sizes[at, rows]
         with np.errstate(invalid="ignore"):  # inf - inf is no gain
@@ -101,7 +102,8 @@ def _fewest_bytes(cost: Floats, nbytes: Ints, allowed: Bools) -> Ints:
     size = np.where(allowed, nbytes, _NEVER)
     smallest = allowed & (size == size.min(axis=1, keepdims=True))
     least = np.where(smallest, cost, np.inf).min(axis=1, keepdims=True)
-    return (smallest & (cost == least)).argmax(axis=1)
+    start: Ints = (smallest & (cost == least)).argmax(axis=1)
+    return start
 
 
 def take_within(steps: Steps, room: int) -> tuple[Ints, float]:
