@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "planner.hull",
         "planner.table",
         "planner.decision",
+        "planner.regression",
         "planner.selection",
         "planner",
     ),

@@ -46,7 +46,7 @@ _NEVER = np.iinfo(np.int64).max
 def decide_budget(states: Sequence[StateCosts], budget: int, rules: Rules = RULES) -> Decision:
     """The widths with the least cost whose bytes are at most ``budget``.
 
-    The solution at the price, filled up with the best steps that still fit: its cost is above the
+    The solution at the price, filled up with the best steps that still fit. Its cost is above the
     least possible by less than price × bytes left over at the price, that is, by less than what
     one step of one state is worth. Staying is preferred where it fits and costs no more.
 
@@ -71,7 +71,7 @@ def decide_budget(states: Sequence[StateCosts], budget: int, rules: Rules = RULE
             budget=budget, needed=table.total_bytes(steps.start), states=len(states)
         )
     taken, price = take_within(steps, room)
-    chosen = steps.chosen(taken)
+    chosen = _filled(table, cost, allowed, steps.chosen(taken), budget)
     if (
         table.may_stay(allowed)
         and table.total_bytes(table.now) <= budget
@@ -79,6 +79,26 @@ def decide_budget(states: Sequence[StateCosts], budget: int, rules: Rules = RULE
     ):
         chosen = table.now
     return table.decision(chosen, allowed, price)
+
+
+def _filled(table: Table, cost: Floats, allowed: Bools, chosen: Ints, budget: int) -> Ints:
+    """``chosen``, with what is left of the budget spent on candidates that are on no hull.
+
+    Where a state's next corner does not fit, a candidate before it may. Those that fit have hulls
+    of their own, whose steps are taken in the same way, until none is left.
+    """
+    chosen = chosen.copy()
+    every = np.arange(len(chosen))
+    while True:
+        room = budget - table.total_bytes(chosen)
+        extra = table.nbytes - table.nbytes[every, chosen, None]
+        fits = allowed & (extra >= 0) & (extra <= room)
+        better = fits & (extra > 0) & (cost < cost[every, chosen, None])
+        rows = np.flatnonzero(better.any(axis=1))
+        if not len(rows):
+            return chosen
+        steps = build_steps(cost[rows], table.nbytes[rows], fits[rows])
+        chosen[rows] = steps.chosen(take_within(steps, room)[0])
 
 
 def decide_tolerance(
@@ -112,7 +132,7 @@ def decide_tolerance(
         steps = build_steps(table.error, table.nbytes, allowed)
         return table.decision(steps.chosen(np.arange(len(steps))), allowed, 0.0)
     saved = price * (table.total_bytes(table.now) - table.total_bytes(chosen))
-    switching = table.total(table.cost - table.error, chosen)
+    switching = table.total(table.switching, chosen)
     if stays and now <= limit and saved <= switching:
         chosen = table.now
     return table.decision(chosen, allowed, price)
@@ -138,9 +158,10 @@ def _reach(table: Table, cost: Floats, allowed: Bools, limit: float) -> tuple[In
     if count == 0:
         return steps.start, float(steps.slope[0]) if len(steps) else 0.0
     price = float(steps.slope[count - 1])
-    worth = price * steps.nbytes > fall - steps.gain  # what undoing adds in switching costs
+    # A width in force is not left for slack that the last step happened to open.
+    free = table.switching[steps.state, before] <= table.switching[steps.state, steps.target]
     slack = limit * (1 - 1e-12) - total
-    chosen = steps.chosen(give_back(steps, everything[:count], fall, slack, worth))
+    chosen = steps.chosen(give_back(steps, everything[:count], fall, slack, free))
     return _cheaper(table, allowed, limit, steps.chosen(everything[: count - 1]), chosen), price
 
 

@@ -63,22 +63,26 @@ def build_steps(cost: Floats, nbytes: Ints, allowed: Bools) -> Steps:
     target, extra = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     gain, slope = np.zeros(shape), np.zeros(shape)
     at, bound = start.copy(), np.full(states, np.inf)
+    # From here on a row is a candidate: numpy reduces long columns faster than short rows.
+    costs, sizes = np.ascontiguousarray(cost.T), np.ascontiguousarray(nbytes.T)
+    usable = np.ascontiguousarray(allowed.T)
     for corner in range(shape[1]):
-        added = nbytes[rows] - nbytes[rows, at[rows], None]
+        added = sizes - sizes[at, rows]
         with np.errstate(invalid="ignore"):  # inf - inf is no gain
-            lowered = cost[rows, at[rows], None] - cost[rows]
-        descends = allowed[rows] & (added > 0) & (lowered > 0)
+            lowered = costs - costs[at, rows]
+            np.negative(lowered, out=lowered)
+        descends = usable & (added > 0) & (lowered > 0)
         steepness = np.divide(lowered, added, out=np.zeros_like(lowered), where=descends)
-        best = steepness.max(axis=1)
-        nearest = np.where(descends & (steepness == best[:, None]), added, _NEVER).argmin(axis=1)
+        best = steepness.max(axis=0, initial=0)
+        nearest = np.where(descends & (steepness == best), added, _NEVER).argmin(axis=0)
         kept = np.flatnonzero(best > 0)
-        rows, nearest = rows[kept], nearest[kept]
-        at[rows] = target[rows, corner] = nearest
-        extra[rows, corner], gain[rows, corner] = added[kept, nearest], lowered[kept, nearest]
-        # Rounding must not let a later step of a state pass an earlier one.
-        bound[rows] = slope[rows, corner] = np.minimum(best[kept], bound[rows])
-        if not len(rows):
+        if not len(kept):
             break
+        at[kept] = target[kept, corner] = nearest[kept]
+        extra[kept, corner] = added[nearest[kept], kept]
+        gain[kept, corner] = lowered[nearest[kept], kept]
+        # Rounding must not let a later step of a state pass an earlier one.
+        bound[kept] = slope[kept, corner] = np.minimum(best[kept], bound[kept])
     flat = np.flatnonzero(slope > 0)  # by state, then by corner: the order of equal slopes
     state, extra, slope = flat // max(shape[1], 1), extra.ravel()[flat], slope.ravel()[flat]
     # Where any number of bytes is worth it, the cheapest first, so that most states get theirs.
@@ -98,7 +102,8 @@ def _fewest_bytes(cost: Floats, nbytes: Ints, allowed: Bools) -> Ints:
     size = np.where(allowed, nbytes, _NEVER)
     smallest = allowed & (size == size.min(axis=1, keepdims=True))
     least = np.where(smallest, cost, np.inf).min(axis=1, keepdims=True)
-    return (smallest & (cost == least)).argmax(axis=1)
+    start: Ints = (smallest & (cost == least)).argmax(axis=1)
+    return start
 
 
 def take_within(steps: Steps, room: int) -> tuple[Ints, float]:
@@ -124,20 +129,20 @@ def take_within(steps: Steps, room: int) -> tuple[Ints, float]:
     return np.array(taken, np.int64), float(steps.slope[prefix])
 
 
-def give_back(steps: Steps, taken: Ints, fall: Floats, slack: float, worth: Bools) -> Ints:
+def give_back(steps: Steps, taken: Ints, fall: Floats, slack: float, free: Bools) -> Ints:
     """``taken`` without the steps that are not needed: undoes the flattest first.
 
     Undoing a step raises the error by ``fall``, the sum of which must stay below ``slack``; only
-    steps with ``worth`` are undone, and of each state its last ones.
+    ``free`` steps are undone, and of each state its last ones.
     """
     kept = taken.tolist()
     fixed: set[int] = set()
-    state, raised, useful = steps.state.tolist(), fall.tolist(), worth.tolist()
+    state, raised, may = steps.state.tolist(), fall.tolist(), free.tolist()
     undone: set[int] = set()
     for position in reversed(kept):
         if state[position] in fixed:
             continue
-        if useful[position] and raised[position] <= slack:
+        if may[position] and raised[position] <= slack:
             slack -= raised[position]
             undone.add(position)
         else:

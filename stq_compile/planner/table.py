@@ -20,7 +20,8 @@ class Table:
     Attributes:
         error: predicted error, infinite at a forbidden width and in the padding; 0 throughout for
             a state with no finite error at all, about which errors say nothing.
-        cost: the error and, away from the width in force, the switching cost.
+        switching: the switching cost, 0 at the width in force.
+        cost: both together.
         now: the candidate in force; 0 where there is none, see `may_stay`.
     """
 
@@ -29,7 +30,7 @@ class Table:
         self.states = [states[i] for i in self._order]
         _check_lengths(self.states)
         counts = np.array([len(s.widths) for s in self.states], np.int64)
-        columns = np.arange(counts.max(initial=0))
+        columns = np.arange(counts.max(initial=1))
         self._exists: Bools = columns < counts[:, None]
         widths: Ints = self._exists * 0 + (columns + (1 << 30))
         widths[self._exists] = list(chain.from_iterable(s.widths for s in self.states))
@@ -49,7 +50,7 @@ class Table:
         waits = np.array([s.waited < rules.dwell for s in self.states], bool)[:, None] & ~alarm
         self._stay: Bools = widths == in_force
         self._stays = self._stay.any(axis=1)
-        self.now: Ints = self._stay.argmax(axis=1) if widths.size else np.zeros(0, np.int64)
+        self.now: Ints = self._stay.argmax(axis=1)
         # A width in force that is no candidate (a pin that changed) lies between two rungs.
         position = (widths < in_force).sum(axis=1) - 0.5 * ~self._stays
         distance = np.abs(np.arange(widths.shape[1]) - position[:, None])
@@ -60,8 +61,9 @@ class Table:
         self._levels = (held, near, self._exists)
         known = self.error[np.arange(len(self.states)), self.now]
         pays = self._stays & np.isfinite(known) & ~alarm[:, 0]
-        switching = np.where(pays, rules.hysteresis * np.where(pays, known, 0), 0)
-        self.cost: Floats = self.error + switching[:, None] * ~self._stay
+        margin = rules.hysteresis * np.where(pays, known, 0)
+        self.switching: Floats = margin[:, None] * ~self._stay
+        self.cost: Floats = self.error + self.switching
 
     def allowed(self, level: int) -> Bools:
         """The candidates that may be chosen.
