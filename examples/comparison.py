@@ -142,6 +142,11 @@ def compare(
                 rows.append(Row(variant, []))
             run = _finished_run(task, choice, settings, variant, seed, schedule, display)
             rows[-1].runs.append(run)
+            if not console.is_terminal:  # a log shows no bars
+                loss = f"{run.valid_loss:.4f} {task.unit}"
+                console.print(
+                    f"{choice.name} {variant.label}, seed {seed}: {loss}, {run.seconds:.0f} s"
+                )
             if len(rows[-1].runs) == len(schedule.seeds):
                 on_row(result)
     return result
