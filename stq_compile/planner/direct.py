@@ -1,12 +1,13 @@
 """Direct measurement: what quantizing a state at a width really does to the update, on a sample.
 
-The law of `error_law` is an expectation under assumptions. Here, on a few blocks of every tensor, each
-state is brought onto the grid of each width, moved by one step of the template, encoded and decoded,
-and the error so made is fed to the template again:
+The law of `error_law` is an expectation under assumptions. Here, on a few blocks of every tensor,
+each state is brought onto the grid of each width, moved by one step of the template and quantized
+again, and the update is computed from the state before and after that; likewise for what the range
+of the format cuts off, which is no noise and does not add up:
 
-    q = Q(s);  s' = f(q, grad);  error = Q(s') - s';  effect = u(s + error) - u(s)
+    q = Q(s);  s' = f(q, grad);    noise = u(Q(s')) - u(s');    cut = u(C(s)) - u(s)
 
-The persistence of the error is applied as in the law. All tensors with equal scalars go through the
+The effect is ``noise^2`` times its persistence, as in the law, and ``cut^2``. All tensors with equal scalars go through the
 template together, so a measurement costs some evaluations of it for each state and width.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 
 from stq_compile import reference
 from stq_compile.error_law import TINY, persistence
-from stq_compile.formats import BLOCK, Format
+from stq_compile.formats import BLOCK, FORMATS, MIDRISE_CLIP, Format
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import amplification, formats_of, is_smooth, measured_states
 from stq_compile.passes.normalizers import Differentiable
@@ -63,7 +64,7 @@ def measure_directly(
         return found
     for sample in _samples(unit, live, look):
         template = _Template(unit, sample.inputs)
-        per_tensor = _per_tensor(template.update(), sample.counts)
+        per_tensor = _per_tensor(template.update().square(), sample.counts)
         for operand in measured_states(unit):
             state = _StateOf(unit, operand, template, step_key(seed, look, 0), rounding)
             for width in WIDTHS:
@@ -127,17 +128,20 @@ class _StateOf:
         on_grid = _quantized(old, format, self.noises[0], unit)
         results = template.run(**{self.name: on_grid})
         new = results[template.writes.index(self.name)]
+        cut = template.update(**{self.name: _cut(old, format, unit)}) - template.update()
         if self.normalizer is not None and self.normalizer in template.writes:
             unit = results[template.writes.index(self.normalizer)]
-        error = _quantized(new, format, self.noises[1], unit) - new
+        stored = _quantized(new, format, self.noises[1], unit)
         kept = self._kept(on_grid, new)
         if not self.smooth:  # the size of the error matters, and not only its square
-            error, kept = error * kept.sqrt(), torch.ones_like(kept)
-        disturbed = old + error
+            stored, kept = new + (stored - new) * kept.sqrt(), torch.ones_like(kept)
         if self.nonnegative:
-            disturbed = disturbed.clamp_min(0.0)
-        effect = template.update(**{self.name: disturbed}) - template.update()
-        return effect.square() * kept
+            stored = stored.clamp_min(0.0)
+        undisturbed = template.update(**{self.name: new})
+        noise = (template.update(**{self.name: stored}) - undisturbed).square() * kept
+        if self.nonnegative:  # an error in a divisor takes away an element's update at most
+            noise = torch.minimum(noise, undisturbed.square())
+        return noise + cut.square()
 
     def _kept(self, old: Tensor, new: Tensor) -> Tensor:
         if math.isfinite(self.persistence):
@@ -151,9 +155,21 @@ def _quantized(x: Tensor, format: Format, noise: Noise, unit: Tensor | None) -> 
     return reference.decode(codes, scales, format, x.numel(), unit)
 
 
+def _cut(x: Tensor, format: Format, unit: Tensor | None) -> Tensor:
+    """The values as far as the range of the format reaches, not rounded to its levels."""
+    if format.kind == "adaptive_log":  # 8 bits have the same range
+        return _quantized(x, FORMATS["adaptive_log8"], NEAREST, None)
+    if format.kind != "midrise":
+        return x
+    assert unit is not None
+    root = unit.sqrt()
+    value = torch.where(root > 0, x / root, 0.0).view(-1, BLOCK)
+    limit = MIDRISE_CLIP[format.width] * value.square().mean(1, keepdim=True).sqrt()
+    return torch.maximum(torch.minimum(value, limit), -limit).view(-1) * root
+
+
 def _per_tensor(values: Tensor, counts: list[int]) -> list[float]:
-    squares = values.double()
-    return [float(part.sum()) for part in squares.split(counts)]
+    return [float(part.sum()) for part in values.double().split(counts)]
 
 
 def _samples(unit: StepGraph, live: Live, look: int) -> list[_Sample]:
