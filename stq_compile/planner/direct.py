@@ -240,5 +240,3 @@ def _scalar(node: fx.Node, operand: Operand, value: Any) -> Any:
     if isinstance(node.meta.get("val"), torch.SymFloat):
         return float(value)
     return torch.tensor(float(value), dtype=operand.dtype)
-
-

@@ -29,10 +29,11 @@ from stq_compile.planner.selection import IDENTITY, Calibration, calibrate
 
 StateKey = tuple[int, str]
 
-FIRST_LOOKS = (2, 10, 30)
+FIRST_LOOKS = (20, 50)
 """Steps of the first looks, before those of the interval: states change fast at the beginning."""
 CALIBRATIONS = 3
 """Looks with direct measurements."""
+
 
 @dataclass(frozen=True)
 class Managed:
