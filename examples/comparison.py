@@ -125,8 +125,12 @@ def compare(
 ) -> Comparison:
     """Train `task` in every variant for every seed, under a progress display.
 
-    `on_row` is called with what there is whenever all seeds of a variant are finished.
+    `on_row` is called with what there is whenever all seeds of a variant are finished. A variant
+    whose options are wrong is an error before anything is trained.
     """
+    for variant in variants:
+        if variant.options is not None:
+            stq.compile(choice.build(task.model()), **variant.options)
     rows: list[Row] = []
     result = Comparison(task.title, task.unit, choice.name, rows, _fused_step_ms(task, choice))
     with _progress(console) as progress:

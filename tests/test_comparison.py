@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import comparison as comparison_module
 import evidence
+import stq_compile as stq
 from commandline import choose
 from comparison import Comparison, Row, Schedule, Settings, compare
 from optimizers import KNOWN_OPTIMIZERS, choose_optimizer
 from presentation import markdown_table
 from runs import Run, StateSize, load_run, run_file, save_run
-from tinygpt import GPTConfig, load_text
+from tinygpt import GPTConfig, TinyGPT, load_text
 from tinyvit import ViTConfig, load_digits
 from train_gpt import GPTTask
 from train_vit import ViTTask
@@ -169,6 +171,27 @@ def test_finished_runs_are_not_repeated_on_resume(
     other = GPTTask(small_task.text, SMALL, batch_size=3)
     _compare(other, Schedule([0, 1], tmp_path, resume=True), [FP32])
     assert trained == [0, 1]
+
+
+def test_wrong_options_are_found_before_training(small_task: GPTTask, tmp_path: Path) -> None:
+    with pytest.raises(stq.StqError, match="precision=7 is not valid"):
+        _compare(small_task, Schedule([0], tmp_path / "runs"), [FP32, packed(7)])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_embeddings_and_head_get_more_bits_than_the_body() -> None:
+    optimizer = choose_optimizer("adamw").build(TinyGPT(SMALL))
+    assert evidence.EMBEDDINGS_UP.options is not None
+    stq.compile(optimizer, min_numel=64, **evidence.EMBEDDINGS_UP.options)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    widths = {(row.param, row.state): row.width for row in stq.report(optimizer).rows}
+    for outer in ("token", "position", "head"):
+        assert widths[f"{outer}.weight", "exp_avg"] == widths[f"{outer}.weight", "exp_avg_sq"] == 4
+    assert widths["blocks.0.qkv.weight", "exp_avg"] == 3
+    assert widths["blocks.0.qkv.weight", "exp_avg_sq"] == 2
 
 
 def test_the_grid_covers_every_tuned_optimizer() -> None:
