@@ -34,8 +34,8 @@ from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
-from stq_compile.rounding import stream_id
-from stq_compile.runtime import Bucket, MeasuringBucket, mixed_step, present
+from stq_compile.rounding import mixed_step, stream_id
+from stq_compile.runtime import Bucket, MeasuringBucket, present
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph, location_of
 from stq_compile.storage import PackedStorage
 
