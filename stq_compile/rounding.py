@@ -8,7 +8,7 @@ Within a step they are independent: a hash of (seed, stream, b, e). From step to
 an element moves on by the golden ratio (a Kronecker sequence): uniform at every step, and evenly
 spread over any few steps in a row. A state is rounded at every step, and its errors add up over
 the steps that it remembers; numbers that are spread evenly round up and down in turn, and the
-error that settles has 0.6 of the variance that independent numbers leave (design/0009).
+error that settles has 0.6 of the variance that independent numbers leave (design/0010).
 
 Two levels of the hash: a 64-bit key per block (splitmix64's finalizer: Steele, Lea and Flood, "Fast
 splittable pseudorandom number generators", OOPSLA 2014), then 32 bits per element by a

@@ -104,7 +104,12 @@ class _StateOf:
     """One state of a template, quantized at each width in turn."""
 
     def __init__(
-        self, unit: StepGraph, operand: Operand, template: _Template, draw: tuple[int, int], rounding: str
+        self,
+        unit: StepGraph,
+        operand: Operand,
+        template: _Template,
+        draw: tuple[int, int],
+        rounding: str,
     ) -> None:
         self.template = template
         self.name = operand.name
