@@ -259,6 +259,21 @@ def test_gains_too_small_for_a_slope_end() -> None:
     assert widths(decide_budget([tiny], 10)) == [2]
 
 
+def test_staying_is_preferred_to_a_worse_filling() -> None:
+    """The small tensor's step is steeper, and the large one's then does not fit."""
+    large = StateCosts((0, "s"), (2, 3), (2, 12), (10.0, 0.0))
+    small = StateCosts((1, "s"), (2, 3), (2, 3), (3.0, 0.0))
+    assert widths(decide_budget([large, small], 14)) == [2, 3]
+    stay = [replace(large, current=3), replace(small, current=2)]
+    assert widths(decide_budget(stay, 14)) == [3, 2]
+
+
+def test_steps_that_a_large_one_makes_needless_are_given_back() -> None:
+    small = [StateCosts((k, "s"), (2, 3), (0, 1), (11.0, 0.0)) for k in range(2)]
+    large = StateCosts((9, "s"), (2, 3), (0, 10), (100.0, 0.0))
+    assert widths(decide_tolerance([*small, large], 27)) == [2, 2, 3]
+
+
 def test_many_states_come_near_the_budget() -> None:
     for seed in range(5):
         states = network(200, seed)
@@ -312,7 +327,7 @@ def test_a_change_must_pay() -> None:
     assert widths(decide_budget([one((9.0, 8.5, 8.0), current=2)], 32)) == [2]
     assert widths(decide_budget([one((9.0, 8.0, 8.0), current=2)], 32)) == [3]
     # An alarm asks for no margin.
-    assert widths(decide_budget([one((9.0, 8.5, 8.0), current=2, alarm=True)], 32)) == [4]
+    assert widths(decide_budget([one((9.0, 8.5, 8.3), current=2, alarm=True)], 32)) == [4]
 
 
 def noisy(states: Sequence[StateCosts], look: int) -> list[StateCosts]:
@@ -383,6 +398,9 @@ def test_hysteresis_yields_to_the_tolerance() -> None:
     """The step is too small to pay, but the tolerance can be reached with it."""
     assert widths(decide_tolerance([one((9.0, 8.5), current=2)], 8.7)) == [3]
     assert widths(decide_tolerance([one((9.0, 8.5), current=2)], 9.0)) == [2]
+    # Of two such states only as many as it takes.
+    twins = [one((9.0, 8.5), key=(k, "s"), current=2) for k in range(2)]
+    assert widths(decide_tolerance(twins, 17.6)) == [3, 2]
 
 
 def test_tolerance_out_of_reach_takes_the_least_error_that_is_allowed() -> None:
