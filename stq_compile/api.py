@@ -194,11 +194,12 @@ class _Driver:
             self.inner = self._compiled()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
+        before = session.steps
         try:
             with torch.no_grad():
                 return self._captured(optimizer)
         except Exception as error:
-            for param in born:
+            for param in born if session.steps == before else ():  # else the step was made
                 del optimizer.state[param]
             if session.compiles == 0:
                 self._uninstall(optimizer)

@@ -7,8 +7,15 @@ file with nothing registered::
      "eager_writes": 0, "codes": uint8 [blocks, 64], "scales": int16 [blocks]}
 
 Beside ``state`` and ``param_groups`` stands ``stq``: the version of this layout, the seed and the
-step of the random counter, and the widths that were changed. With them a resumed run continues bit
-for bit. A checkpoint that is damaged or does not fit is refused whole, before anything is changed.
+step of the random counter, the widths in force and what the planner knows. With them a resumed run
+continues bit for bit, later decisions included. A checkpoint that is damaged or does not fit is
+refused whole, before anything is changed.
+
+Loaded under other options: widths and planner carry over if ``precision`` is the same, and the
+next decision follows the new options (the first step decides at once if the budget is exceeded or a
+width is not on the ladder). With another ``precision``, or from a run with a planner to one without
+it, the states are converted to the widths that the new options give, and a planner starts anew.
+Version 1 had no planner; it loads as a checkpoint of a run without one.
 """
 
 from __future__ import annotations
@@ -23,13 +30,16 @@ from torch.optim import Optimizer
 
 from stq_compile import reference
 from stq_compile.errors import CheckpointError, StqError
-from stq_compile.formats import FORMATS, Format
+from stq_compile.formats import FORMATS, WIDTHS, Format
 from stq_compile.layout import unpack
 from stq_compile.packed_state import PackedState
+from stq_compile.planner import saved_plan
+from stq_compile.planner.planner import Planner
 from stq_compile.session import Session
 from stq_compile.storage import PackedStorage
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 HEADER = "stq"
 StateFormat = Literal["packed", "fp32"]
 
@@ -73,6 +83,8 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
             "steps": session.steps,
             "precision": _plain(session.options.precision),
             "plan": [[param, key, width] for (param, key), width in session.plan.items()],
+            "transitions": session.transitions,
+            "planner": None if session.planner is None else session.planner.state_dict(),
         }
     return out
 
@@ -113,12 +125,20 @@ class Import:
     state_dict: dict[str, Any]
     seed: int | None = None
     steps: int = 0
+    transitions: int = 0
     plan: dict[tuple[int, str], int] = field(default_factory=dict)
+    planner: Mapping[str, Any] | None = None
 
     def apply(self, session: Session) -> None:
         """Let the session continue where the checkpoint was made."""
-        if self.seed is not None:
-            session.seed, session.steps, session.plan = self.seed, self.steps, self.plan
+        if self.seed is None:
+            return
+        session.seed, session.steps, session.plan = self.seed, self.steps, self.plan
+        session.transitions = self.transitions
+        if session.planner is not None:
+            session.planner = Planner(session.options)
+            if self.planner is not None:
+                session.planner.load_state_dict(self.planner)
 
 
 def read(session: Session, state_dict: Mapping[str, Any]) -> Import:
@@ -155,20 +175,36 @@ def _saved_params(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[A
 
 def _read_header(session: Session, found: Import, header: Mapping[str, Any]) -> None:
     version = header.get("version")
-    if version != VERSION:
+    if version not in READABLE:
         raise CheckpointError(entry=f"{HEADER}.version", found=version, expected=VERSION)
     found.seed = _whole(header.get("seed"), f"{HEADER}.seed")
     found.steps = _whole(header.get("steps"), f"{HEADER}.steps")
-    if header.get("precision") != _plain(session.options.precision):
-        return  # other widths are asked for now: states are converted, changes don't carry over
-    for row in header.get("plan") or ():
+    found.transitions = _whole(header.get("transitions", 0), f"{HEADER}.transitions")
+    plan = _read_plan(header.get("plan"))
+    planner = header.get("planner")
+    if planner is not None:
+        saved_plan.check(planner, f"{HEADER}.planner", plan)
+    same = header.get("precision") == _plain(session.options.precision)
+    if same and (planner is None or session.planner is not None):
+        found.plan, found.planner = plan, planner
+
+
+def _read_plan(rows: Any) -> dict[tuple[int, str], int]:
+    entry = f"{HEADER}.plan"
+    plan = {}
+    if not isinstance(rows or (), (list, tuple)):
+        raise CheckpointError(entry=entry, found=type(rows).__name__, expected="a list")
+    for row in rows or ():
         try:
             param, key, width = row
         except (TypeError, ValueError) as error:
             raise CheckpointError(
-                entry=f"{HEADER}.plan", found=repr(row), expected="[parameter, state, width]"
+                entry=entry, found=repr(row), expected="[parameter, state, width]"
             ) from error
-        found.plan[(_whole(param, f"{HEADER}.plan"), str(key))] = _whole(width, f"{HEADER}.plan")
+        if _whole(width, entry) not in WIDTHS:
+            raise CheckpointError(entry=entry, found=width, expected=f"one of {WIDTHS}")
+        plan[(_whole(param, entry), str(key))] = width
+    return plan
 
 
 def _read_entries(session: Session, index: Any, saved: Any, param: Tensor | None) -> dict[str, Any]:

@@ -36,6 +36,14 @@ class ContradictoryOptionsError(StqError):
     message = "options {first!r} and {second!r} contradict each other: {reason}"
 
 
+class UnmatchedPrecisionError(StqError):
+    message = (
+        "{optimizer}: the key {key!r} of option precision matches no state of any parameter; "
+        "the states are {states}; write 'state' or 'param:state', where * stands for anything "
+        "(parameters: {params}). The optimizer is left as it was."
+    )
+
+
 class UnsupportedWidthError(StqError):
     message = "{where}: a width of {width} bits does not exist; the widths are {valid}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,7 +74,8 @@ class Options:
     @property
     def planned(self) -> bool:
         """Whether a planner chooses the widths that ``precision`` leaves open."""
-        return self.precision is None or bool(self.target_bits or self.tolerance)
+        given = self.target_bits is not None or self.tolerance is not None
+        return self.precision is None or given
 
     @property
     def tolerance_or_default(self) -> float:
@@ -101,18 +102,32 @@ class Options:
         """
         if isinstance(self.precision, int):
             return self.precision
-        if self.planned:
-            return self.unplanned_width
-        assert self.precision is not None
-        splits = [(*pattern.rpartition(":"), width) for pattern, width in self.precision.items()]
+        unmatched = self.unplanned_width if self.planned else DEFAULT_PRECISION
+        splits = [(*key.rpartition(":"), width) for key, width in (self.precision or {}).items()]
         widths = [w for p, _, _, w in splits if fnmatch.fnmatchcase(param, p or "*")]
-        return max(widths, default=DEFAULT_PRECISION)
+        if self.planned:
+            widths.append(unmatched)
+        return max(widths, default=unmatched)
 
     @property
     def unplanned_width(self) -> int:
         """Width of a state before a planner can look at it: the widest within the budget."""
-        fitting = [w for w in self.ladder if self.target_bits and w + 0.125 <= self.target_bits]
-        return min(max(fitting, default=UNPLANNED_PRECISION), UNPLANNED_PRECISION)
+        most = UNPLANNED_PRECISION
+        if self.target_bits is not None:
+            most = min(most, math.floor(self.target_bits - 0.125))  # a block has a scale of 16 bits
+        return max((w for w in self.ladder if w <= most), default=self.ladder[0])
+
+    def unmatched(self, params: Collection[str], states: Collection[str]) -> str | None:
+        """A key of ``precision`` that matches none of these parameters, or none of these states."""
+        if not isinstance(self.precision, Mapping):
+            return None
+        for pattern in self.precision:
+            param_pattern, _, state_pattern = pattern.rpartition(":")
+            if not any(fnmatch.fnmatchcase(s, state_pattern) for s in states):
+                return pattern
+            if not any(fnmatch.fnmatchcase(p, param_pattern or "*") for p in params):
+                return pattern
+        return None
 
     def excludes(self, param: str) -> bool:
         """Whether the states of the parameter named ``param`` stay as they are."""
@@ -141,14 +156,17 @@ class Options:
             raise ContradictoryOptionsError(
                 first="precision", second=given[0], reason="pinned widths leave nothing to choose"
             )
-        _check_number("target_bits", self.target_bits or 32, above=0.0, most=32.0)
-        _check_number("tolerance", self.tolerance or 1, above=0.0)
+        if self.target_bits is not None:
+            _check_number("target_bits", self.target_bits, above=0.0, most=32.0)
+        if self.tolerance is not None:
+            _check_number("tolerance", self.tolerance, above=0.0)
         _check_number("alarm", self.alarm, above=1.0)
-        _check_number("hysteresis", self.hysteresis, above=-1e-9)
+        _check_number("hysteresis", self.hysteresis, above=-1e-9, most=1.0)
         _check_int("dwell", self.dwell, minimum=0)
         _check_int("rungs", self.rungs, minimum=1)
-        rising = list(self.ladder) == sorted(set(self.ladder))
-        if not self.ladder or not rising or not set(self.ladder) <= set(WIDTHS):
+        rungs = self.ladder
+        valid = isinstance(rungs, tuple) and all(type(w) is int and w in WIDTHS for w in rungs)
+        if not valid or not rungs or list(rungs) != sorted(set(rungs)):
             raise InvalidOptionError(
                 name="ladder", value=self.ladder, reason=f"give rising widths out of {WIDTHS}"
             )

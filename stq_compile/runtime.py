@@ -8,6 +8,7 @@ of microseconds for a hundred tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +22,8 @@ from stq_compile.capture import Argument
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.compiler import Unit
 from stq_compile.errors import ChangedTensorError, FormatMismatchError
-from stq_compile.formats import Format, block_count
-from stq_compile.packed_state import PackedState
+from stq_compile.formats import BLOCK, Format, block_count
+from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import slots_of
 from stq_compile.rounding import stream_id, stream_key
 from stq_compile.step_graph import Instance, Operand, Role
@@ -203,14 +204,32 @@ class MeasuringBucket(Bucket):
         self.strides = [sampling_stride(n) for n in blocks]
 
     def look(self, number: int) -> dict[int, dict[str, float]]:
-        """The sums of every parameter, by its number; look ``number`` decides which blocks."""
+        """The sums of every parameter, by its number; look ``number`` decides which blocks.
+
+        A parameter whose gradient is not finite there is left out: its sums would lack the blocks
+        that such elements spoil.
+        """
+        firsts = [number % stride for stride in self.strides]
         self.table[:, -2] = self.strides
-        self.table[:, -1] = [number % stride for stride in self.strides]
+        self.table[:, -1] = firsts
         self.run(0)
+        finite = [True] * len(self.params)
+        for column in self.columns:
+            if column.role is Role.GRAD:
+                samples = zip(column.tensors, firsts, self.strides, strict=True)
+                finite = [_is_finite(*sample) for sample in samples]
+        rows = zip(self.params, self.sums.tolist(), finite, strict=True)
         return {
-            param.source.param: dict(zip(self.slots, map(float, row), strict=True))
-            for param, row in zip(self.params, self.sums, strict=True)
+            p.source.param: dict(zip(self.slots, row, strict=True)) for p, row, ok in rows if ok
         }
+
+
+def _is_finite(tensor: Tensor, first: int, stride: int) -> bool:
+    """Whether the sampled whole blocks are finite; by their sum, which needs no memory."""
+    flat = memory_order(tensor.detach())
+    if stride > 1:
+        flat = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[first::stride]
+    return math.isfinite(flat.sum())
 
 
 SAMPLED_BLOCKS = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.compiler import Generated, Unit, analyse, generate, generate_measuring
 from stq_compile.errors import (
+    InfeasibleBudgetError,
+    UnmatchedPrecisionError,
     UnsupportedDeviceError,
     UnsupportedParameterError,
     UnsupportedStateError,
@@ -69,6 +72,7 @@ class Session:
         self.transitions = 0
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
+        self.created_width = options.unplanned_width
         self.info: dict[StateKey, StateInfo] = {}
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
 
@@ -85,23 +89,54 @@ class Session:
         stages = analyse(captured.program, self.dump)
         program = stages[-1].program
         _check_program(program)
+        self._check_precision(program)
         step = CompiledStep(self, captured, stages)
-        changes = self._enroll(program)
-        new = {key: width for key, width in changes.items() if key not in self.plan}
-        self.plan |= new
-        step.adopt(step.generate())
+        with self._attempt():
+            changes = self._enroll(program)
+            known = self.plan.keys() & changes.keys()
+            self._transition(changes, [*self.compiled, step])
+            self.transitions += len(known)
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
-        self.change_widths({key: w for key, w in changes.items() if key not in new})
         return step
 
+    def _check_precision(self, program: Program) -> None:
+        """Refuse a key of ``precision`` that names no state, once all states exist."""
+        operands = [o for u in program.units for i in u.instances for o in i.operands]
+        states = {key for _, _, key, _ in self.states()}
+        if not states or any(o.returned >= 0 for o in operands):
+            return
+        params = [source.name for source in param_sources(self.optimizer).values()]
+        key = self.options.unmatched(params, states)
+        if key is not None:
+            raise UnmatchedPrecisionError(
+                optimizer=type(self.optimizer).__name__,
+                key=key,
+                states=", ".join(sorted(states)),
+                params=", ".join(params[:3]) + (", ..." if len(params) > 3 else ""),
+            )
+
     def _enroll(self, program: Program) -> dict[StateKey, int]:
-        """Let the planner give first widths to the states of a new program."""
+        """Let the planner give first widths to the states of a new program.
+
+        States that the step is about to create have no key yet and share one width: the widest
+        that leaves the budget enough for the others.
+        """
         if self.planner is None:
             return {}
         found = [m for unit in program.units for m in self._managed(unit)]
-        return self.planner.enroll(found, *self._sizes({m.key for m in found}), self.steps)
+        managed = self.planner.managed.keys() | {m.key for m in found}
+        widest = self.options.unplanned_width
+        for width in sorted((w for w in self.options.ladder if w <= widest), reverse=True):
+            self.created_width = width
+            try:
+                with self.planner.attempt():
+                    return self.planner.enroll(found, *self._sizes(managed, program), self.steps)
+            except InfeasibleBudgetError:
+                if width == self.options.ladder[0]:
+                    raise
+        raise AssertionError("the ladder has no width")
 
     def _managed(self, unit: StepGraph) -> Iterator[Managed]:
         """The states of a unit whose width is the planner's to choose."""
@@ -120,27 +155,51 @@ class Session:
                 nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
                 yield Managed((source.param, key), source.name, key, numel, nbytes, prior)
 
-    def _sizes(self, managed: Collection[StateKey]) -> tuple[int, int]:
-        """Bytes of the states that are not managed, and elements of all states."""
+    def _sizes(
+        self, managed: Collection[StateKey], program: Program | None = None
+    ) -> tuple[int, int]:
+        """Bytes of the states that are not managed, and elements of all states.
+
+        With ``program``, as its states will be: born ones in their formats, created ones as well.
+        """
+        formats: dict[StateKey, Format] = {}
         fixed = elements = 0
-        for _, source, key, value in self.states():
+        for unit, operand in _states_of(program):
+            if operand.returned < 0:
+                key = (operand.source.param, operand.source.key)
+                formats[key] = self.format_of(operand, unit)
+                continue
+            numel = torch.Size(operand.shape).numel()
+            elements += numel
+            fixed += self.format_of(operand, unit).nbytes(numel)
+        for _, source, name, value in self.states():
             if isinstance(value, Tensor):
                 elements += value.numel()
-                if (source.param, key) not in managed:
-                    packed = isinstance(value, PackedState)
-                    fixed += value.packed.nbytes if packed else value.nbytes
+                key = (source.param, name)
+                if key in formats and key not in managed:
+                    fixed += formats[key].nbytes(value.numel())
+                elif key not in managed:
+                    packed = value.packed if isinstance(value, PackedState) else value
+                    fixed += packed.nbytes
         return fixed, elements
 
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Plan, planner and facts are as before if the block fails."""
+        plan, info = dict(self.plan), dict(self.info)
+        try:
+            with nullcontext() if self.planner is None else self.planner.attempt():
+                yield
+        except BaseException:
+            self.plan, self.info = plan, info
+            raise
+
     def replan(self) -> None:
-        """Decide on the widths after a look, and change them."""
+        """Decide on the widths after a look, and change them; all or nothing."""
         planner = self.planner
         assert planner is not None
-        before = dict(planner.widths)
-        try:
+        with self._attempt():
             self.change_widths(planner.decide(self.steps, *self._sizes(planner.managed)))
-        except BaseException:
-            planner.widths = before
-            raise
 
     def width_of(self, operand: Operand) -> int:
         """The width that the plan, or else the options, give a state."""
@@ -152,6 +211,8 @@ class Session:
         if self.options.excludes(operand.source.name):
             return 32
         if operand.returned >= 0:
+            if self.options.target_bits is not None:
+                return self.created_width
             return self.options.width_of_created(operand.source.name)
         pinned = self.options.width_of(operand.source.name, operand.source.key)
         return self.options.unplanned_width if pinned is None else pinned
@@ -185,29 +246,35 @@ class Session:
         """
         if not changes:
             return
+        with self._attempt():
+            self._transition(changes, list(self.compiled))
+            self.transitions += len(changes)
+            if self.planner is not None:
+                known = self.planner.widths
+                known.update({key: width for key, width in changes.items() if key in known})
+
+    def _transition(self, changes: Mapping[StateKey, int], steps: list[CompiledStep]) -> None:
+        """Bring states and steps to changed widths.
+
+        Buffers that are replaced are kept until all is done, and put back if it fails.
+        """
         for (_, key), width in changes.items():
             if width not in WIDTHS:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
-        steps = list(self.compiled)
-        old = dict(self.plan)
         self.plan.update(changes)
-        try:
-            units = [step.generate() for step in steps]
-        except BaseException:
-            self.plan = old
-            raise
+        units = [step.generate() for step in steps]
+        packed = [v.packed for _, _, _, v in self.states() if isinstance(v, PackedState)]
+        kept = [(storage, storage.kept()) for storage in packed]
+        before = [(step, dict(vars(step))) for step in steps]
         try:
             for step, generated in zip(steps, units, strict=True):
                 step.adopt(generated)
         except BaseException:
-            self.plan = old
-            for step in steps:
-                step.adopt(step.generate())
+            for storage, buffers in kept:
+                storage.restore(buffers)
+            for step, attributes in before:
+                vars(step).update(attributes)
             raise
-        self.transitions += len(changes)
-        if self.planner is not None:
-            known = self.planner.widths
-            known.update({key: width for key, width in changes.items() if key in known})
 
     def params(self) -> list[Tensor]:
         """All parameters, in the order of `Source.param`."""
@@ -407,17 +474,30 @@ class CompiledStep:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
-        planner.look(sums)
-        if calibrating:
+        with planner.attempt():
+            planner.look(sums)
+            if calibrating:
+                self._measure_directly(args)
+
+    def _measure_directly(self, args: Sequence[Any]) -> None:
+        """Calibrate on samples; they are too small for a second thread to gain anything."""
+        session, planner = self.session, self.session.planner
+        assert planner is not None
+        found: dict[StateKey, dict[int, float]] = {}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
             for unit in self.program.units:
-                found = measure_directly(
+                found |= measure_directly(
                     unit,
                     lambda operand: present(self._resolve(operand), args),
                     planner.looks,
                     session.seed,
                     session.options.rounding,
                 )
-                planner.observe(found)
+        finally:
+            torch.set_num_threads(threads)
+        planner.observe(found)
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
@@ -437,6 +517,15 @@ def _check_dtypes(program: Program) -> None:
                     source=operand.source,
                     reason=f"the {operand.role} is {operand.dtype}; only float32 is supported",
                 )
+
+
+def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:
+    """The states of a program that are no scalars, and the scalars that it creates."""
+    for unit in program.units if program is not None else ():
+        for instance in unit.instances:
+            for operand in instance.operands:
+                if operand.role is Role.STATE and (operand.shape != () or operand.returned >= 0):
+                    yield unit, operand
 
 
 def _check_program(program: Program) -> None:

@@ -121,6 +121,20 @@ class PackedStorage:
             state.codes, state.scales = buffers
             state.version += 1
 
+    def kept(self) -> dict[str, Any]:
+        """What `restore` takes: references to the buffers, which a change of format replaces."""
+        names = ("codes", "scales", "format", "normalizer", "eager_writes")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Undo changes of format."""
+        if self.normalizer is not None:
+            self.normalizer._dependents.discard(self)
+        self.__dict__.update(kept)
+        if self.normalizer is not None:
+            self.normalizer._dependents.add(self)
+        self.version += 1
+
     def clone(self) -> PackedStorage:
         """An independent copy, with a copy of its own of the normalizer."""
         other = PackedStorage.__new__(PackedStorage)

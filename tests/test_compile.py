@@ -321,7 +321,7 @@ def test_a_state_that_the_step_creates(width: int, first: int) -> None:
     model = make_model()
     optimizer = stq.compile(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        precision={"momentum_buffer": width, "other": 8},
+        precision={"*": 8, "momentum_buffer": width},
         min_numel=64,
     )
     for step, expected in enumerate((first, width)):

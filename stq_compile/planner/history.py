@@ -59,6 +59,9 @@ class History:
     def add(self, record: Record) -> None:
         self._records.append(record)
 
+    def __copy__(self) -> History:
+        return History(self._records)
+
     @property
     def records(self) -> tuple[Record, ...]:
         return tuple(self._records)

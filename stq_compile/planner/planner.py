@@ -1,20 +1,22 @@
 """Chooses the widths: a prior at birth, then a look every `interval` steps and a decision after it.
 
 For a state ``s`` of tensor ``i`` at width ``b``, a look gives the relative perturbation of the
-tensor's own update, ``D = sum (du/ds * error_b)^2 / sum u^2`` (`passes.measure`). A calibration from
-direct measurements corrects it by the factors that explain where the law is off. The total that is
-kept below the tolerance, or made least under a budget, is the mean over all elements,
+tensor's own update, ``D = sum (du/ds * error_b)^2 / sum u^2`` (`passes.measure`). A calibration
+from direct measurements corrects it by the factors that explain where the law is off. The total
+that is kept below the tolerance, or made least under a budget, is the mean over all elements,
 
     sum over i of (elements of i / elements of all) * sum over s of D_is(b_is).
 
-Numbers of a planner are Python floats and a decision is a function of them alone, so equal sums give
-equal plans.
+Numbers of a planner are Python floats and a decision is a function of them alone, so equal sums
+give equal plans.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +71,7 @@ class Planner:
         self.calibration: Calibration = IDENTITY
         self.observations: list[Observation] = []
         self.looks = 0
+        self._corrected: dict[StateKey, dict[int, float]] | None = None
         self._total = 0
         self.history = History()
 
@@ -89,9 +92,36 @@ class Planner:
         """
         self.managed |= {s.key: s for s in states if s.key not in self.managed}
         self._total = sum({k[0]: s.numel for k, s in self.managed.items()}.values())
-        if self.widths.keys() >= self.managed.keys():
+        if not self.widths.keys() >= self.managed.keys():
+            return self._change_widths("prior", step, fixed_bytes, elements)
+        if self._in_order(fixed_bytes, elements):
             return {}
-        return self._change_widths("prior", step, fixed_bytes, elements)
+        return self._change_widths(self.mode, step, fixed_bytes, elements)
+
+    def _in_order(self, fixed_bytes: int, elements: int) -> bool:
+        """Whether the widths in force are on the ladder and within the budget.
+
+        They may not be after a checkpoint of other options, or when states were added that are
+        not managed.
+        """
+        total = fixed_bytes
+        for key, state in self.managed.items():
+            width = self.widths[key]
+            if width not in self.options.ladder or width not in state.nbytes:
+                return False
+            total += state.nbytes[width]
+        target = self.options.target_bits
+        return target is None or total <= _budget(target, elements)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Everything is as before if the block fails."""
+        before = {name: copy(value) for name, value in vars(self).items()}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def due(self, step: int) -> bool:
         """Whether a look follows step number ``step`` (from 1)."""
@@ -109,6 +139,7 @@ class Planner:
         """Take the sums of a look, by parameter number."""
         self.looks += 1
         self.alarms.clear()
+        self._corrected = None
         for key in self.managed:
             if key[0] not in sums or f"{key[1]}:scale" not in sums[key[0]]:
                 continue
@@ -125,6 +156,7 @@ class Planner:
 
     def observe(self, direct: Mapping[StateKey, Mapping[int, float]]) -> None:
         """Take direct measurements (relative perturbations by width), and calibrate on all."""
+        self._corrected = None
         for key, errors in direct.items():
             measured = self.measured.get(key)
             if measured is None:
@@ -134,13 +166,12 @@ class Planner:
                 if error > 0 and predicted > 0:
                     ratio = math.log(error / predicted)
                     self.observations.append(Observation(measured.at(width), ratio))
-        self._calibrate()
-
-    def _calibrate(self) -> None:
         if self.observations:
             rows = [[o.factors[n] for n in FACTOR_NAMES] for o in self.observations]
             target = np.array([o.log_ratio for o in self.observations])
             self.calibration = calibrate(np.array(rows), target, FACTOR_NAMES)
+        if not self.calibrating:
+            self.observations.clear()  # the calibration is all that is needed from here on
 
     def decide(self, step: int, fixed_bytes: int, elements: int) -> dict[StateKey, int]:
         """Decide on all widths after a look; returns those that change."""
@@ -153,31 +184,35 @@ class Planner:
         costs = [self._costs(state) for state in self.managed.values()]
         decision = self._decide(costs, fixed_bytes, elements)
         self._take(decision, mode, step, fixed_bytes, elements)
+        self.alarms.clear()
         return {k: w for k, w in self.widths.items() if before.get(k) != w}
 
     def error_of(self, key: StateKey, width: int) -> float:
         """Predicted relative perturbation of its parameter's update by one state."""
         if width == 32:
             return 0.0
-        measured = self.measured.get(key)
-        if measured is None:
-            return self.managed[key].prior[width]
-        error = measured.errors[width]
-        return error * math.exp(self.calibration.correct(measured.at(width))) if error else 0.0
+        return self._errors(self.managed[key])[width]
+
+    def _errors(self, state: Managed) -> Mapping[int, float]:
+        """Predicted errors of a state by width, below 32."""
+        if state.key not in self.measured:
+            return state.prior
+        if self._corrected is None:
+            self._corrected = corrected_errors(self.measured, self.calibration)
+        return self._corrected[state.key]
 
     def _share(self, state: Managed) -> float:
         """The parameter's share of all elements."""
         return state.numel / self._total
 
     def _costs(self, state: Managed) -> StateCosts:
-        share = self._share(state)
-        widths = tuple(w for w in self.options.ladder if w in state.nbytes)
-        errors = [share * self.error_of(state.key, w) for w in widths]
+        share, nbytes, errors = self._share(state), state.nbytes, self._errors(state)
+        widths = tuple([w for w in self.options.ladder if w in nbytes])
         return StateCosts(
             key=state.key,
             widths=widths,
-            nbytes=tuple(state.nbytes[w] for w in widths),
-            error=tuple(errors),
+            nbytes=tuple([nbytes[w] for w in widths]),
+            error=tuple([0.0 if w == 32 else share * errors[w] for w in widths]),
             current=self.widths.get(state.key),
             waited=self.waited.get(state.key, 1 << 30),
             alarm=state.key in self.alarms,
@@ -186,8 +221,7 @@ class Planner:
     def _decide(self, costs: Sequence[StateCosts], fixed_bytes: int, elements: int) -> Decision:
         target = self.options.target_bits
         if target is not None:
-            budget = math.floor(target * elements / 8) - fixed_bytes
-            return decide_budget(costs, budget, self.rules)
+            return decide_budget(costs, _budget(target, elements) - fixed_bytes, self.rules)
         return decide_tolerance(costs, self.options.tolerance_or_default, self.rules)
 
     def _take(
@@ -243,26 +277,60 @@ class Planner:
                 [p, k, {str(w): e for w, e in m.errors.items()}, dict(m.factors), m.level]
                 for (p, k), m in self.measured.items()
             ],
-            "observations": [[dict(o.factors), o.log_ratio] for o in self.observations],
+            "observations": [
+                [[o.factors[name] for name in FACTOR_NAMES], o.log_ratio] for o in self.observations
+            ],
+            "calibration": self.calibration.to_dict(),
             "history": self.history.to_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.looks = int(saved["looks"])
-        self.widths = {(int(p), str(k)): int(w) for p, k, w in saved["widths"]}
-        self.waited = {(int(p), str(k)): int(n) for p, k, n in saved["waited"]}
+        """Take over what `state_dict` gave; `saved_plan.check` says whether it is that."""
+        self.looks = saved["looks"]
+        self.widths = {(p, k): w for p, k, w in saved["widths"]}
+        self.waited = {(p, k): n for p, k, n in saved["waited"]}
         self.measured = {
-            (int(p), str(k)): Measured(
-                {int(w): float(e) for w, e in errors.items()},
-                {str(n): float(f) for n, f in factors.items()},
-                float(level),
-            )
+            (p, k): Measured({int(w): e for w, e in errors.items()}, dict(factors), level)
             for p, k, errors, factors, level in saved["measured"]
         }
         self.observations = [
-            Observation({str(n): float(f) for n, f in factors.items()}, float(ratio))
+            Observation(dict(zip(FACTOR_NAMES, factors, strict=True)), ratio)
             for factors, ratio in saved["observations"]
         ]
+        self.calibration = Calibration.from_dict(saved["calibration"])
         self.history = History.from_dict(saved["history"])
-        self._calibrate()
+        self.alarms.clear()
+        self._corrected = None
+
+
+def corrected_errors(
+    measured: Mapping[StateKey, Measured], calibration: Calibration
+) -> dict[StateKey, dict[int, float]]:
+    """Errors of all states at all widths, times what the calibration corrects.
+
+    `Calibration.correct` for all at once, bit for bit: the same operations in the same order.
+    """
+    states = list(measured.values())
+    counts = [len(m.errors) for m in states]
+    widths = [width for m in states for width in m.errors]
+    errors = [error for m in states for error in m.errors.values()]
+    total = np.full(len(errors), calibration.intercept)
+    columns = zip(
+        calibration.names, calibration.mean, calibration.scale, calibration.coefficients,
+        strict=True,
+    )  # fmt: skip
+    for name, mean, scale, coefficient in columns:
+        if name == "narrowness":
+            values = np.array([2.0**-width for width in widths])
+        elif name == "predicted":
+            values = np.array([math.log(max(error, 1e-30)) for error in errors])
+        else:
+            values = np.repeat([m.factors[name] for m in states], counts)
+        total += coefficient * (values - mean) / scale
+    limited = np.clip(total, -calibration.limit, calibration.limit).tolist()
+    flat = iter([error * math.exp(c) for error, c in zip(errors, limited, strict=True)])
+    return {key: {w: next(flat) for w in m.errors} for key, m in measured.items()}
+
+
+def _budget(target_bits: float, elements: int) -> int:
+    return math.floor(target_bits * elements / 8)
