@@ -18,7 +18,14 @@ from stq_compile.codegen.expand import (
     scale_up,
 )
 from stq_compile.codegen.ir import Argument, Builder, Value
-from stq_compile.error_law import BFLOAT16_SPACING, EVENNESS, FARTHEST, LOWEST_OCTAVE, TINY
+from stq_compile.error_law import (
+    BFLOAT16_SPACING,
+    EVENNESS,
+    FARTHEST,
+    LARGEST,
+    LOWEST_OCTAVE,
+    TINY,
+)
 from stq_compile.formats import MIDRISE_CLIP, Format
 
 
@@ -142,12 +149,12 @@ def factors(b: Builder, old: Value, new: Value, grad: Value) -> list[Value]:
 
 
 def sums(b: Builder, values: list[Argument]) -> list[Value]:
-    """The sum of each over a block; padding and what is not finite counts as zero."""
+    """`error_law.sums` over a block; padding counts as zero."""
     totals = []
     for value in values:
         counted = value
         if isinstance(value, Value):
-            counted = b.op("select", b.op("lt", b.op("abs", value), math.inf), value, 0.0)
+            counted = b.op("select", b.op("lt", b.op("abs", value), LARGEST), value, 0.0)
         counted = b.op("select", b.read("valid"), counted, 0.0)
         totals.append(b.reduce("block_sum", counted))
     return totals

@@ -50,6 +50,8 @@ BFLOAT16_SPACING = 2.0**-7.5
 FARTHEST = 16.0
 """Bound of a relative increment: what moves farther lands anywhere between two levels."""
 TINY = 2.0**-120
+LARGEST = 2.0**120
+"""What is not below it is not summed, so that the float32 sum of a block stays finite."""
 LOWEST_OCTAVE = -24.0
 """log2 of a magnitude relative to its block is cut off here, in the factors."""
 
@@ -198,9 +200,9 @@ def factors(old: Tensor, new: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def sums(values: list[Tensor]) -> Tensor:
-    """Sum of each ``[numel]`` in float64; what is not finite counts as zero."""
+    """Sum of each ``[numel]`` in float64; NaN and what reaches `LARGEST` count as zero."""
     return torch.stack(
-        [torch.where(v.abs() < torch.inf, v, 0.0).sum(dtype=torch.float64) for v in values]
+        [torch.where(v.abs() < LARGEST, v, 0.0).sum(dtype=torch.float64) for v in values]
     )
 
 

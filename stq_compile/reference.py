@@ -6,8 +6,8 @@ fused multiply-add is formed in float64 (a float32 product is exact there, so th
 rounding of the sum can differ from a true fma only in a double-rounding case, about one in
 2^29).
 
-Stochastic rounding is unbiased in the value for ``softsign``, ``midrise`` (inside its clip)
-and ``bfloat16``, and in the logarithm of the value for ``adaptive_log``.
+Stochastic rounding is unbiased in the value for ``softsign``, ``ratio``, ``midrise`` (inside its
+clip) and ``bfloat16``, and in the logarithm of the value for ``adaptive_log``.
 """
 
 from __future__ import annotations

@@ -186,12 +186,19 @@ def test_width_8_stays_within_the_error_of_the_format(name: str, options: dict[s
 def quantize_like(twin: torch.optim.Optimizer, ours: torch.optim.Optimizer, step: int) -> None:
     """Send the twin's float32 states through the formats that ours uses, with other noise."""
     twin_params = [p for g in twin.param_groups for p in g["params"]]
-    for i, _, key, state in packed_states(ours):
+    states = packed_states(ours)
+    keys = {id(state.packed): key for _, _, key, state in states}
+    # Normalizers first: what is stored in their units sees them as they were stored.
+    for i, _, key, state in sorted(states, key=lambda s: s[3].packed.normalizer is not None):
         value = twin.state[twin_params[i]][key]
-        format = state.packed.format
+        format, normalizer = state.packed.format, state.packed.normalizer
+        unit = None
+        if normalizer is not None:
+            unit = twin.state[twin_params[i]][keys[id(normalizer)]].reshape(-1)
         noise = Noise(step_key(99, step, stream_id(i, key)))
-        codes, scales = reference.encode(value.reshape(-1), format, noise)
-        value.copy_(reference.decode(codes, scales, format, value.numel()).view_as(value))
+        codes, scales = reference.encode(value.reshape(-1), format, noise, unit)
+        decoded = reference.decode(codes, scales, format, value.numel(), unit)
+        value.copy_(decoded.view_as(value))
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:

@@ -178,7 +178,7 @@ def worst_excess(format: Format, noise: Noise, seed: int) -> float:
 
 
 # Where two levels are equally near, float32 arithmetic may take the farther one by this much.
-TOLERANCE = {"softsign": 1e-5, "midrise": 1e-5, "adaptive_log": 3e-3}
+TOLERANCE = {"softsign": 1e-5, "ratio": 1e-5, "midrise": 1e-5, "adaptive_log": 3e-3}
 
 
 @by_name(BLOCKED)
@@ -264,15 +264,50 @@ def test_the_range_follows_mean_and_deviation_of_log2(format: Format, tail: int)
         assert top[block] == 0 or step[block] in near
 
 
-@by_name([f for f in FORMATS.values() if f.normalized])
-@pytest.mark.parametrize("tail", [128, 77, 1])
-def test_the_step_of_midrise_follows_the_root_mean_square(format: Format, tail: int) -> None:
+def normalized_sample(format: Format, tail: int) -> tuple[Doubles, Doubles]:
+    """Values in units of their normalizer's root, and the scales that their blocks get."""
     x, v = sample(format, 60, seed=tail)
     assert v is not None
     x, v = x[: 59 * 128 + tail], v[: 59 * 128 + tail]
-    step = float_of(words_of(encode(x, format, NEAREST, v)[1]) << 16)
     root = np.sqrt(v.double().numpy())
     u = np.divide(x.double().numpy(), root, out=np.zeros_like(root), where=root > 0)
+    return u, float_of(words_of(encode(x, format, NEAREST, v)[1]) << 16)
+
+
+@by_name([f for f in FORMATS.values() if f.kind == "ratio"])
+@pytest.mark.parametrize("tail", [128, 77, 1])
+def test_the_scale_of_ratio_is_the_largest_of_the_ratios_rounded_up(
+    format: Format, tail: int
+) -> None:
+    u, scale = normalized_sample(format, tail)
+    for block in range(60):
+        largest = np.abs(u[128 * block : 128 * (block + 1)]).max()
+        near = {expected_scale(float(largest * (1 + e)), 7) for e in (-2e-7, 0.0, 2e-7)}
+        assert scale[block] in near
+        assert largest * (1 - 2e-7) <= scale[block] <= largest * (1 + 2.0**-7 + 1e-6)
+
+
+@by_name([f for f in FORMATS.values() if f.kind == "ratio"])
+@pytest.mark.parametrize("noise", [NEAREST, Noise(7)], ids=["nearest", "stochastic"])
+def test_ratio_is_softsign_of_the_ratio(format: Format, noise: Noise) -> None:
+    """With powers of 4 for normalizers the division is exact, and every bit the same."""
+    rng = np.random.default_rng(8)
+    u = torch.from_numpy(rng.standard_normal(1000)).float()
+    v = 4.0 ** torch.from_numpy(rng.integers(-20, 20, 1000)).float()
+    plain = FORMATS[f"softsign{format.width}"]
+    codes, scales = encode(u, plain, noise)
+    stored = encode(u * v.sqrt(), format, noise, v)
+    assert torch.equal(stored[0], codes)
+    assert torch.equal(stored[1], scales)
+    assert torch.equal(
+        decode(*stored, format, 1000, v), decode(codes, scales, plain, 1000) * v.sqrt()
+    )
+
+
+@by_name([f for f in FORMATS.values() if f.kind == "midrise"])
+@pytest.mark.parametrize("tail", [128, 77, 1])
+def test_the_step_of_midrise_follows_the_root_mean_square(format: Format, tail: int) -> None:
+    u, step = normalized_sample(format, tail)
     for block in range(60):
         rms = np.sqrt(np.mean(u[128 * block : 128 * (block + 1)] ** 2))
         wanted = CLIP[format.width] * rms / ((2**format.width - 1) / 2)

@@ -52,7 +52,7 @@ def filled(format: Format, rounding: Rounding = "stochastic") -> PackedStorage:
 
 def one_gap(format: Format) -> float:
     """An upper bound of the gap between neighbouring levels for values from 1 to 2."""
-    if format.kind == "softsign":
+    if format.kind in ("softsign", "ratio"):
         return 2.02 * 2 / (format.top_code // 2 + 1)
     if format.kind == "adaptive_log":  # a range of at most 4 steps of 14/32 octaves, from 2.25
         return float(2.25 * (1 - 2 ** (-4 * 14 / 32 / format.top_code)))
