@@ -193,3 +193,18 @@ class UnsupportedDeviceError(StqError):
         "{source} is on device {device}, for which there is no code generator yet; "
         "supported: {valid}"
     )
+
+
+class TritonMissingError(StqError):
+    message = (
+        "kernels for a GPU need Triton 3.6 or newer, and it cannot be imported ({reason}); "
+        "install it with `pip install triton` (Linux), or keep the parameters on the CPU"
+    )
+
+
+class UnsupportedTargetError(StqError):
+    message = "there is no target {target!r} ({reason}); the targets are {valid}"
+
+
+class TritonCompileError(StqError):
+    message = "Triton could not compile kernel {kernel} for {target}:\n{output}"
