@@ -208,3 +208,10 @@ class UnsupportedTargetError(StqError):
 
 class TritonCompileError(StqError):
     message = "Triton could not compile kernel {kernel} for {target}:\n{output}"
+
+
+class UnsupportedElementError(StqError):
+    message = (
+        "kernel {kernel}: {operand} has elements of {dtype}, which target {target} cannot load and "
+        "store; it can: {valid}"
+    )
