@@ -49,13 +49,14 @@ def decode_block(
     b: Builder, code: Value, word: Value, format: Format, normalizer: Value | None
 ) -> Value:
     """The value of a code under a scale word."""
-    if format.kind == "softsign":
+    if format.kind in ("softsign", "ratio"):
         top = format.top_code // 2
         signed = b.op("to_float", b.op("int_sub", code, top))
-        level = b.op("ratio", signed, b.op("sub", 2.0 * top, b.op("abs", signed)), name="div")
-        return b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
+        level = b.op("quotient", signed, b.op("sub", 2.0 * top, b.op("abs", signed)), name="div")
+        value = b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
+        return value if normalizer is None else b.op("mul", value, b.op("sqrt", normalizer))
     if format.kind == "adaptive_log":
-        octave_range = _octave_range(b, b.op("to_float", b.op("int_and", word, 31)))
+        octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", word, 31)))
         ratio = b.op("mul", octave_range, 1.0 / format.top_code)
         below = b.op("to_float", b.op("int_sub", code, format.top_code))
         octaves = b.op("mul", below, ratio)
@@ -81,6 +82,10 @@ def encode(
     noise = 0.5 * 2**24 if state.key is None else b.read("random24", state.key)
     if format.kind == "softsign":
         code, word = _encode_softsign(b, x, format, noise)
+    elif format.kind == "ratio":
+        assert normalizer is not None
+        ratio = b.op("mul", x, reciprocal(b, b.op("sqrt", normalizer)))
+        code, word = _encode_softsign(b, _bounded(b, ratio), format, noise)
     elif format.kind == "adaptive_log":
         code, word = _encode_adaptive_log(b, x, format, noise)
     else:
@@ -89,7 +94,7 @@ def encode(
     return b.op("int_select", b.read("valid"), b.op("to_int", code), 0), word
 
 
-def _octave_range(b: Builder, step: Value) -> Value:
+def octave_range_of(b: Builder, step: Value) -> Value:
     return b.op("mul", b.op("add", step, 1.0), RANGE_STEP)
 
 
@@ -121,13 +126,13 @@ def _magnitude(b: Builder, x: Value) -> Value:
     return b.op("int_and", b.op("bits_of", x), 0x7FFFFFFF)
 
 
-def _absmax(b: Builder, x: Value) -> Value:
+def absmax(b: Builder, x: Value) -> Value:
     magnitude = b.op("int_select", b.read("valid"), _magnitude(b, x), 0)
     return b.reduce("block_max", magnitude, name="absmax")
 
 
-def _scale_up(b: Builder, absmax: Value, drop: int) -> Value:
-    """`reference._scale_up`: the upper bits, rounded up, kept finite and normal."""
+def scale_up(b: Builder, absmax: Value, drop: int) -> Value:
+    """`reference.scale_up`: the upper bits, rounded up, kept finite and normal."""
     rounded = b.op("shift_right", b.op("int_add", absmax, (1 << drop) - 1), drop)
     low, high = 0x00800000 >> drop, (INFINITY_BITS >> drop) - 1
     bounded = b.op("int_min", b.op("int_max", rounded, low), high)
@@ -138,7 +143,7 @@ def _scale_up(b: Builder, absmax: Value, drop: int) -> Value:
     return b.op("int_select", finite, bounded, kept)
 
 
-def _reciprocal(b: Builder, scale: Value) -> Value:
+def reciprocal(b: Builder, scale: Value) -> Value:
     return b.op("select", b.op("gt", scale, 0.0), b.op("div", 1.0, scale), 0.0)
 
 
@@ -146,11 +151,11 @@ def _encode_softsign(
     b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     top = float(format.top_code // 2)
-    word = _scale_up(b, _absmax(b, x), 16)
-    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    word = scale_up(b, absmax(b, x), 16)
+    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
     a = b.op("min", b.op("mul", b.op("abs", x), inverse), 1.0)
     w = b.op("add", a, 1.0)
-    t = b.op("ratio", b.op("mul", a, 2.0 * top), w, name="div")
+    t = b.op("quotient", b.op("mul", a, 2.0 * top), w, name="div")
     k = b.op("floor", t)
     p = b.op("mul", b.op("sub", t, k), b.op("sub", 2.0 * top - 1.0, k))
     # The probability in units of the noise: a power of two more in the constant, nothing else.
@@ -163,18 +168,10 @@ def _encode_adaptive_log(
     b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     levels = float(format.top_code)
-    top = _scale_up(b, _absmax(b, x), 20)
-    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", top, 20)))
-    octaves = b.op("max", log2(b, b.op("mul", x, inverse)), -MAX_RANGE)
-    counted = b.op("select", b.read("valid"), octaves, 0.0)
-    share = b.op("div", 1.0, b.read("valid_count"))
-    mean = b.op("mul", b.reduce("block_sum", counted), share)
-    square = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
-    variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
-    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS, b.op("neg", mean))
-    step = b.op("sub", b.op("ceil", b.op("mul", spread, 1.0 / RANGE_STEP)), 1.0)
-    step = b.op("min", b.op("max", step, 0.0), 31.0)
-    octave_range = _octave_range(b, step)
+    top = scale_up(b, absmax(b, x), 20)
+    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", top, 20)))
+    octaves, step = adaptive_range(b, b.op("mul", x, inverse))
+    octave_range = octave_range_of(b, step)
     ratio = b.op("div", levels, octave_range)
     bounded = b.op("max", octaves, b.op("neg", octave_range))
     t = b.op("fma", bounded, ratio, levels)
@@ -183,23 +180,40 @@ def _encode_adaptive_log(
     return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
 
 
+def adaptive_range(b: Builder, magnitude: Value) -> tuple[Value, Value]:
+    """`reference.adaptive_range`."""
+    octaves = b.op("max", log2(b, magnitude), -MAX_RANGE)
+    counted = b.op("select", b.read("valid"), octaves, 0.0)
+    share = b.op("div", 1.0, b.read("valid_count"))
+    mean = b.op("mul", b.reduce("block_sum", counted), share)
+    square = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
+    variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
+    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS, b.op("neg", mean))
+    step = b.op("sub", b.op("ceil", b.op("mul", spread, 1.0 / RANGE_STEP)), 1.0)
+    return octaves, b.op("min", b.op("max", step, 0.0), 31.0)
+
+
 def _encode_midrise(
     b: Builder, x: Value, normalizer: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     half = format.top_code / 2
     unit = b.op("sqrt", normalizer)
     u = b.op("select", b.op("gt", unit, 0.0), b.op("div", x, unit), 0.0)
-    bounded = b.op("max", b.op("min", u, MIDRISE_LIMIT), -MIDRISE_LIMIT)
-    u = b.op("select", b.op("lt", b.op("abs", u), math.inf), bounded, u)
+    u = _bounded(b, u)
     u = b.op("select", b.read("valid"), u, 0.0)
     share = b.op("div", 1.0, b.read("valid_count"))
     rms = b.op("sqrt", b.op("mul", b.reduce("block_sum", b.op("mul", u, u)), share))
     scaled = b.op("mul", rms, MIDRISE_CLIP[format.width] / half)
-    word = _scale_up(b, _magnitude(b, scaled), 16)
-    inverse = _reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    word = scale_up(b, _magnitude(b, scaled), 16)
+    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
     t = b.op("fma", u, inverse, half)
     code = b.op("max", b.op("fma", noise, 2.0**-24, t), 0.0)
     return b.op("min", code, float(format.top_code)), word
+
+
+def _bounded(b: Builder, u: Value) -> Value:
+    bounded = b.op("max", b.op("min", u, MIDRISE_LIMIT), -MIDRISE_LIMIT)
+    return b.op("select", b.op("lt", b.op("abs", u), math.inf), bounded, u)
 
 
 def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:

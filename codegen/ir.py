@@ -40,7 +40,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "sub": ((F, F), F),
     "mul": ((F, F), F),
     "div": ((F, F), F),
-    "ratio": ((F, F), F),  # a quotient, correctly rounded, far from under- and overflow
+    "quotient": ((F, F), F),  # a quotient, correctly rounded, far from under- and overflow
     "fma": ((F, F, F), F),
     "neg": ((F,), F),
     "abs": ((F,), F),
@@ -108,6 +108,7 @@ STORES: dict[str, tuple[Space, Type]] = {
     "pack": (Space.ELEMENT, I),
     "store_word": (Space.BLOCK, I),
     "store_scalar": (Space.TENSOR, F),
+    "accumulate": (Space.BLOCK, F),  # adds to slot ``slot`` of a tensor's sums, in float64
 }
 
 
@@ -121,6 +122,7 @@ class OperandKind(enum.StrEnum):
     SCALAR = "scalar"
     NUMBER = "number"
     KEY = "key"
+    SUMS = "sums"
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class Value:
     operand: str = ""
     width: int = 0
     origin: str = ""
+    slot: int = 0
 
 
 Argument = Value | float
@@ -172,11 +175,17 @@ class Kernel:
     def operand(self, name: str) -> KernelOperand:
         return next(o for o in self.operands if o.name == name)
 
+    @property
+    def slots(self) -> int:
+        """How many sums a measuring kernel makes per tensor; 0 for one that steps."""
+        return sum(v.opcode == "accumulate" for v in self.body)
+
     def __str__(self) -> str:
         lines = [f"kernel {self.name}({', '.join(f'{o.kind} {o.name}' for o in self.operands)})"]
         for v in self.body:
             args = [a.name if isinstance(a, Value) else repr(a) for a in v.args]
             args += [v.operand] * bool(v.operand) + [f"width={v.width}"] * bool(v.width)
+            args += [f"slot={v.slot}"] * (v.opcode == "accumulate")
             origin = f"  # {v.origin}" if v.origin else ""
             lines.append(
                 f"  {v.space.name.lower():<7} {v.name} = {v.opcode}({', '.join(args)}){origin}"
@@ -225,11 +234,18 @@ class Builder:
         return self._known[key]
 
     def reduce(self, opcode: str, value: Value, name: str = "") -> Value:
-        return self._append(name or opcode, opcode, (value,), Space.BLOCK, REDUCTIONS[opcode])
+        key = (opcode, id(value))
+        if key not in self._known:
+            args = (value,)
+            made = self._append(name or opcode, opcode, args, Space.BLOCK, REDUCTIONS[opcode])
+            self._known[key] = made
+        return self._known[key]
 
-    def store(self, opcode: str, operand: str, value: Argument, *, width: int = 0) -> None:
+    def store(
+        self, opcode: str, operand: str, value: Argument, *, width: int = 0, slot: int = 0
+    ) -> None:
         stored = self._append(f"{opcode}_{operand}", opcode, (value,), STORES[opcode][0], Type.NONE)
-        stored.operand, stored.width = operand, width
+        stored.operand, stored.width, stored.slot = operand, width, slot
 
     def rename(self, value: object, name: str) -> None:
         """Give the newest value the name of the graph node that it stands for."""

@@ -10,8 +10,10 @@ import torch
 from torch import fx
 from torch._inductor import inductor_prims
 
+from stq_compile.codegen import measure
 from stq_compile.codegen.expand import Stored, decode, decode_block, encode
 from stq_compile.codegen.ir import (
+    STORES,
     Argument,
     Builder,
     Kernel,
@@ -31,6 +33,7 @@ Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Any]
 """(builder, lowered arguments, keyword arguments) -> a value, or a number if it is constant."""
 
 aten = torch.ops.aten
+FACTORS = torch.ops.stq.factors.default
 LOWERINGS: dict[Any, Lowering] = {}
 
 
@@ -49,8 +52,9 @@ def lowers(*targets: Any) -> Callable[[Lowering], Lowering]:
 
 def why_not(node: fx.Node) -> str:
     """Why ``node`` cannot be lowered; empty if it can."""
-    of_quantize = node.target is operator.getitem and node.all_input_nodes[0].target is QUANTIZE
-    if node.target not in (DEQUANTIZE, QUANTIZE, *LOWERINGS) and not of_quantize:
+    if node.target is operator.getitem and node.all_input_nodes[0].target in (QUANTIZE, FACTORS):
+        return ""
+    if node.target not in (DEQUANTIZE, QUANTIZE, *LOWERINGS):
         return "it is not a pointwise operator that the kernel IR knows"
     for value in (node.meta.get("val"), *(a.meta.get("val") for a in node.all_input_nodes)):
         if isinstance(value, torch.Tensor) and value.dtype not in (
@@ -93,6 +97,7 @@ def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
         Role.KEY: OperandKind.KEY,
         Role.SCALES: OperandKind.WORDS,
         Role.CODES: OperandKind.CODES,
+        Role.SUMS: OperandKind.SUMS,
     }
     operands = []
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
@@ -122,7 +127,7 @@ def _stored(unit: StepGraph) -> dict[str, Stored]:
 
 
 def _read(b: Builder, node: fx.Node, operand: Operand, elementwise: bool) -> Value | None:
-    if operand.role in (Role.CODES, Role.SCALES, Role.KEY):
+    if operand.role in (Role.CODES, Role.SCALES, Role.KEY, Role.SUMS):
         return None
     if operand.role is Role.SCALAR:
         return b.read("argument", node.name)
@@ -165,6 +170,9 @@ def _write(b: Builder, target: str, role: Role, value: Any) -> None:
     if role is Role.SCALES:
         if value is not None:
             b.store("store_word", target, value)
+    elif role is Role.SUMS:
+        for slot, total in enumerate(value):
+            b.store("accumulate", target, total, slot=slot)
     elif role is Role.CODES:
         opcode = "store_half" if operand.kind is OperandKind.HALVES else "pack"
         b.store(opcode, target, value, width=operand.width)
@@ -175,7 +183,7 @@ def _write(b: Builder, target: str, role: Role, value: Any) -> None:
 def _without_dead_code(kernel: Kernel) -> Kernel:
     live: set[int] = set()
     for value in reversed(kernel.body):
-        if value.opcode.startswith("store") or value.opcode == "pack" or id(value) in live:
+        if value.opcode in STORES or id(value) in live:
             live.add(id(value))
             live.update(id(a) for a in value.args if isinstance(a, Value))
     kernel.body = [v for v in kernel.body if id(v) in live]
@@ -359,6 +367,25 @@ def _zeros_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 @lowers(aten.ones_like.default)
 def _ones_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return 1.0
+
+
+# What measuring graphs consist of. ---------------------------------------------------------
+
+
+@lowers(torch.ops.stq.settled_error.default)
+def _settled_error(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    old, new, normalizer, format, persistence, rounding = args
+    return measure.settled_error(b, old, new, normalizer, FORMATS[format], persistence, rounding)
+
+
+@lowers(FACTORS)
+def _factors(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return measure.factors(b, *args)
+
+
+@lowers(torch.ops.stq.sums.default)
+def _sums(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return measure.sums(b, args[0])
 
 
 __all__ = ["LOWERINGS", "bytes_per_element", "lower", "lowers", "why_not"]

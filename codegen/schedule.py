@@ -83,7 +83,7 @@ class Schedule:
             if v.opcode in REDUCTIONS:
                 phase.planes.append(v)
                 phase.after.append(v)
-            elif v.opcode in ("pack", "store_word"):
+            elif v.opcode in ("pack", "store_word", "accumulate"):
                 phase.after.append(v)
             elif v.space is Space.ELEMENT:
                 phase.planes.append(v)

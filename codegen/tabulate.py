@@ -7,6 +7,8 @@ looked up per element, which replaces a root, a division or an exponential by on
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stq_compile.codegen.ir import OPCODES, Kernel, Space, Type, Value
 
 MAX_WIDTH = 4
@@ -29,7 +31,7 @@ def tabulate(kernel: Kernel) -> Kernel:
         args = tuple(replaced.get(id(a), a) if isinstance(a, Value) else a for a in v.args)
         root = owner.get(id(v))
         if root is None:
-            clone = Value(v.name, v.opcode, args, v.space, v.type, v.operand, v.width, v.origin)
+            clone = replace(v, args=args)
             replaced[id(v)] = clone
             body.append(clone)
             continue

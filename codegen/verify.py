@@ -32,6 +32,7 @@ KINDS: dict[str, OperandKind] = {
     "pack": OperandKind.CODES,
     "store_word": OperandKind.WORDS,
     "store_scalar": OperandKind.SCALAR,
+    "accumulate": OperandKind.SUMS,
 }
 """The kind of operand that each memory operation takes."""
 
@@ -48,6 +49,7 @@ class _Verifier:
         self.defined: set[int] = set()
         self.names: set[str] = set()
         self.stored: set[str] = set()
+        self.slots: set[tuple[str, int]] = set()
 
     def run(self) -> None:
         for v in self.kernel.body:
@@ -101,11 +103,12 @@ class _Verifier:
         operand = self._operand(v)
         if self._highest(v) > space:
             self._fail(v, f"stores a {self._highest(v).name} value in the {space.name} space")
-        if v.operand in self.stored:
+        if (v.operand, v.slot) in self.slots:
             self._fail(v, f"second store to {v.operand}")
         if not operand.written:
             self._fail(v, f"operand {v.operand} is not declared as written")
         self.stored.add(v.operand)
+        self.slots.add((v.operand, v.slot))
 
     def _read(self, v: Value) -> None:
         space, type_ = READS[v.opcode]

@@ -1,7 +1,7 @@
-"""Trains a model twice, with fp32 and with packed optimizer states, and shows the difference.
+"""Trains a model with fp32 and with packed optimizer states, for several seeds, and compares.
 
-An example brings a `Task` (a model, its batches, its losses); all the rest is here. Both runs of a
-seed start from the same weights and see the same batches in the same order.
+An example brings a `Task` (a model, its batches, its losses) and a list of variants; all the rest
+is here. All runs of a seed start from the same weights and see the same batches in the same order.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,14 +30,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import stq_compile as stq
-from optimizers import OptimizerChoice, Precision, describe_precision
+from optimizers import OptimizerChoice
+from runs import VERSION, Run, StateSize, library_digest, load_run, run_file, save_run
+from variants import Variant
+
+BITS_EVERY = 10  # steps between two records of the true bits
 
 
 class Task(Protocol):
     """What is trained.
 
     `batch` returns one training batch, in whatever form `loss` takes; `evaluate` the validation
-    loss in `unit`, of a part of the data where `quick`.
+    "loss" in `unit` and any other measures, of a part of the data where `quick`. `identity` holds
+    all that decides model and data, as JSON can hold it, and a "name" for files.
     """
 
     @property
@@ -45,13 +51,16 @@ class Task(Protocol):
     @property
     def unit(self) -> str: ...
 
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
     def model(self) -> nn.Module: ...
 
-    def batch(self, generator: torch.Generator) -> Tensor: ...
+    def batch(self, generator: torch.Generator) -> Any: ...
 
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor: ...
+    def loss(self, model: nn.Module, batch: Any) -> Tensor: ...
 
-    def evaluate(self, model: nn.Module, *, quick: bool) -> float: ...
+    def evaluate(self, model: nn.Module, *, quick: bool) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -73,67 +82,109 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class StateSize:
-    """What an optimizer's states occupy, everything counted."""
+class Schedule:
+    """Which seeds to run, and the folder of finished runs; they are read again if `resume`."""
 
-    state_bytes: int
-    bits_per_element: float
-    saved: float  # of the fp32 bytes, 0 to 1
+    seeds: Sequence[int]
+    folder: Path
+    resume: bool = False
 
 
-@dataclass
-class Run:
-    """What one training run showed.
+@dataclass(frozen=True)
+class Row:
+    """All runs of one variant, one for each seed."""
 
-    `valid_losses` are quick evaluations at (step, loss), `valid_loss` is of all validation data at
-    the end. Step times are of `optimizer.step()` alone; `seconds` is the whole run.
-    """
-
-    label: str
-    seed: int
-    train_losses: list[float] = field(default_factory=list)
-    valid_losses: list[tuple[int, float]] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    valid_loss: float = math.nan
-    size: StateSize | None = None
-    seconds: float = 0.0
-
-    @property
-    def step_ms(self) -> float:
-        return 1e3 * statistics.median(self.step_seconds)
+    variant: Variant
+    runs: list[Run]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of one command: `fp32[i]` and `packed[i]` share a seed."""
+    """All runs of one command: the i-th runs of all rows share a seed."""
 
     title: str
     unit: str
     optimizer: str
-    fp32: list[Run]
-    packed: list[Run]
+    rows: list[Row]
     fused_step_ms: float | None
+
+    @property
+    def fp32(self) -> Row | None:
+        """The row that the others are compared with, if there is one."""
+        return next((row for row in self.rows if row.variant.options is None), None)
 
 
 def compare(
-    task: Task, choice: OptimizerChoice, settings: Settings, seeds: int, console: Console
+    task: Task,
+    choice: OptimizerChoice,
+    variants: Sequence[Variant],
+    settings: Settings,
+    schedule: Schedule,
+    console: Console,
+    on_row: Callable[[Comparison], None] = lambda _: None,
 ) -> Comparison:
-    """Train `task` with fp32 and with packed states for every seed, under a progress display."""
-    labels = (("fp32", None), (f"packed, {describe_precision(choice.precision)}", choice.precision))
-    runs: dict[str, list[Run]] = {label: [] for label, _ in labels}
+    """Train `task` in every variant for every seed, under a progress display.
+
+    `on_row` is called with what there is whenever all seeds of a variant are finished. A variant
+    whose options are wrong is an error before anything is trained.
+    """
+    for variant in variants:
+        if variant.options is not None:
+            stq.compile(choice.build(task.model()), **variant.options)
+    rows: list[Row] = []
+    result = Comparison(task.title, task.unit, choice.name, rows, _fused_step_ms(task, choice))
     with _progress(console) as progress:
         plan = []
-        for seed in range(seeds):
-            for label, precision in labels:
-                text = f"{choice.name} {label}" + (f", seed {seed}" if seeds > 1 else "")
+        for variant in variants:
+            for seed in schedule.seeds:
+                text = f"{choice.name} {variant.label}"
+                text += f", seed {seed}" if len(schedule.seeds) > 1 else ""
                 bar = progress.add_task(text, total=settings.steps, loss="", start=False)
-                plan.append((Run(label, seed), precision, bar))
-        for run, precision, bar in plan:
-            _train(task, choice, settings, run, precision, _Bar(progress, bar))
-            runs[run.label].append(run)
-    fp32, packed = runs.values()
-    fused = _fused_step_ms(task, choice)
-    return Comparison(task.title, task.unit, choice.name, fp32, packed, fused)
+                plan.append((variant, seed, _Bar(progress, bar)))
+        for variant, seed, display in plan:
+            if not rows or rows[-1].variant is not variant:
+                rows.append(Row(variant, []))
+            run = _finished_run(task, choice, settings, variant, seed, schedule, display)
+            rows[-1].runs.append(run)
+            if not console.is_terminal:  # a log shows no bars
+                loss = f"{run.valid_loss:.4f} {task.unit}"
+                console.print(
+                    f"{choice.name} {variant.label}, seed {seed}: {loss}, {run.seconds:.0f} s"
+                )
+            if len(rows[-1].runs) == len(schedule.seeds):
+                on_row(result)
+    return result
+
+
+def _finished_run(
+    task: Task,
+    choice: OptimizerChoice,
+    settings: Settings,
+    variant: Variant,
+    seed: int,
+    schedule: Schedule,
+    bar: _Bar,
+) -> Run:
+    """The run from its file, where that may be, or made now and filed."""
+    identity = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "task": task.identity,
+        "optimizer": choice.identity,
+        "settings": asdict(settings),
+        "variant": {"slug": variant.slug, "options": variant.options},
+        "seed": seed,
+    }
+    file = run_file(schedule.folder, identity)
+    run = load_run(file) if schedule.resume else None
+    if run is None:
+        run = Run(variant.label, seed)
+        _train(task, choice, settings, run, variant.options, bar)
+        save_run(run, identity, file)
+    run.label = variant.label
+    bar.finish(f"valid {run.valid_loss:.3f}")
+    return run
 
 
 def _train(
@@ -141,16 +192,17 @@ def _train(
     choice: OptimizerChoice,
     settings: Settings,
     run: Run,
-    precision: Precision | None,
+    options: Mapping[str, Any] | None,
     bar: _Bar,
 ) -> None:
-    """Fill in `run`; with `precision` None the optimizer stays as torch made it."""
+    """Fill in `run`; with `options` None the optimizer stays as torch made it."""
     torch.manual_seed(run.seed)
     batches = torch.Generator().manual_seed(run.seed + 1)
     model = task.model()
     optimizer = choice.build(model)
-    if precision is not None:
-        stq.compile(optimizer, precision=precision)
+    if options is not None:
+        stq.compile(optimizer, **options)
+        run.library = library_digest()
     scheduler = LambdaLR(optimizer, settings.lr_factor)
     evaluate_every = max(1, settings.steps // settings.evaluations)
 
@@ -165,12 +217,12 @@ def _train(
         optimizer.zero_grad()
         run.train_losses.append(loss.item())
         bar.advance(f"loss {statistics.fmean(run.train_losses[-20:]):.3f}")
+        if step % BITS_EVERY == 0 or step in (1, settings.steps):
+            _record_size(run, step, optimizer, packed=options is not None)
         if step % evaluate_every == 0:
-            run.valid_losses.append((step, task.evaluate(model, quick=True)))
-    run.valid_loss = task.evaluate(model, quick=False)
+            run.valid_losses.append((step, task.evaluate(model, quick=True)["loss"]))
+    run.results = task.evaluate(model, quick=False)
     run.seconds = time.perf_counter() - start
-    run.size = _fp32_size(optimizer) if precision is None else _packed_size(optimizer)
-    bar.finish(f"valid {run.valid_loss:.3f}")
 
 
 def _timed(action: Callable[[], Any]) -> float:
@@ -179,9 +231,14 @@ def _timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _packed_size(optimizer: torch.optim.Optimizer) -> StateSize:
-    report = stq.report(optimizer)
-    return StateSize(report.state_bytes, report.bits_per_element, report.saved)
+def _record_size(run: Run, step: int, optimizer: torch.optim.Optimizer, *, packed: bool) -> None:
+    if packed:
+        report = stq.report(optimizer)
+        run.size = StateSize(report.state_bytes, report.bits_per_element, report.saved)
+        run.transitions = report.transitions
+    else:
+        run.size = _fp32_size(optimizer)
+    run.bits.append((step, run.size.bits_per_element))
 
 
 def _fp32_size(optimizer: torch.optim.Optimizer) -> StateSize:
@@ -218,7 +275,8 @@ class _Bar:
         self.progress.update(self.task, advance=1, loss=loss)
 
     def finish(self, loss: str) -> None:
-        self.progress.update(self.task, loss=loss)
+        total = self.progress.tasks[self.progress.task_ids.index(self.task)].total
+        self.progress.update(self.task, completed=total, loss=loss)
 
 
 def _progress(console: Console) -> Progress:

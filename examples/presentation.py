@@ -1,4 +1,4 @@
-"""Shows a comparison: a table, a picture of the loss curves, a JSON file."""
+"""Shows a comparison: a table (for a terminal or in Markdown), a picture of the curves, JSON."""
 
 from __future__ import annotations
 
@@ -13,51 +13,87 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from comparison import Comparison, Run, Settings
+from comparison import Comparison, Row, Settings
+from runs import Run
 
 mpl.use("Agg")  # no display is needed
 
 FP32_COLOR = "#1f4e79"
-PACKED_COLOR = "#d9730d"
+COLORS = ("#d9730d", "#2a7f3f", "#8e44ad", "#b03a2e", "#117a8b", "#7f6000")
 GRID_COLOR = "#d0d0d0"
 
 
 def results_table(comparison: Comparison) -> Table:
-    """One row for each kind of state; with several seeds mean ± standard deviation."""
-    table = Table(title=comparison.title)
-    table.add_column("states")
-    for heading in (
-        f"validation loss\n({comparison.unit})",
-        "state\nbytes",
-        "true bits\nper element",
-        "saved",
-        "optimizer ms\nper step (median)",
-        "first\nstep (s)",
-    ):
-        table.add_column(heading, justify="right")
-    for runs in (comparison.fp32, comparison.packed):
-        size = runs[0].size
-        assert size is not None, "a run was not finished"
-        table.add_row(
-            f"{comparison.optimizer} {runs[0].label}",
-            _mean_and_spread([run.valid_loss for run in runs]),
-            f"{size.state_bytes:,}",
-            f"{size.bits_per_element:.2f}",
-            f"{size.saved:.1%}",
-            f"{statistics.median(run.step_ms for run in runs):.2f}",
-            f"{statistics.median(run.step_seconds[0] for run in runs):.2f}",
-        )
-    if comparison.fused_step_ms is not None:
-        fused = f"{comparison.fused_step_ms:.2f}"
-        table.add_row(f"{comparison.optimizer} fp32, fused=True", "", "", "", "", fused, "")
+    """One row for each variant; with several seeds mean ± standard deviation."""
+    headings, rows = _cells(comparison)
+    table = Table(title=f"{comparison.optimizer}: {comparison.title}")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def loss_difference(comparison: Comparison) -> str:
-    """The validation loss of packed minus fp32, paired by seed."""
-    return _mean_and_spread(
-        [packed.valid_loss - fp32.valid_loss for fp32, packed in _pairs(comparison)], sign="+"
-    )
+def markdown_table(comparison: Comparison) -> str:
+    """The same table, to paste into a document."""
+    headings, rows = _cells(comparison)
+    lines = [[heading.replace("\n", " ") for heading in headings], ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the rows below them, without columns that are empty in every row."""
+    measures = [name for name in comparison.rows[0].runs[0].results if name != "loss"]
+    headings = [
+        "states",
+        f"validation loss\n({comparison.unit})",
+        "difference\nto fp32",
+        "in σ of\nfp32 seeds",
+        *(f"validation\n{name}" for name in measures),
+        "true bits\nat the end",
+        "at\nmost",
+        "saved",
+        "step in ms,\nmedian (mean)",
+        "first\nstep (s)",
+        "width\nchanges",
+    ]
+    rows = [_row_cells(comparison, row, measures) for row in comparison.rows]
+    if comparison.fused_step_ms is not None:
+        fused = ["fp32, fused=True", *[""] * (len(headings) - 1)]
+        fused[headings.index("step in ms,\nmedian (mean)")] = f"{comparison.fused_step_ms:.2f}"
+        rows.append(fused)
+    kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _row_cells(comparison: Comparison, row: Row, measures: Sequence[str]) -> list[str]:
+    runs = row.runs
+    sizes = [run.size for run in runs if run.size is not None]
+    median = statistics.median(run.step_ms for run in runs)
+    mean = statistics.fmean(run.mean_step_ms for run in runs)
+    return [
+        row.variant.label,
+        _mean_and_spread([run.valid_loss for run in runs]),
+        *_difference_cells(comparison.fp32, row),
+        *(_mean_and_spread([run.results[name] for run in runs], digits=2) for name in measures),
+        f"{statistics.fmean(size.bits_per_element for size in sizes):.2f}",
+        f"{max(run.most_bits for run in runs):.2f}",
+        f"{statistics.fmean(size.saved for size in sizes):.1%}",
+        f"{median:.2f} ({mean:.2f})",
+        f"{statistics.median(run.step_seconds[0] for run in runs):.2f}",
+        f"{statistics.fmean(run.transitions for run in runs):.0f}",
+    ]
+
+
+def _difference_cells(fp32: Row | None, row: Row) -> tuple[str, str]:
+    """Validation loss minus that of fp32, seed by seed; and its mean in deviations of fp32's."""
+    if fp32 is None or row is fp32:
+        return "", ""
+    losses = {run.seed: run.valid_loss for run in fp32.runs}
+    gaps = [run.valid_loss - losses[run.seed] for run in row.runs if run.seed in losses]
+    spread = statistics.stdev(losses.values()) if len(losses) > 1 else 0.0
+    in_spreads = f"{statistics.fmean(gaps) / spread:+.2f}" if spread else ""
+    return _mean_and_spread(gaps, sign="+"), in_spreads
 
 
 def save_results(comparison: Comparison, settings: Settings, file: Path) -> None:
@@ -67,48 +103,53 @@ def save_results(comparison: Comparison, settings: Settings, file: Path) -> None
 
 
 def save_picture(comparison: Comparison, file: Path) -> None:
-    """Both loss curves, and below them how far the packed one is from the fp32 one."""
+    """The loss curves, and below them how far each is from the fp32 one of its seed."""
     figure = Figure(figsize=(9, 7), dpi=150, layout="constrained", facecolor="white")
     losses, difference = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
-    for fp32, packed in _pairs(comparison):
-        first = fp32 is comparison.fp32[0]
-        _draw_losses(losses, fp32, FP32_COLOR, "-", f"{fp32.label} states" if first else None)
-        _draw_losses(losses, packed, PACKED_COLOR, "--", packed.label if first else None)
-        _draw_difference(difference, fp32, packed, first)
-    losses.set_title(comparison.title)
+    fp32, packed = comparison.fp32, [r for r in comparison.rows if r is not comparison.fp32]
+    if fp32 is not None:
+        _draw_losses(losses, fp32, FP32_COLOR, "-", "fp32 states")
+    for i, row in enumerate(packed):
+        color = COLORS[i % len(COLORS)]
+        _draw_losses(losses, row, color, "--", row.variant.label)
+        if fp32 is not None:
+            _draw_differences(difference, fp32, row, color, row.variant.label)
+    losses.set_title(f"{comparison.optimizer}: {comparison.title}")
     losses.set_ylabel(f"loss ({comparison.unit}), log scale")
     losses.set_yscale("log")
     losses.yaxis.set_major_formatter("{x:.1f}")
     losses.yaxis.set_minor_formatter("{x:.1f}")
-    losses.legend(frameon=False)
+    losses.legend(frameon=False, title="training (lines), validation (marks)")
     difference.axhline(0, color="black", linewidth=0.8)
     difference.set_ylabel(f"packed − fp32\n({comparison.unit})")
     difference.set_xlabel("step")
-    difference.legend(frameon=False, loc="upper right", ncols=2)
     for axes in (losses, difference):
         axes.grid(color=GRID_COLOR, linewidth=0.6, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
 
 
-def _draw_losses(axes: Axes, run: Run, color: str, style: str, label: str | None) -> None:
-    """The smoothed training loss as a line, the validation losses as points."""
-    smooth = _smooth(run.train_losses)
-    axes.plot(range(1, len(smooth) + 1), smooth, style, color=color, linewidth=1.4, label=label)
-    steps, values = zip(*run.valid_losses, strict=True)
-    marker = "o" if style == "-" else "x"
-    label = label and "its validation loss"
-    axes.plot(steps, values, marker, color=color, markersize=6, label=label, mew=1.6)
+def _draw_losses(axes: Axes, row: Row, color: str, style: str, label: str) -> None:
+    """The smoothed training losses as lines, the validation losses as points."""
+    for run in row.runs:
+        smooth = _smooth(run.train_losses)
+        shown = label if run is row.runs[0] else None
+        axes.plot(range(1, len(smooth) + 1), smooth, style, color=color, linewidth=1.4, label=shown)
+        marker = "o" if style == "-" else "x"
+        axes.plot(*_points(run), marker, color=color, markersize=6, mew=1.6)
 
 
-def _draw_difference(axes: Axes, fp32: Run, packed: Run, labelled: bool) -> None:
-    gaps = _smooth([b - a for a, b in zip(fp32.train_losses, packed.train_losses, strict=True)])
-    label = "training loss, smoothed" if labelled else None
-    axes.plot(range(1, len(gaps) + 1), gaps, color="#777777", linewidth=1, label=label)
-    steps = [step for step, _ in fp32.valid_losses]
-    values = [b - a for (_, a), (_, b) in zip(fp32.valid_losses, packed.valid_losses, strict=True)]
-    label = "validation loss" if labelled else None
-    axes.plot(steps, values, "o", color=PACKED_COLOR, markersize=6, label=label)
+def _draw_differences(axes: Axes, fp32: Row, row: Row, color: str, label: str) -> None:
+    for base, run in zip(fp32.runs, row.runs, strict=False):
+        gaps = [b - a for a, b in zip(base.train_losses, run.train_losses, strict=True)]
+        axes.plot(range(1, len(gaps) + 1), _smooth(gaps), color=color, linewidth=0.8, alpha=0.6)
+        steps, values = _points(run)
+        valid = [b - a for a, b in zip(_points(base)[1], values, strict=True)]
+        axes.plot(steps, valid, "o", color=color, markersize=5)
+
+
+def _points(run: Run) -> tuple[list[int], list[float]]:
+    return [step for step, _ in run.valid_losses], [loss for _, loss in run.valid_losses]
 
 
 def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
@@ -121,10 +162,6 @@ def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
     return smooth
 
 
-def _pairs(comparison: Comparison) -> list[tuple[Run, Run]]:
-    return list(zip(comparison.fp32, comparison.packed, strict=True))
-
-
-def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
-    mean = f"{statistics.fmean(values):{sign}.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+def _mean_and_spread(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

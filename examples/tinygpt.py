@@ -43,25 +43,41 @@ class GPTConfig:
 class Block(nn.Module):
     """Pre-norm attention and MLP, without biases."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(
+        self, width: int, heads: int, *, causal: bool = True, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        width = config.width
-        self.heads = config.heads
+        self.heads, self.causal = heads, causal
         self.norm_attention = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.norm_mlp = nn.LayerNorm(width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
-        hidden: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
-        return x + hidden
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        x = x + self.dropout(mixed)
+        hidden = self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
+        out: Tensor = x + self.dropout(hidden)
+        return out
+
+
+def initialize(model: nn.Module, layers: int, std: float) -> None:
+    """As in GPT-2: normal, and narrower where a layer ends in the residual stream."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+    for module in model.modules():
+        if isinstance(module, Block):
+            residual_std = std / (2 * layers) ** 0.5
+            nn.init.normal_(module.attention_out.weight, std=residual_std)
+            nn.init.normal_(module.mlp_out.weight, std=residual_std)
 
 
 class TinyGPT(nn.Module):
@@ -72,20 +88,10 @@ class TinyGPT(nn.Module):
         self.config = config
         self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        self.apply(self._initialize)
-
-    def _initialize(self, module: nn.Module) -> None:
-        """As in GPT-2: normal, and narrower where a layer ends in the residual stream."""
-        std = self.config.initial_std
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, Block):
-            residual_std = std / (2 * self.config.layers) ** 0.5
-            nn.init.normal_(module.attention_out.weight, std=residual_std)
-            nn.init.normal_(module.mlp_out.weight, std=residual_std)
+        initialize(self, config.layers, config.initial_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -82,7 +82,7 @@ def _functionalize(unit: StepGraph) -> StepGraph:
     if unit.writes is not None:
         return unit
     module = fx.GraphModule({}, unit.graph)
-    inputs = _fake_inputs(unit)
+    inputs = fake_inputs(unit)
 
     def run(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():
@@ -105,14 +105,16 @@ class _Interpreter(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
-def _fake_inputs(unit: StepGraph) -> list[Any]:
+def fake_inputs(unit: StepGraph) -> list[Any]:
+    """A fake tensor, or a symbolic float for a number that is read, for every placeholder."""
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     inputs: list[Any] = []
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         example = node.meta["example"]
         read = node.users and all(u.target == "item" for u in node.users)
-        if operand.number or (example.ndim == 0 and read):
+        symbolic = isinstance(node.meta.get("val"), torch.SymFloat)
+        if operand.number or symbolic or (example.ndim == 0 and read):
             source = ConstantSource(node.name)
             hint = float(example)
             symbol = shape_env.create_unspecified_symbol(

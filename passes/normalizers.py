@@ -23,7 +23,7 @@ TOLERANCE = 0.02
 """How far from a half the ratio of sensitivities may be: room for an epsilon beside the root."""
 
 
-class _Differentiable(fx.Interpreter):
+class Differentiable(fx.Interpreter):
     """Runs ``prims.fma``, which has no derivative in torch, as a product and a sum."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,7 +68,7 @@ def _sensitivity(unit: StepGraph, state: str, scaled: str | None) -> Tensor:
     if param not in (unit.writes or ()):
         return torch.zeros(PROBES)
     output = (unit.writes or ()).index(param)
-    module = _Differentiable(fx.GraphModule({}, unit.graph))
+    module = Differentiable(fx.GraphModule({}, unit.graph))
 
     def update(x: Tensor) -> Tensor:
         row = [*inputs[:position], x, *inputs[position + 1 :]]

@@ -29,6 +29,7 @@ from stq_compile.errors import (
     UnsupportedOptimizerError,
 )
 from stq_compile.options import Options
+from stq_compile.planner.history import History
 from stq_compile.report import Report, make_report
 from stq_compile.session import Session
 
@@ -106,6 +107,18 @@ def report(optimizer: Optimizer) -> Report:
     if session is None:
         raise NotCompiledError(optimizer=type(optimizer).__name__)
     return make_report(session)
+
+
+def history(optimizer: Optimizer) -> History:
+    """Every decision of the planner with its reason; empty where all widths are pinned.
+
+    Raises:
+        NotCompiledError: the optimizer is not compiled.
+    """
+    session = session_of(optimizer)
+    if session is None:
+        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    return History() if session.planner is None else session.planner.history
 
 
 def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from stq_compile.options import Rounding
 from stq_compile.passes.expand_foreach import expand_foreach
 from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
+from stq_compile.passes.measure import measure
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import FormatOf, insert_quantize
@@ -77,7 +78,22 @@ def generate(
     program: Program, format_of: FormatOf, rounding: Rounding, dump: Path | None = None
 ) -> Generated:
     """Quantize every template at the formats given and compile its kernels."""
-    stages = run_passes(program, back(format_of, rounding), dump=dump, first=len(FRONT) + 1)
+    return _compile(program, back(format_of, rounding), dump)
+
+
+def generate_measuring(
+    program: Program, format_of: FormatOf, rounding: Rounding, dump: Path | None = None
+) -> Generated:
+    """Compile the kernels that measure every template at the formats given.
+
+    They only read, so they need no random numbers: nothing is written back.
+    """
+    passes = (Pass("measure", partial(measure, rounding=rounding)), *back(format_of, "nearest"))
+    return _compile(program, passes, dump)
+
+
+def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:
+    stages = run_passes(program, passes, dump=dump, first=len(FRONT) + 1)
     graphs = stages[-1].program.units
     kernels = [lower_kernel(graph) for graph in graphs]
     names, sources = [k.name for k in kernels], [emit(k) for k in kernels]

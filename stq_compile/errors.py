@@ -177,6 +177,14 @@ class KernelBuildError(StqError):
     )
 
 
+class InfeasibleBudgetError(StqError):
+    message = (
+        "a budget of {budget} bytes cannot hold {states} states: at the smallest widths allowed "
+        "they take {needed} bytes. Raise target_bits, or lift the pins (precision), exclude and "
+        "min_numel that keep states wide."
+    )
+
+
 class CheckpointError(StqError):
     message = (
         "cannot load the checkpoint: {entry} is {found}, expected {expected}. "

@@ -1,10 +1,12 @@
 """The registry of number formats: what a width means for a signed or non-negative state.
 
-A block is 128 consecutive elements that share one 16-bit scale word. Four kinds of code:
+A block is 128 consecutive elements that share one 16-bit scale word. Five kinds of code:
 
 ``softsign``      signed, unit scale; levels ``+-k / (2K - k)``, ``k = 0..K = 2^(w-1) - 1``
-``midrise``       signed, in units of a normalizer ``d`` (a state that divides this one in the
-                  update); levels ``(code - (2^w - 1)/2) * step * d``
+``ratio``         signed, in units of a normalizer ``d`` (a state that divides this one in the
+                  update); the levels of ``softsign``, times ``d``
+``midrise``       signed, in units of a normalizer too, for the fewest bits; levels
+                  ``(code - (2^w - 1)/2) * step * d``
 ``adaptive_log``  non-negative; levels ``s * 2^(-R * (1 - code/L))``, ``L = 2^w - 1``; the block
                   carries its largest element ``s`` and its range ``R`` in octaves
 ``bfloat16``, ``float32``  plain casts, no blocks
@@ -24,7 +26,7 @@ BLOCK = 128
 LANES = 16
 PLANES = BLOCK // LANES
 
-Kind = Literal["softsign", "midrise", "adaptive_log", "bfloat16", "float32", "constant"]
+Kind = Literal["softsign", "ratio", "midrise", "adaptive_log", "bfloat16", "float32", "constant"]
 
 FIELDS: dict[int, tuple[int, ...]] = {
     2: (2,),
@@ -49,7 +51,7 @@ MIDRISE_CLIP = {2: 1.6, 3: 2.6}
 """Clip of the normalized value in units of its root mean square, from trials on small GPTs."""
 
 MIDRISE_LIMIT = 2.0**60
-"""Bound of a normalized value before its square is summed: 128 squares stay finite."""
+"""Bound of a normalized value: 128 squares stay finite, and so does it times its unit."""
 
 # Least-maximum polynomials, fitted once in float64 and rounded to float32.
 # log2(1 + f) = f * P(f) on f in [sqrt(1/2) - 1, sqrt(2) - 1]: absolute error 2.2e-6 octaves.
@@ -96,12 +98,12 @@ class Format:
     @property
     def normalized(self) -> bool:
         """Whether values are stored in units of another state."""
-        return self.kind == "midrise"
+        return self.kind in ("ratio", "midrise")
 
     @property
     def top_code(self) -> int:
         """The largest valid code."""
-        return (1 << self.width) - (2 if self.kind == "softsign" else 1)
+        return (1 << self.width) - (2 if self.kind in ("softsign", "ratio") else 1)
 
     @property
     def block_bytes(self) -> int:
@@ -123,6 +125,7 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         *(Format("softsign", w) for w in FIELDS),
+        *(Format("ratio", w) for w in FIELDS if w not in MIDRISE_CLIP),
         *(Format("midrise", w) for w in MIDRISE_CLIP),
         *(Format("adaptive_log", w) for w in FIELDS),
         BFLOAT16,
@@ -149,6 +152,6 @@ def choose_format(
         return BFLOAT16
     if nonnegative:
         return FORMATS[f"adaptive_log{width}"]
-    if normalizable and width in MIDRISE_CLIP:
-        return FORMATS[f"midrise{width}"]
+    if normalizable:
+        return FORMATS[f"midrise{width}" if width in MIDRISE_CLIP else f"ratio{width}"]
     return FORMATS[f"softsign{width}"]

@@ -3,6 +3,9 @@
 They are real custom operators with fake kernels, so every graph between passes can be run
 eagerly and compared with the one before it. Their meaning is `stq_compile.reference`; the code
 generator expands them into kernel instructions and never calls them.
+
+``stq::settled_error``, ``stq::factors`` and ``stq::sums`` are what a measuring graph consists of;
+their meaning is `stq_compile.error_law`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stq_compile import reference
+from stq_compile import error_law, reference
 from stq_compile.formats import FORMATS
 from stq_compile.packed_state import memory_order
 from stq_compile.rounding import NEAREST, Noise
@@ -68,3 +71,56 @@ def _(
     return x.new_empty(codes.shape, dtype=codes.dtype), x.new_empty(
         scales.shape, dtype=scales.dtype
     )
+
+
+@torch.library.custom_op("stq::settled_error", mutates_args=())
+def settled_error(
+    old: Tensor,
+    new: Tensor,
+    normalizer: Tensor | None,
+    format: str,
+    persistence: float,
+    rounding: str,
+) -> Tensor:
+    """Root mean square error that ``format`` leaves in each element of a state."""
+    unit = None if normalizer is None else memory_order(normalizer)
+    flat = error_law.settled_error(
+        memory_order(old), memory_order(new), unit, FORMATS[format], persistence, rounding
+    )
+    return flat.as_strided(new.size(), new.stride())
+
+
+@settled_error.register_fake
+def _(
+    old: Tensor,
+    new: Tensor,
+    normalizer: Tensor | None,
+    format: str,
+    persistence: float,
+    rounding: str,
+) -> Tensor:
+    return torch.empty_like(new)
+
+
+@torch.library.custom_op("stq::factors", mutates_args=())
+def factors(old: Tensor, new: Tensor, grad: Tensor) -> list[Tensor]:
+    """What the planner wants to know about a state, element by element."""
+    flat = error_law.factors(memory_order(old), memory_order(new), memory_order(grad))
+    return [value.clone().as_strided(new.size(), new.stride()) for value in flat]
+
+
+@factors.register_fake
+def _(old: Tensor, new: Tensor, grad: Tensor) -> list[Tensor]:
+    return [torch.empty_like(new) for _ in error_law.FACTORS]
+
+
+@torch.library.custom_op("stq::sums", mutates_args=())
+def sums(values: list[Tensor], names: str) -> Tensor:
+    """Sums over all elements, float64 ``[len(values)]``; ``names``, separated by spaces,
+    say what each one is."""
+    return error_law.sums(values)
+
+
+@sums.register_fake
+def _(values: list[Tensor], names: str) -> Tensor:
+    return values[0].new_empty(len(values), dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,8 +20,15 @@ Rounding = Literal["stochastic", "nearest"]
 Precision = int | Mapping[str, int]
 
 DEFAULT_PRECISION = 4
-"""Width of every state that no ``precision`` entry names, until a planner chooses: at 4 bits
-Adam's states together stay within the spread between fp32 seeds (design/0002)."""
+"""Width of every state that no entry of a pinning ``precision`` names."""
+
+UNPLANNED_PRECISION = 8
+"""Width of a state that a planner could not yet look at."""
+
+DEFAULT_TOLERANCE = 0.2
+"""Predicted relative perturbation of the update that quality mode keeps to (design/0008)."""
+
+LADDER = WIDTHS
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,9 @@ class Options:
     """Checked options; see the README's table for what each one does.
 
     ``precision`` maps ``"param-pattern:state-name"`` or ``"state-name"`` globs to widths; an int
-    stands for every state. The entry written last that matches wins, and a state that no
-    entry matches gets ``DEFAULT_PRECISION``.
+    stands for every state. The entry written last that matches wins. A state that no entry
+    matches gets ``DEFAULT_PRECISION``, or is left to the planner if ``target_bits`` or
+    ``tolerance`` is given as well. Without ``precision`` the planner chooses all widths.
     """
 
     precision: Precision | None = None
@@ -40,6 +49,11 @@ class Options:
     seed: int = 0
     min_numel: int = 4096
     exclude: tuple[str, ...] = ()
+    ladder: tuple[int, ...] = LADDER
+    hysteresis: float = 0.1
+    dwell: int = 1
+    rungs: int = 1
+    alarm: float = 4.0
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Options:
@@ -49,20 +63,29 @@ class Options:
             if name not in names:
                 raise UnknownOptionError(name=name, valid=", ".join(sorted(names)))
         values = dict(given)
+        if isinstance(values.get("ladder"), list):
+            values["ladder"] = tuple(values["ladder"])
         if "exclude" in values:
             values["exclude"] = _patterns(values["exclude"])
         options = cls(**values)
         options._check()
         return options
 
-    def width_of(self, param: str, state: str) -> int:
-        """Width asked for state ``state`` of the parameter named ``param``."""
-        if self.precision is None:
-            return DEFAULT_PRECISION
+    @property
+    def planned(self) -> bool:
+        """Whether a planner chooses the widths that ``precision`` leaves open."""
+        return self.precision is None or bool(self.target_bits or self.tolerance)
+
+    @property
+    def tolerance_or_default(self) -> float:
+        return DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+
+    def width_of(self, param: str, state: str) -> int | None:
+        """Width pinned for state ``state`` of parameter ``param``; None leaves it to a planner."""
         if isinstance(self.precision, int):
             return self.precision
-        width = DEFAULT_PRECISION
-        for pattern, value in self.precision.items():
+        width = None if self.planned else DEFAULT_PRECISION
+        for pattern, value in (self.precision or {}).items():
             param_pattern, _, state_pattern = pattern.rpartition(":")
             if fnmatch.fnmatchcase(state, state_pattern) and fnmatch.fnmatchcase(
                 param, param_pattern or "*"
@@ -76,11 +99,20 @@ class Options:
         The widest that any entry gives to a state of this parameter, so that nothing is lost
         before the key is known.
         """
-        if self.precision is None or isinstance(self.precision, int):
-            return self.width_of(param, "")
+        if isinstance(self.precision, int):
+            return self.precision
+        if self.planned:
+            return self.unplanned_width
+        assert self.precision is not None
         splits = [(*pattern.rpartition(":"), width) for pattern, width in self.precision.items()]
         widths = [w for p, _, _, w in splits if fnmatch.fnmatchcase(param, p or "*")]
         return max(widths, default=DEFAULT_PRECISION)
+
+    @property
+    def unplanned_width(self) -> int:
+        """Width of a state before a planner can look at it: the widest within the budget."""
+        fitting = [w for w in self.ladder if self.target_bits and w + 0.125 <= self.target_bits]
+        return min(max(fitting, default=UNPLANNED_PRECISION), UNPLANNED_PRECISION)
 
     def excludes(self, param: str) -> bool:
         """Whether the states of the parameter named ``param`` stay as they are."""
@@ -88,25 +120,37 @@ class Options:
 
     def _check(self) -> None:
         self._check_precision()
-        for name in ("target_bits", "tolerance"):
-            if getattr(self, name) is None:
-                continue
-            if self.precision is not None:
-                raise ContradictoryOptionsError(
-                    first="precision", second=name, reason="pinned widths leave nothing to choose"
-                )
-            raise InvalidOptionError(
-                name=name,
-                value=getattr(self, name),
-                reason="the planner that chooses widths is not part of this version; "
-                "pin them with precision=",
-            )
+        self._check_planning()
         _check_int("interval", self.interval, minimum=1)
         _check_int("min_numel", self.min_numel, minimum=0)
         _check_int("seed", self.seed, minimum=0)
         if self.rounding not in ("stochastic", "nearest"):
             raise InvalidOptionError(
                 name="rounding", value=self.rounding, reason="use 'stochastic' or 'nearest'"
+            )
+
+    def _check_planning(self) -> None:
+        given = [n for n in ("target_bits", "tolerance") if getattr(self, n) is not None]
+        if len(given) == 2:
+            raise ContradictoryOptionsError(
+                first="target_bits",
+                second="tolerance",
+                reason="one asks for the least error at a size, the other for the least size",
+            )
+        if given and isinstance(self.precision, int):
+            raise ContradictoryOptionsError(
+                first="precision", second=given[0], reason="pinned widths leave nothing to choose"
+            )
+        _check_number("target_bits", self.target_bits or 32, above=0.0, most=32.0)
+        _check_number("tolerance", self.tolerance or 1, above=0.0)
+        _check_number("alarm", self.alarm, above=1.0)
+        _check_number("hysteresis", self.hysteresis, above=-1e-9)
+        _check_int("dwell", self.dwell, minimum=0)
+        _check_int("rungs", self.rungs, minimum=1)
+        rising = list(self.ladder) == sorted(set(self.ladder))
+        if not self.ladder or not rising or not set(self.ladder) <= set(WIDTHS):
+            raise InvalidOptionError(
+                name="ladder", value=self.ladder, reason=f"give rising widths out of {WIDTHS}"
             )
 
     def _check_precision(self) -> None:
@@ -142,4 +186,13 @@ def _check_int(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InvalidOptionError(
             name=name, value=value, reason=f"give a whole number of at least {minimum}"
+        )
+
+
+def _check_number(name: str, value: object, above: float, most: float = math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not above < value <= most:  # type: ignore[operator]
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise InvalidOptionError(
+            name=name, value=value, reason=f"give a number above {max(above, 0.0):g}{limit}"
         )

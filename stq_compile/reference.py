@@ -87,6 +87,10 @@ def encode(
             code, scale = _encode_softsign(tile, format, uniform)
         elif format.kind == "adaptive_log":
             code, scale = _encode_adaptive_log(tile, valid, format, uniform)
+        elif format.kind == "ratio":
+            assert normalizer is not None
+            unit = root(_pad(normalizer[start : start + span]))
+            code, scale = _encode_softsign(_bounded(tile * _reciprocal(unit)), format, uniform)
         else:
             assert normalizer is not None
             unit = root(_pad(normalizer[start : start + span]))
@@ -115,6 +119,10 @@ def decode(
         word = (scales[rows].to(torch.int32) & 0xFFFF)[:, None]
         if format.kind == "softsign":
             value = _decode_softsign(code, word, format)
+        elif format.kind == "ratio":
+            assert normalizer is not None
+            unit = root(_pad(normalizer[start : start + count]))
+            value = _decode_softsign(code, word, format) * unit
         elif format.kind == "adaptive_log":
             value = _decode_adaptive_log(code, word, format)
         else:
@@ -204,6 +212,11 @@ def _scale_up(absmax: Tensor, drop: int) -> Tensor:
     return torch.where(absmax >= INFINITY_BITS, kept, bounded)
 
 
+def block_scale(x: Tensor, drop: int) -> Tensor:
+    """The scale word of each block of ``[blocks, 128]``, before the range of ``adaptive_log``."""
+    return _scale_up(magnitude_bits(x).amax(1, keepdim=True), drop)
+
+
 def _reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
 
@@ -220,7 +233,7 @@ def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tupl
     At a = 1 it is k = K and f = 0.
     """
     top = format.top_code // 2
-    scale = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 16)
+    scale = block_scale(x, 16)
     inverse = _reciprocal(float_from_bits(scale << 16))
     a = torch.fmin(x.abs() * inverse, torch.tensor(1.0))
     w = 1.0 + a
@@ -246,16 +259,9 @@ def _encode_adaptive_log(
     x: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     levels = float(format.top_code)
-    top = _scale_up(magnitude_bits(x).amax(1, keepdim=True), 20)
+    top = block_scale(x, 20)
     inverse = _reciprocal(float_from_bits(top << 20))
-    octaves = torch.maximum(log2(x * inverse), torch.tensor(-MAX_RANGE))
-    counted = torch.where(valid, octaves, 0.0)
-    share = _reciprocal(valid.sum(1, keepdim=True).float())
-    mean = block_sum(counted) * share
-    variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
-    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
-    step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
-    step = torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
+    octaves, step = adaptive_range(x * inverse, valid)
     octave_range = (step + 1.0) * RANGE_STEP
     ratio = torch.full_like(octave_range, levels) / octave_range
     t = fma(torch.maximum(octaves, -octave_range), ratio, levels)
@@ -263,6 +269,18 @@ def _encode_adaptive_log(
     word = (top << 5) | step.to(torch.int32)
     word = torch.where(top == 0, 0, word)
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
+
+
+def adaptive_range(magnitude: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """log2 of the magnitudes relative to the scale, and the range of each block in steps - 1."""
+    octaves = torch.maximum(log2(magnitude), torch.tensor(-MAX_RANGE))
+    counted = torch.where(valid, octaves, 0.0)
+    share = _reciprocal(valid.sum(1, keepdim=True).float())
+    mean = block_sum(counted) * share
+    variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
+    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
+    step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
+    return octaves, torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
@@ -279,9 +297,7 @@ def _encode_midrise(
     x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
-    u = torch.where(unit > 0, x / unit, 0.0)
-    bounded = u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT)
-    u = torch.where(u.abs() < torch.inf, bounded, u)  # infinity and NaN stay to be seen
+    u = _bounded(torch.where(unit > 0, x / unit, 0.0))
     share = _reciprocal(valid.sum(1, keepdim=True).float())
     rms = root(block_sum(u * u) * share)
     step = _scale_up(magnitude_bits(rms * (MIDRISE_CLIP[format.width] / half)), 16)
@@ -289,6 +305,11 @@ def _encode_midrise(
     t = fma(u, inverse, half)
     code = torch.clamp(torch.floor(t + uniform), 0.0, float(format.top_code))
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), step.view(-1)
+
+
+def _bounded(u: Tensor) -> Tensor:
+    """Normalized values kept in range; infinity and NaN stay to be seen."""
+    return torch.where(u.abs() < torch.inf, u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT), u)
 
 
 def _decode_midrise(code: Tensor, word: Tensor, format: Format) -> Tensor:

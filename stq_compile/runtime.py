@@ -21,8 +21,9 @@ from stq_compile.capture import Argument
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.compiler import Unit
 from stq_compile.errors import ChangedTensorError, FormatMismatchError
-from stq_compile.formats import Format
+from stq_compile.formats import Format, block_count
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.measure import slots_of
 from stq_compile.rounding import GOLDEN, mix64, stream_id
 from stq_compile.step_graph import Instance, Operand, Role
 from stq_compile.storage import PackedStorage
@@ -59,6 +60,8 @@ class Column:
 class Bucket:
     """The tensors of one unit and the table through which its kernel reaches them."""
 
+    extra_fields = 0
+
     def __init__(self, unit: Unit, resolve: Resolve) -> None:
         self.unit = unit
         self.instances: tuple[Instance, ...] = unit.graph.instances
@@ -73,12 +76,12 @@ class Bucket:
             self.columns.append(
                 Column(i, kernel_operand.kind, row[0].role, row, objects, format, written)
             )
-        fields = len(self.columns) + 2
+        fields = len(self.columns) + 2 + self.extra_fields
         if unit.compiled.row_bytes != 8 * fields:
             raise AssertionError(f"{unit.kernel.name}: rows of {unit.compiled.row_bytes} bytes")
         self.table = np.zeros((len(self.instances), fields), dtype=np.int64)
         self.numbers = self.table.view(np.float64)
-        self.table[:, -2] = [_numel(i) for i in self.instances]
+        self.table[:, len(self.columns)] = [_numel(i) for i in self.instances]
         for column in self.columns:
             self._fill_constant(column)
 
@@ -106,19 +109,23 @@ class Bucket:
                 self._fill_packed(column, args)
             elif column.kind is OperandKind.NUMBER:
                 self._fill_numbers(column, args)
-            elif column.kind is not OperandKind.KEY:
+            elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
                 self._fill_tensors(column, args, created)
 
     def launch(self, step: int) -> list[Tensor]:
         """Update every tensor; returns the ordinary tensors that were written."""
-        self.unit.compiled.run(
-            self.table.ctypes.data, len(self.instances), step, torch.get_num_threads()
-        )
+        self.run(step)
         written = [t for c in self.columns if c.written for t in c.tensors]
         for original, copy in self.copies:
             if any(t is copy for t in written):
                 original.copy_(copy)
         return written
+
+    def run(self, step: int) -> None:
+        """One call of the kernel on the whole table."""
+        self.unit.compiled.run(
+            self.table.ctypes.data, len(self.instances), step, torch.get_num_threads()
+        )
 
     def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
@@ -176,6 +183,44 @@ class Bucket:
         copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)
         self.copies.append((grad, copy))
         return copy
+
+
+class MeasuringBucket(Bucket):
+    """The tensors of one measuring unit; its kernel samples their blocks and writes only sums."""
+
+    extra_fields = 2
+
+    def __init__(self, unit: Unit, resolve: Resolve) -> None:
+        super().__init__(unit, resolve)
+        self.slots = slots_of(unit.graph)
+        self.sums = np.zeros((len(self.instances), len(self.slots)))
+        (column,) = (c.index for c in self.columns if c.kind is OperandKind.SUMS)
+        row = self.sums.strides[0]
+        self.table[:, column] = [
+            self.sums.ctypes.data + r * row for r in range(len(self.instances))
+        ]  # fmt: skip
+        blocks = [block_count(_numel(i)) for i in self.instances]
+        self.strides = [sampling_stride(n) for n in blocks]
+
+    def look(self, number: int) -> dict[int, dict[str, float]]:
+        """The sums of every parameter, by its number; look ``number`` decides which blocks."""
+        self.table[:, -2] = self.strides
+        self.table[:, -1] = [number % stride for stride in self.strides]
+        self.run(0)
+        return {
+            param.source.param: dict(zip(self.slots, map(float, row), strict=True))
+            for param, row in zip(self.params, self.sums, strict=True)
+        }
+
+
+SAMPLED_BLOCKS = 64
+"""Blocks of a tensor that a look samples at least, if it has as many."""
+WIDEST_STRIDE = 16
+
+
+def sampling_stride(blocks: int) -> int:
+    """Every how many blocks of a tensor (of the whole one, not of a shard) are looked at."""
+    return min(max(1, blocks // SAMPLED_BLOCKS), WIDEST_STRIDE)
 
 
 def present(source: Any, args: Sequence[Any]) -> Any:

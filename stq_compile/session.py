@@ -8,7 +8,7 @@ optimizer as it was.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import Argument, Captured, capture, param_sources
-from stq_compile.compiler import Generated, Unit, analyse, generate
+from stq_compile.compiler import Generated, Unit, analyse, generate, generate_measuring
 from stq_compile.errors import (
     UnsupportedDeviceError,
     UnsupportedParameterError,
@@ -29,9 +29,13 @@ from stq_compile.errors import (
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState, is_dense
+from stq_compile.passes.measure import formats_of, measured_states
 from stq_compile.passes.runner import Stage
+from stq_compile.planner.direct import measure_directly
+from stq_compile.planner.planner import Managed, Planner
+from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
-from stq_compile.runtime import Bucket, mixed_step
+from stq_compile.runtime import Bucket, MeasuringBucket, mixed_step, present
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph, location_of
 from stq_compile.storage import PackedStorage
 
@@ -64,6 +68,7 @@ class Session:
         self.compiles = 0
         self.transitions = 0
         self.plan: dict[StateKey, int] = {}
+        self.planner = Planner(options) if options.planned else None
         self.info: dict[StateKey, StateInfo] = {}
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
 
@@ -80,11 +85,61 @@ class Session:
         program = stages[-1].program
         _check_program(program)
         step = CompiledStep(self, captured, stages)
+        changes = self._enroll(program)
+        new = {key: width for key, width in changes.items() if key not in self.plan}
+        self.plan |= new
         step.adopt(step.generate())
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
+        self.change_widths({key: w for key, w in changes.items() if key not in new})
         return step
+
+    def _enroll(self, program: Program) -> dict[StateKey, int]:
+        """Let the planner give first widths to the states of a new program."""
+        if self.planner is None:
+            return {}
+        found = [m for unit in program.units for m in self._managed(unit)]
+        return self.planner.enroll(found, *self._sizes({m.key for m in found}), self.steps)
+
+    def _managed(self, unit: StepGraph) -> Iterator[Managed]:
+        """The states of a unit whose width is the planner's to choose."""
+        if unit.instances[0].param.name not in (unit.writes or ()):
+            return
+        for state in measured_states(unit):
+            key = state.source.key
+            formats = {**formats_of(unit, key), 32: FLOAT32}
+            prior = prior_errors(unit, key)
+            for instance in unit.instances:
+                source = instance.param.source
+                numel = torch.Size(instance.param.shape).numel()
+                pinned = self.options.width_of(source.name, key) is not None
+                if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
+                    continue
+                nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
+                yield Managed((source.param, key), source.name, key, numel, nbytes, prior)
+
+    def _sizes(self, managed: Collection[StateKey]) -> tuple[int, int]:
+        """Bytes of the states that are not managed, and elements of all states."""
+        fixed = elements = 0
+        for _, source, key, value in self.states():
+            if isinstance(value, Tensor):
+                elements += value.numel()
+                if (source.param, key) not in managed:
+                    packed = isinstance(value, PackedState)
+                    fixed += value.packed.nbytes if packed else value.nbytes
+        return fixed, elements
+
+    def replan(self) -> None:
+        """Decide on the widths after a look, and change them."""
+        planner = self.planner
+        assert planner is not None
+        before = dict(planner.widths)
+        try:
+            self.change_widths(planner.decide(self.steps, *self._sizes(planner.managed)))
+        except BaseException:
+            planner.widths = before
+            raise
 
     def width_of(self, operand: Operand) -> int:
         """The width that the plan, or else the options, give a state."""
@@ -97,7 +152,8 @@ class Session:
             return 32
         if operand.returned >= 0:
             return self.options.width_of_created(operand.source.name)
-        return self.options.width_of(operand.source.name, operand.source.key)
+        pinned = self.options.width_of(operand.source.name, operand.source.key)
+        return self.options.unplanned_width if pinned is None else pinned
 
     def format_of(self, operand: Operand, unit: StepGraph) -> Format:
         """The format of a state: its width, and what the graph proved about it."""
@@ -126,6 +182,8 @@ class Session:
         use before are built, and before any state is touched. If anything fails, the old widths
         are in force again.
         """
+        if not changes:
+            return
         for (_, key), width in changes.items():
             if width not in WIDTHS:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
@@ -146,6 +204,9 @@ class Session:
                 step.adopt(step.generate())
             raise
         self.transitions += len(changes)
+        if self.planner is not None:
+            known = self.planner.widths
+            known.update({key: width for key, width in changes.items() if key in known})
 
     def params(self) -> list[Tensor]:
         """All parameters, in the order of `Source.param`."""
@@ -206,6 +267,7 @@ class CompiledStep:
         self.front = stages
         self.stages = stages
         self.buckets: list[Bucket] = []
+        self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
 
     @property
@@ -291,6 +353,7 @@ class CompiledStep:
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
+        self.measuring = None
         self.created = [
             operand
             for unit in self.program.units
@@ -307,7 +370,7 @@ class CompiledStep:
         }
 
     def _resolve(self, operand: Operand) -> Any:
-        if operand.returned >= 0:
+        if operand.returned >= 0 or operand.role is Role.SUMS:
             return None
         role = Role.STATE if operand.role in (Role.CODES, Role.SCALES, Role.KEY) else operand.role
         return self.bindings[(role, operand.source)]
@@ -318,11 +381,42 @@ class CompiledStep:
         step = mixed_step(session.seed, session.steps)
         for bucket in self.buckets:
             bucket.fill(args, created)
+        looks = session.planner is not None and session.planner.due(session.steps + 1)
+        if looks:
+            self._look(args, created)
         written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
         tracked = [tensor for tensor in written if not tensor.is_inference()]
         torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
         session.steps += 1
+        if looks:
+            session.replan()
         return tuple(created[i] for i in sorted(created))
+
+    def _look(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
+        """Measure the states as they are before the step, for the planner."""
+        session, planner = self.session, self.session.planner
+        assert planner is not None
+        if self.measuring is None:
+            units = generate_measuring(
+                self.program, session.format_of, session.options.rounding, session.dump
+            ).units
+            self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
+        sums: dict[int, dict[str, float]] = {}
+        for bucket in self.measuring:
+            bucket.fill(args, created)
+            sums |= bucket.look(planner.looks)
+        calibrating = planner.calibrating
+        planner.look(sums)
+        if calibrating:
+            for unit in self.program.units:
+                found = measure_directly(
+                    unit,
+                    lambda operand: present(self._resolve(operand), args),
+                    planner.looks,
+                    session.seed,
+                    session.options.rounding,
+                )
+                planner.observe(found)
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)

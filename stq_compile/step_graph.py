@@ -38,6 +38,7 @@ class Role(enum.StrEnum):
     CODES = "codes"
     SCALES = "scales"
     KEY = "key"
+    SUMS = "sums"
 
 
 @dataclass(frozen=True, order=True)

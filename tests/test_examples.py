@@ -10,19 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import stq_compile as stq
 from comparison import Settings
-from optimizers import choose_optimizer, parse_precision
-from tinygpt import CHUNK, HELD_OUT, GPTConfig, TinyGPT, load_text
+from optimizers import choose_optimizer
+from tinygpt import GPTConfig, TinyGPT, load_text
+from tinyvit import BLACK, Digits, TinyViT, ViTConfig, load_digits
+from train_vit import ViTTask
+from variants import parse_precision
 
+SMALL = GPTConfig(layers=1, width=16, heads=2, context=8)
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    """Chunks that are each filled with a byte of their own."""
-    file = tmp_path / "text.txt"
-    file.write_bytes(b"".join(bytes([chunk]) * CHUNK for chunk in range(3 * HELD_OUT)))
-    return file
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_pythons_own_text_is_long_and_english() -> None:
@@ -61,7 +60,7 @@ def test_the_model_starts_at_chance() -> None:
 
 def test_the_model_does_not_see_the_future() -> None:
     torch.manual_seed(0)
-    model = TinyGPT(GPTConfig(layers=1, width=16, heads=2, context=8))
+    model = TinyGPT(SMALL)
     tokens = torch.randint(256, (1, 8))
     changed = tokens.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 256
@@ -88,10 +87,10 @@ def test_wrong_precision_option(value: str) -> None:
         parse_precision([value])
 
 
-@pytest.mark.parametrize("name", ["adamw", "Adam", "SGD", "rmsprop", "adagrad", "RAdam"])
+@pytest.mark.parametrize("name", ["adamw", "Adam", "SGD", "rmsprop", "adagrad", "RAdam", "Lion"])
 def test_optimizers_decay_matrices_only(name: str) -> None:
-    model = TinyGPT(GPTConfig(layers=1, width=16, heads=2, context=8))
-    optimizer = choose_optimizer(name, lr=0.5, precision=None).build(model)
+    model = TinyGPT(SMALL)
+    optimizer = choose_optimizer(name, lr=0.5).build(model)
     matrices, vectors = optimizer.param_groups
     assert all(p.dim() == 2 for p in matrices["params"])
     assert all(p.dim() == 1 for p in vectors["params"])
@@ -99,10 +98,10 @@ def test_optimizers_decay_matrices_only(name: str) -> None:
     assert matrices["lr"] == 0.5
 
 
-@pytest.mark.parametrize("name", ["lion", "lbfgs", "optimizer", ""])
+@pytest.mark.parametrize("name", ["lionel", "lbfgs", "optimizer", ""])
 def test_unknown_optimizer_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="there are adadelta"):
-        choose_optimizer(name, None, None)
+        choose_optimizer(name)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -112,6 +111,66 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert factors.index(1.0) == 9
     assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
     assert factors[-1] == pytest.approx(settings.final_lr, abs=0.01)
+
+
+def test_patterns_of_parameter_names_match() -> None:
+    model = TinyGPT(SMALL)
+    optimizer = choose_optimizer("sgd").build(model)
+    stq.compile(optimizer, min_numel=64, precision={"momentum_buffer": 3, "token*:*": 8})
+    model.loss(torch.randint(256, (2, 9))).backward()
+    optimizer.step()
+    widths = {row.param: row.width for row in stq.report(optimizer).rows}
+    assert widths["token.weight"] == 8
+    assert widths["head.weight"] == 3
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(ValueError, match=r"lion-pytorch, which is not installed.*\[evidence\]"):
+        choose_optimizer("lion")
+
+
+def test_missing_digits_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"scikit-learn, which is not installed.*\[demo\]"):
+        load_digits()
+
+
+def test_digits_are_split_and_normalized() -> None:
+    digits = load_digits()
+    assert len(digits.train_images) + len(digits.valid_images) == 1797
+    assert digits.train_images.mean().item() == pytest.approx(0, abs=0.01)
+    assert digits.train_images.std().item() == pytest.approx(1, abs=0.01)
+    assert digits.valid_labels.unique().tolist() == list(range(10))
+
+
+def test_training_digits_move_by_up_to_a_pixel() -> None:
+    image = torch.full((1, 8, 8), BLACK)
+    image[0, 3, 4] = 1.0
+    digits = Digits(image, torch.tensor([7]), image, torch.tensor([7]))
+    images, labels = digits.batch(torch.Generator().manual_seed(0), 200)
+    spots = {tuple(spot) for spot in (images == 1).nonzero()[:, 1:].tolist()}
+    assert spots == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
+    assert labels.tolist() == [7] * 200
+
+
+def test_the_vit_sees_where_each_patch_lies() -> None:
+    torch.manual_seed(0)
+    model = TinyViT(ViTConfig())
+    assert sum(p.numel() for p in model.parameters()) > 500_000
+    model.eval()
+    images = torch.randn(2, 8, 8)
+    assert model(images).shape == (2, 10)
+    assert not torch.allclose(model(images), model(images.roll(2, dims=1)), atol=1e-3)
+
+
+def test_vit_measures_accuracy_and_goes_on_training() -> None:
+    task = ViTTask(load_digits(), ViTConfig(layers=1, width=16, heads=2), batch_size=4)
+    model = task.model()
+    results = task.evaluate(model, quick=True)
+    assert list(results) == ["loss", "accuracy, %"]
+    assert 0 <= results["accuracy, %"] <= 60
+    assert model.training
 
 
 @pytest.mark.slow
@@ -126,9 +185,10 @@ def test_the_demo_runs_and_saves_its_results(tmp_path: Path) -> None:
     assert "train_gpt.png" in done.stdout
     assert (tmp_path / "train_gpt.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "train_gpt.json").read_text())
-    assert [run["seed"] for run in results["packed"]] == [0, 1]
-    for fp32, packed in zip(results["fp32"], results["packed"], strict=True):
-        assert fp32["train_losses"][0] == packed["train_losses"][0]
+    first, second = (row["runs"] for row in results["rows"])
+    assert [run["seed"] for run in second] == [0, 1]
+    for fp32, small in zip(first, second, strict=True):
+        assert fp32["train_losses"][0] == small["train_losses"][0]
         assert fp32["size"]["bits_per_element"] == 32
-        assert packed["size"]["bits_per_element"] < 5
-        assert packed["valid_loss"] == pytest.approx(fp32["valid_loss"], abs=0.6)
+        assert small["size"]["bits_per_element"] < 5
+        assert small["results"]["loss"] == pytest.approx(fp32["results"]["loss"], abs=0.6)

@@ -73,7 +73,7 @@ def spread_words(format: Format, count: int) -> Ints:
 def all_levels(format: Format, word: Ints) -> Any:
     """Values of all codes for each scale word ``[n] -> [n, codes]``, in units of a normalizer."""
     code = np.arange(format.top_code + 1, dtype=np.float64)
-    if format.kind == "softsign":
+    if format.kind in ("softsign", "ratio"):
         top = 2 ** (format.width - 1) - 1
         unit_levels = (code - top) / (2 * top - np.abs(code - top))
         return unit_levels * float_of(word << 16)[:, None]

@@ -38,6 +38,7 @@ class _Emitter:
         self.kernel = kernel
         self.schedule = Schedule(kernel)
         self.said: set[str] = set()
+        self.measures = kernel.slots > 0
 
     def source(self) -> str:
         parts = [
@@ -45,15 +46,24 @@ class _Emitter:
             self._row(),
             self._scalars(),
             self._tile(),
-            _RUN,
+            self._run(),
         ]
         return "\n\n".join(parts) + "\n"
 
     def _row(self) -> str:
         lines = ["struct Row {"]
         lines += [f"  {POINTERS[o.kind]} {c_name(o.name)};" for o in self.kernel.operands]
-        lines += ["  int64_t numel;", "  int64_t first_block;", "};"]
-        return "\n".join(lines)
+        lines += ["  int64_t numel;", "  int64_t first_block;"]
+        if self.measures:
+            lines += ["  int64_t stride;  // every stride-th block of the whole tensor is sampled"]
+            lines += ["  int64_t offset;  // from this one on"]
+        return "\n".join([*lines, "};"])
+
+    def _run(self) -> str:
+        if not self.measures:
+            return _RUN
+        (operand,) = (c_name(o.name) for o in self.kernel.operands if o.kind is OperandKind.SUMS)
+        return _RUN_MEASURE.replace("@slots", str(self.kernel.slots)).replace("@sums", operand)
 
     def _scalars(self) -> str:
         """The tensor space: float64, once per tensor."""
@@ -120,17 +130,19 @@ class _Emitter:
 
     # The tile function.
     def _tile(self) -> str:
+        more = ", int64_t stride, double* totals" if self.measures else ""
+        place = "first + j * stride" if self.measures else "first + j"
         lines = [
             "template <bool tail>",
             "STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,",
-            "                     int blocks, int count) {",
+            f"                     int blocks, int count{more}) {{",
             "  constexpr int size = tail ? 1 : stq::kTile;",
             *self._tail_buffers(),
             *self._crossing(),
         ]
         for phase in self.schedule.phases:
             lines.append("  for (int j = 0; j < blocks; ++j) {")
-            lines.append("    const int64_t index = first + j;")
+            lines.append(f"    const int64_t index = {place};")
             lines += self._pointers(phase)
             lines += [f"    {self._uniform(v)}{self._note(v)}" for v in phase.uniform]
             lines += self._planes(phase)
@@ -215,7 +227,8 @@ class _Emitter:
                 lines.append(f"    {type_} {name}_lanes{{}};")
             elif id(v) in self.schedule.gathered:
                 lines.append(f"    {c_type(v)} {name}[stq::kPlanes];")
-        lines.append("#pragma GCC unroll 8")
+        # A measuring kernel is large and seldom runs: it is to be compiled soon.
+        lines.append(f"#pragma GCC unroll {1 if self.measures else 8}")
         lines.append("    for (int p = 0; p < stq::kPlanes; ++p) {")
         lines += [f"      {self._plane(v)}{self._note(v)}" for v in phase.planes]
         return [*lines, "    }"]
@@ -253,6 +266,8 @@ class _Emitter:
         if v.opcode == "store_word":
             word = self._argument(v.args[0], Space.BLOCK)
             return f"row.{operand}[index] = static_cast<uint16_t>({word});"
+        if v.opcode == "accumulate":
+            return f"totals[{v.slot}] += {self._argument(v.args[0], Space.BLOCK)};"
         code = v.args[0]
         assert isinstance(code, Value)
         planes = (
@@ -328,6 +343,59 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
       b = start[r] + stop;
     }
   }
+}
+
+extern "C" int64_t row_bytes() { return sizeof(Row); }"""
+
+
+_RUN_MEASURE = """\
+// Every stride-th block of every tensor, counted in the whole tensor; sums in float64.
+extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
+  constexpr int64_t slots = @slots;
+  std::vector<Scalars> s(n_rows);
+  std::vector<int64_t> start(n_rows + 1), begin(n_rows);
+  for (int64_t r = 0; r < n_rows; ++r) {
+    scalars(rows[r], s[r]);
+    const int64_t stride = rows[r].stride, blocks = (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
+    begin[r] = ((rows[r].offset - rows[r].first_block) % stride + stride) % stride;
+    start[r + 1] = start[r] + (blocks > begin[r] ? (blocks - 1 - begin[r]) / stride + 1 : 0);
+  }
+  const int64_t sampled = start[n_rows];
+  const int workers = sampled < 512 ? 1 : threads;
+  std::vector<double> totals(workers * n_rows * slots);  // one part a worker: no order of arrival
+#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
+  for (int w = 0; w < workers; ++w) {
+    int64_t b = sampled * w / workers;
+    const int64_t end = sampled * (w + 1) / workers;
+    int64_t r = 0;
+    while (b < end) {
+      while (start[r + 1] <= b) ++r;
+      const Row& row = rows[r];
+      double* mine = totals.data() + (w * n_rows + r) * slots;
+      const int64_t stop = end < start[r + 1] ? end : start[r + 1];
+      const int64_t last = row.numel / stq::kBlock;  // whole blocks of this tensor
+      while (b < stop) {
+        const int64_t first = begin[r] + (b - start[r]) * row.stride;
+        if (first >= last) {
+          const int count = static_cast<int>(row.numel - last * stq::kBlock);
+          tile<true>(row, s[r], step, first, 1, count, row.stride, mine);
+          ++b;
+          continue;
+        }
+        int64_t left = (last - 1 - first) / row.stride + 1;
+        if (left > stop - b) left = stop - b;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(row, s[r], step, first, blocks, stq::kBlock, row.stride, mine);
+        b += blocks;
+      }
+    }
+  }
+  for (int64_t r = 0; r < n_rows; ++r)
+    for (int64_t k = 0; k < slots; ++k) {
+      double total = 0;
+      for (int w = 0; w < workers; ++w) total += totals[(w * n_rows + r) * slots + k];
+      rows[r].@sums[k] = total;
+    }
 }
 
 extern "C" int64_t row_bytes() { return sizeof(Row); }"""

@@ -13,7 +13,7 @@ TEMPLATES: dict[str, str] = {
     "sub": "{0} - {1}",
     "mul": "{0} * {1}",
     "div": "{0} / {1}",
-    "ratio": "{0} / {1}",
+    "quotient": "{0} / {1}",
     "neg": "-({0})",
     "lt": "{0} < {1}",
     "le": "{0} <= {1}",
@@ -53,6 +53,7 @@ POINTERS = {
     OperandKind.SCALAR: "float*",
     OperandKind.NUMBER: "double",
     OperandKind.KEY: "uint64_t",
+    OperandKind.SUMS: "double*",
 }
 
 # fmt: off
@@ -69,7 +70,7 @@ RESERVED = frozenset((
     "while", "xor",
     # names of the generated code
     "blocks", "count", "first", "first_block", "index", "j", "numel", "p", "row", "run", "s",
-    "scalars", "size", "std", "step", "stq", "tail", "tile",
+    "scalars", "size", "std", "step", "stq", "stride", "offset", "tail", "tile", "totals",
 ))
 # fmt: on
 

@@ -216,7 +216,7 @@ def copysign(a, b):
 
 
 @triton.jit
-def ratio(a, b):
+def quotient(a, b):
     """``a / b``, correctly rounded, for ``b > 0`` and nothing near to under- or overflow.
 
     A reciprocal within some ulps, one Newton step for it, one for the quotient (Markstein, "IA-64

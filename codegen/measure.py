@@ -1,0 +1,167 @@
+"""`stq_compile.error_law` as kernel instructions.
+
+The meaning is the same, the bits are not asked for: these numbers are summed up and compared with
+margins of several percent.
+"""
+
+from __future__ import annotations
+
+import math
+
+from stq_compile.codegen.expand import (
+    absmax,
+    adaptive_range,
+    exp2,
+    log2,
+    octave_range_of,
+    reciprocal,
+    scale_up,
+)
+from stq_compile.codegen.ir import Argument, Builder, Value
+from stq_compile.error_law import BFLOAT16_SPACING, FARTHEST, LOWEST_OCTAVE, TINY
+from stq_compile.formats import MIDRISE_CLIP, Format
+
+
+def settled_error(
+    b: Builder,
+    old: Value,
+    new: Value,
+    normalizer: Value | None,
+    format: Format,
+    persistence: float,
+    rounding: str,
+) -> Value:
+    """Root mean square of the settled error of an element."""
+    law = _Law(b, persistence, rounding)
+    if format.kind == "softsign":
+        return _softsign(b, new, old, format, law)
+    if format.kind == "ratio":
+        assert normalizer is not None
+        unit = b.op("sqrt", normalizer)
+        inverse = reciprocal(b, unit)
+        error = _softsign(b, b.op("mul", new, inverse), b.op("mul", old, inverse), format, law)
+        return b.op("mul", unit, error)
+    if format.kind == "adaptive_log":
+        return _adaptive_log(b, new, old, format, law)
+    if format.kind == "midrise":
+        assert normalizer is not None
+        return _midrise(b, new, old, normalizer, format, law)
+    size = b.op("abs", new)
+    moved = b.op("div", b.op("abs", b.op("sub", new, old)), b.op("max", size, TINY))
+    variance = law.variance(BFLOAT16_SPACING, b.op("min", moved, FARTHEST), 1.0)
+    return b.op("mul", size, b.op("sqrt", variance))
+
+
+class _Law:
+    """`error_law._Law`."""
+
+    def __init__(self, b: Builder, persistence: float, rounding: str) -> None:
+        self.b = b
+        self.persistence = persistence
+        self.nearest = rounding == "nearest"
+
+    def variance(self, distance: Argument, increment: Value, magnitude: Argument) -> Value:
+        b = self.b
+        factor: Argument = self.persistence
+        if math.isinf(self.persistence):
+            twice = b.op("max", b.op("mul", increment, 2.0), 2 * TINY)
+            factor = b.op("add", b.op("div", magnitude, twice), 1.0)
+        square = b.op("mul", distance, distance)
+        if self.nearest:
+            if math.isinf(self.persistence):
+                factor = b.op("mul", factor, factor)
+            return b.op("mul", b.op("mul", square, factor), 1 / 12)
+        ratio = b.op("div", increment, distance)
+        position = b.op("sub", ratio, b.op("floor", ratio))
+        spread = b.op("mul", position, b.op("sub", 1.0, position))
+        return b.op("mul", b.op("mul", square, spread), factor)
+
+
+def _softsign(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:
+    scale, magnitude, increment = _relative(b, new, old, 16)
+    widened = b.op("add", magnitude, 1.0)
+    square = b.op("mul", widened, widened)
+    distance = b.op("mul", square, 1 / (2.0 * (format.top_code // 2)))
+    return b.op("mul", scale, b.op("sqrt", law.variance(distance, increment, magnitude)))
+
+
+def _adaptive_log(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:
+    scale, magnitude, increment = _relative(b, new, old, 20)
+    _, step = adaptive_range(b, magnitude)
+    octave_range = octave_range_of(b, step)
+    moved = b.op("div", increment, b.op("max", magnitude, TINY))
+    distance = b.op("mul", octave_range, math.log(2) / format.top_code)
+    variance = law.variance(distance, b.op("min", moved, FARTHEST), 1.0)
+    square = b.op("mul", magnitude, magnitude)
+    lifted = b.op("sub", exp2(b, b.op("neg", octave_range)), magnitude)
+    lifted = b.op("max", lifted, 0.0)
+    total = b.op("fma", variance, square, b.op("mul", lifted, lifted))
+    bounded = b.op("min", total, b.op("mul", square, 4.0))
+    return b.op("mul", scale, b.op("sqrt", bounded))
+
+
+def _midrise(
+    b: Builder, new: Value, old: Value, normalizer: Value, format: Format, law: _Law
+) -> Value:
+    unit = b.op("sqrt", normalizer)
+    inverse = reciprocal(b, unit)
+    value = b.op("select", b.read("valid"), b.op("mul", new, inverse), 0.0)
+    share = b.op("div", 1.0, b.read("valid_count"))
+    square = b.reduce("block_sum", b.op("mul", value, value))
+    rms = b.op("sqrt", b.op("mul", square, share))
+    half = format.top_code / 2
+    step = b.op("max", b.op("mul", rms, MIDRISE_CLIP[format.width] / half), TINY)
+    moved = b.op("abs", b.op("mul", b.op("sub", new, old), inverse))
+    size = b.op("abs", value)
+    clipped = b.op("max", b.op("sub", size, b.op("mul", step, half)), 0.0)
+    variance = b.op("fma", clipped, clipped, law.variance(step, moved, size))
+    return b.op("mul", unit, b.op("sqrt", variance))
+
+
+def factors(b: Builder, old: Value, new: Value, grad: Value) -> list[Value]:
+    """`error_law.factors`, in its order."""
+    scale, magnitude, increment = _relative(b, new, old, 16)
+    square = b.op("mul", magnitude, magnitude)
+    octaves = b.op("max", log2(b, magnitude), LOWEST_OCTAVE)
+    level = b.op("max", log2(b, scale), -126.0)
+    widened = b.op("add", magnitude, 1.0)
+    half = b.op("mul", b.op("mul", widened, widened), 0.5 / 14)
+    return [
+        magnitude,
+        square,
+        b.op("mul", square, square),
+        octaves,
+        b.op("mul", octaves, octaves),
+        _flag(b, b.op("eq", new, 0.0)),
+        increment,
+        _flag(b, b.op("lt", increment, half)),
+        _flag(b, b.op("gt", b.op("mul", new, grad), 0.0)),
+        level,
+        b.op("mul", level, level),
+    ]
+
+
+def sums(b: Builder, values: list[Argument]) -> list[Value]:
+    """The sum of each over a block; padding and what is not finite counts as zero."""
+    totals = []
+    for value in values:
+        counted = value
+        if isinstance(value, Value):
+            counted = b.op("select", b.op("lt", b.op("abs", value), math.inf), value, 0.0)
+        counted = b.op("select", b.read("valid"), counted, 0.0)
+        totals.append(b.reduce("block_sum", counted))
+    return totals
+
+
+def _relative(b: Builder, new: Value, old: Value, drop: int) -> tuple[Value, Value, Value]:
+    """Scale, and magnitude and increment in units of it."""
+    word = scale_up(b, absmax(b, new), drop)
+    scale = b.op("from_bits", b.op("shift_left", word, drop))
+    inverse = reciprocal(b, scale)
+    magnitude = b.op("min", b.op("mul", b.op("abs", new), inverse), 1.0)
+    moved = b.op("mul", b.op("abs", b.op("sub", new, old)), inverse)
+    return scale, magnitude, b.op("min", moved, FARTHEST)
+
+
+def _flag(b: Builder, mask: Value) -> Value:
+    return b.op("select", mask, 1.0, 0.0)

@@ -1,0 +1,254 @@
+"""From the templates to graphs that measure: sums from which a planner predicts errors.
+
+A measuring graph reads what a step reads and writes nothing but sums. For every state ``s`` and
+every width it could have, it sums the square of what that width's settled error does to the update,
+
+    sum of (du/ds * error_w(s))^2          error_w: `stq_compile.error_law`
+
+beside the update's own square and the factors of `error_law`. Nothing in it knows an optimizer:
+``du/ds`` is forward-mode AD of the template (``torch.func.jvp``), which is exact for an update that
+is smooth in ``s``.
+
+Where it is not (``sign`` and comparisons have a derivative of zero almost everywhere, and yet an
+error flips them), the square is a finite difference at the settled error itself,
+
+    ((u(s + error) - u(s))^2 + (u(s - error) - u(s))^2) / 2
+
+which for a smooth update is the same to first order, and for ``sign`` counts the elements within
+reach of a flip: sqrt(pi/2) = 1.25 times what Gaussian noise of that size flips, on the safe side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from stq_compile import ops  # noqa: F401  (registers the operators)
+from stq_compile.error_law import FACTORS, persistence
+from stq_compile.formats import Format, choose_format
+from stq_compile.options import Rounding
+from stq_compile.passes.functionalize import DECOMPOSITIONS, fake_inputs
+from stq_compile.passes.normalizers import Differentiable
+from stq_compile.passes.ranges import base_name
+from stq_compile.step_graph import Instance, Operand, Program, Recurrence, Role, Source, StepGraph
+
+LADDER = (2, 3, 4, 5, 6, 8, 16)
+"""Widths whose error is measured; at 32 there is none."""
+
+HORIZON = 50.0
+"""Persistence of an error in a state whose recurrence is not known, in steps."""
+
+ROUGH = frozenset(
+    (
+        *("sign", "sgn", "floor", "ceil", "round", "trunc"),
+        *("lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not"),
+    )
+)
+"""Operators whose derivative is zero almost everywhere and whose result still depends on errors."""
+
+SUMS = "sums"
+
+
+def measured_states(unit: StepGraph) -> list[Operand]:
+    """The states of a unit that a planner may choose a width for."""
+    written = set(unit.writes or ())
+    users = {n.name: bool(n.users) for n in unit.placeholders}
+    return [
+        o
+        for o in unit.operands
+        if o.role is Role.STATE
+        and o.shape != ()
+        and o.name in written
+        and users[o.name]
+        and o.source.key not in unit.facts.fragile
+        and o.dtype == torch.float32
+    ]
+
+
+def formats_of(unit: StepGraph, key: str) -> dict[int, Format]:
+    """The format that a state has at each width."""
+    normalizer = unit.facts.normalizers.get(key)
+    return {
+        width: choose_format(
+            width,
+            nonnegative=key in unit.facts.nonnegative,
+            normalizable=normalizer is not None and normalizer not in unit.facts.fragile,
+        )
+        for width in LADDER
+    }
+
+
+def is_smooth(unit: StepGraph, state: str) -> bool:
+    """Whether no rough operator lies between a state and the new parameter."""
+    param = next(o.name for o in unit.operands if o.role is Role.PARAM)
+    reached = {n for n in unit.placeholders if n.name == state}
+    for node in unit.calls:
+        if any(a in reached for a in node.all_input_nodes):
+            reached.add(node)
+    results = dict(zip(unit.writes or (), unit.outputs, strict=True))
+    needed: set[fx.Node] = set()
+    stack = [results[param]] if param in results else []
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return not any(base_name(n) in ROUGH for n in reached & needed)
+
+
+def amplification(recurrence: Recurrence | None) -> float:
+    """How long an error persists; infinite for a sum, whose law knows what to do."""
+    if recurrence is None or recurrence.kind in ("unknown", "maximum"):
+        return HORIZON
+    return recurrence.amplification
+
+
+def measure(program: Program, rounding: Rounding) -> Program:
+    """The measuring graph of every unit that has a state to measure and moves its parameter."""
+    units = []
+    for unit in program.units:
+        param = unit.instances[0].param.name
+        if measured_states(unit) and param in (unit.writes or ()):
+            units.append(_measuring(unit, rounding))
+    return Program(program.optimizer, tuple(units))
+
+
+def _measuring(unit: StepGraph, rounding: Rounding) -> StepGraph:
+    tracer = _Tracer(unit, rounding)
+    traced = make_fx(
+        torch.func.functionalize(tracer.run, remove="mutations_and_views"),
+        decomposition_table=DECOMPOSITIONS,
+        _allow_non_fake_inputs=True,
+    )(*fake_inputs(unit))
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for original, node in zip(unit.placeholders, traced.graph.nodes, strict=False):
+        env[node] = graph.placeholder(original.name)
+        env[node].meta = {**node.meta, "example": original.meta["example"]}
+    out = graph.placeholder(SUMS)
+    out.meta = {"example": torch.empty(0, device="meta")}
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            graph.output((env[node.args[0]],))
+        elif node.op != "placeholder":
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.eliminate_dead_code()
+    return unit.replace(
+        name=f"{unit.name}_measure",
+        graph=graph,
+        instances=tuple(_with_sums(i) for i in unit.instances),
+        writes=(SUMS,),
+    )
+
+
+def _with_sums(instance: Instance) -> Instance:
+    param = instance.param.source
+    source = Source(param.param, param.name, SUMS)
+    operand = Operand(SUMS, Role.SUMS, source, (0,), (1,), torch.float64)
+    return replace(instance, operands=(*instance.operands, operand))
+
+
+def slots_of(unit: StepGraph) -> tuple[str, ...]:
+    """What each sum of a measuring graph is: ``count``, ``update``, ``grad``, or
+    ``state:error_w`` and ``state:factor``."""
+    (out,) = unit.outputs
+    return tuple(str(out.args[1]).split())
+
+
+@dataclass(frozen=True)
+class _State:
+    position: int
+    key: str
+    output: int
+
+
+class _Tracer:
+    """Runs the template on fake tensors and calls the measuring operators on what it sees."""
+
+    def __init__(self, unit: StepGraph, rounding: Rounding) -> None:
+        self.unit = unit
+        self.rounding = rounding
+        self.module = Differentiable(fx.GraphModule({}, unit.graph))
+        names = [n.name for n in unit.placeholders]
+        writes = unit.writes or ()
+        param = unit.instances[0].param.name
+        self.param, self.moved = names.index(param), writes.index(param)
+        grads = [o.name for o in unit.operands if o.role is Role.GRAD]
+        self.grad = names.index(grads[0]) if grads else self.param
+        self.states = {
+            o.source.key: _State(names.index(o.name), o.source.key, writes.index(o.name))
+            for o in measured_states(unit)
+        }
+
+    def run(self, *args: Any) -> Tensor:
+        results = self.module.run(*args)
+        update: Tensor = results[self.moved] - args[self.param]
+        named: dict[str, Tensor] = {
+            "count": torch.ones_like(update),
+            "update": update * update,
+            "grad": args[self.grad] * args[self.grad],
+        }
+        for state in self.states.values():
+            named |= self._state(args, results, update, state)
+        total: Tensor = torch.ops.stq.sums(list(named.values()), " ".join(named))
+        return total
+
+    def _state(
+        self, args: tuple[Any, ...], results: Any, update: Tensor, state: _State
+    ) -> dict[str, Tensor]:
+        old, new = args[state.position], results[state.output]
+        squared = self._effect(args, update, state)
+        normalizer = self.unit.facts.normalizers.get(state.key)
+        named: dict[str, Tensor] = {}
+        kept = persistence(
+            amplification(self.unit.facts.recurrences.get(state.key)), self.rounding
+        )  # fmt: skip
+        for width, format in formats_of(self.unit, state.key).items():
+            divisor = None
+            if format.normalized and normalizer is not None:
+                divisor = results[self._output(normalizer)]
+            error = torch.ops.stq.settled_error(
+                old, new, divisor, format.name, kept, self.rounding
+            )  # fmt: skip
+            named[f"{state.key}:error_{width}"] = squared(error)
+        values = torch.ops.stq.factors(old, new, args[self.grad])
+        named |= {f"{state.key}:{n}": v for n, v in zip(FACTORS, values, strict=True)}
+        return named
+
+    def _output(self, key: str) -> int:
+        name = next(o.name for o in self.unit.operands if o.source.key == key)
+        return (self.unit.writes or ()).index(name)
+
+    def _effect(
+        self, args: tuple[Any, ...], update: Tensor, state: _State
+    ) -> Callable[[Tensor], Tensor]:
+        """The square of what an error of the state does to the update, per element."""
+
+        def updated(x: Tensor) -> Tensor:
+            row = [*args[: state.position], x, *args[state.position + 1 :]]
+            moved: Tensor = self.module.run(*row)[self.moved] - args[self.param]
+            return moved
+
+        old = args[state.position]
+        if is_smooth(self.unit, self.unit.placeholders[state.position].name):
+            slope = torch.func.jvp(updated, (old,), (torch.ones_like(old),))[1]
+
+            def squared(error: Tensor) -> Tensor:
+                effect = slope * error
+                return effect * effect
+
+            return squared
+        nonnegative = state.key in self.unit.facts.nonnegative
+
+        def difference(error: Tensor) -> Tensor:
+            below = old - error
+            low = updated(below.clamp_min(0.0) if nonnegative else below) - update
+            high = updated(old + error) - update
+            return (low * low + high * high) * 0.5
+
+        return difference

@@ -1,0 +1,88 @@
+"""What the sums of a measuring kernel say about a state: predicted errors, and factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FACTOR_NAMES = (
+    "range", "crest", "kurtosis", "zeros", "increment", "swamped", "agreement",
+    "scale_spread", "scale_drift", "narrowness", "predicted",
+)  # fmt: skip
+"""The pool that factor selection chooses from.
+
+Of a state: ``range`` (standard deviation of log2 of the magnitudes, octaves), ``crest`` (log2 of the
+blocks' maximum over their root mean square), ``kurtosis`` (log2), ``zeros`` (share of elements),
+``increment`` (log2 of the mean increment over the mean magnitude), ``swamped`` (share of elements whose
+increment is below half a level of 4 bits), ``agreement`` (share whose sign is the gradient's: the
+gradient's signal against its noise), ``scale_spread`` (of the blocks' scales, octaves),
+``scale_drift`` (of their mean since the last look, octaves). Of a width: ``narrowness`` (2^-width)
+and ``predicted`` (log of the error that the law predicts)."""
+
+SIGNIFICANT_BITS = 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One look at one state of one tensor."""
+
+    errors: dict[int, float]
+    """Predicted relative perturbation of the update by width: what the settled error does to it,
+    squared and summed, over the sum of the update's squares."""
+    factors: dict[str, float]
+    level: float  # mean log2 of the blocks' scales
+
+    def at(self, width: int) -> dict[str, float]:
+        """All factors for one width."""
+        predicted = math.log(max(self.errors[width], 1e-30))
+        return {**self.factors, "narrowness": 2.0**-width, "predicted": predicted}
+
+
+def rounded(x: float) -> float:
+    """``x`` to 24 significant bits: sums of shards, added in any order, come out the same."""
+    if not math.isfinite(x) or x == 0:
+        return x
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(math.ldexp(mantissa, SIGNIFICANT_BITS)), exponent - SIGNIFICANT_BITS)
+
+
+def interpret(sums: Mapping[str, float], key: str, before: Measured | None) -> Measured | None:
+    """Errors and factors of state ``key`` from a tensor's sums.
+
+    None if the step did not move the parameter (a learning rate of zero): there is no update to
+    compare an error with.
+    """
+    update, count = rounded(sums["update"]), sums["count"]
+    if not (update > 0 and math.isfinite(update) and count):
+        return None
+    prefix = f"{key}:"
+    own = {n.removeprefix(prefix): rounded(v) for n, v in sums.items() if n.startswith(prefix)}
+    errors = {
+        int(name.removeprefix("error_")): value / update
+        for name, value in own.items()
+        if name.startswith("error_")
+    }
+    mean = {name: value / count for name, value in own.items()}
+    level = mean["scale"]
+    energy = max(mean["energy"], 1e-30)
+    factors = {
+        "range": _deviation(mean["octaves"], mean["octaves_squared"]),
+        "crest": -0.5 * math.log2(energy),
+        "kurtosis": math.log2(max(mean["fourth"], 1e-30) / energy**2),
+        "zeros": mean["zeros"],
+        "increment": _log_ratio(mean["increment"], mean["magnitude"]),
+        "swamped": mean["swamped"],
+        "agreement": mean["agreement"],
+        "scale_spread": _deviation(level, mean["scale_squared"]),
+        "scale_drift": 0.0 if before is None else level - before.level,
+    }
+    return Measured(errors, factors, level)
+
+
+def _deviation(mean: float, square: float) -> float:
+    return math.sqrt(max(square - mean * mean, 0.0))
+
+
+def _log_ratio(a: float, b: float) -> float:
+    return math.log2(max(a, 1e-12) / max(b, 1e-12))

@@ -1,0 +1,268 @@
+"""Chooses the widths: a prior at birth, then a look every `interval` steps and a decision after it.
+
+For a state ``s`` of tensor ``i`` at width ``b``, a look gives the relative perturbation of the
+tensor's own update, ``D = sum (du/ds * error_b)^2 / sum u^2`` (`passes.measure`). A calibration from
+direct measurements corrects it by the factors that explain where the law is off. The total that is
+kept below the tolerance, or made least under a budget, is the mean over all elements,
+
+    sum over i of (elements of i / elements of all) * sum over s of D_is(b_is).
+
+Numbers of a planner are Python floats and a decision is a function of them alone, so equal sums give
+equal plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stq_compile.options import Options
+from stq_compile.planner.costs import Choice, Decision, Rules, StateCosts
+from stq_compile.planner.decision import decide_budget, decide_tolerance
+from stq_compile.planner.factors import FACTOR_NAMES, Measured, interpret
+from stq_compile.planner.history import Change, History, Record
+from stq_compile.planner.selection import IDENTITY, Calibration, calibrate
+
+StateKey = tuple[int, str]
+
+FIRST_LOOKS = (20, 50)
+"""Steps of the first looks, before those of the interval: states change fast at the beginning."""
+CALIBRATIONS = 3
+"""Looks with direct measurements."""
+
+
+@dataclass(frozen=True)
+class Managed:
+    """A state whose width the planner chooses."""
+
+    key: StateKey
+    param: str
+    state: str
+    numel: int
+    nbytes: Mapping[int, int]  # all bytes at each width
+    prior: Mapping[int, float]  # error at each width before the first look
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A direct measurement beside the prediction: factors, and log of the ratio."""
+
+    factors: dict[str, float]
+    log_ratio: float
+
+
+class Planner:
+    """The widths of one optimizer's states."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.rules = Rules(options.hysteresis, options.dwell, options.rungs)
+        self.managed: dict[StateKey, Managed] = {}
+        self.widths: dict[StateKey, int] = {}
+        self.waited: dict[StateKey, int] = {}
+        self.measured: dict[StateKey, Measured] = {}
+        self.alarms: set[StateKey] = set()
+        self.calibration: Calibration = IDENTITY
+        self.observations: list[Observation] = []
+        self.looks = 0
+        self._total = 0
+        self.history = History()
+
+    @property
+    def mode(self) -> str:
+        return "tolerance" if self.options.target_bits is None else "budget"
+
+    def enroll(
+        self, states: Iterable[Managed], fixed_bytes: int, elements: int, step: int
+    ) -> dict[StateKey, int]:
+        """Take over new states and give them a first width; returns the widths that change.
+
+        Args:
+            states: all that are to be managed, known ones included.
+            fixed_bytes: bytes of all states that are not managed.
+            elements: elements of all states, in float32 training.
+            step: steps made so far.
+        """
+        self.managed |= {s.key: s for s in states if s.key not in self.managed}
+        self._total = sum({k[0]: s.numel for k, s in self.managed.items()}.values())
+        if self.widths.keys() >= self.managed.keys():
+            return {}
+        return self._change_widths("prior", step, fixed_bytes, elements)
+
+    def due(self, step: int) -> bool:
+        """Whether a look follows step number ``step`` (from 1)."""
+        if not self.managed:
+            return False
+        interval = self.options.interval
+        return step % interval == 0 or (step in FIRST_LOOKS and step < interval)
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether the next look wants direct measurements too."""
+        return self.looks < CALIBRATIONS
+
+    def look(self, sums: Mapping[int, Mapping[str, float]]) -> None:
+        """Take the sums of a look, by parameter number."""
+        self.looks += 1
+        self.alarms.clear()
+        for key in self.managed:
+            if key[0] not in sums or f"{key[1]}:scale" not in sums[key[0]]:
+                continue
+            before = self.measured.get(key)
+            found = interpret(sums[key[0]], key[1], before)
+            if found is None:
+                continue
+            self.measured[key] = found
+            width = self.widths[key]
+            error = found.errors.get(width, 0.0)
+            grown = before is not None and error > self.options.alarm * before.errors.get(width, 0)
+            if error > 1 or grown:
+                self.alarms.add(key)
+
+    def observe(self, direct: Mapping[StateKey, Mapping[int, float]]) -> None:
+        """Take direct measurements (relative perturbations by width), and calibrate on all."""
+        for key, errors in direct.items():
+            measured = self.measured.get(key)
+            if measured is None:
+                continue
+            for width, error in errors.items():
+                predicted = measured.errors.get(width, 0.0)
+                if error > 0 and predicted > 0:
+                    ratio = math.log(error / predicted)
+                    self.observations.append(Observation(measured.at(width), ratio))
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        if self.observations:
+            rows = [[o.factors[n] for n in FACTOR_NAMES] for o in self.observations]
+            target = np.array([o.log_ratio for o in self.observations])
+            self.calibration = calibrate(np.array(rows), target, FACTOR_NAMES)
+
+    def decide(self, step: int, fixed_bytes: int, elements: int) -> dict[StateKey, int]:
+        """Decide on all widths after a look; returns those that change."""
+        return self._change_widths(self.mode, step, fixed_bytes, elements)
+
+    def _change_widths(
+        self, mode: str, step: int, fixed_bytes: int, elements: int
+    ) -> dict[StateKey, int]:
+        before = dict(self.widths)
+        costs = [self._costs(state) for state in self.managed.values()]
+        decision = self._decide(costs, fixed_bytes, elements)
+        self._take(decision, mode, step, fixed_bytes, elements)
+        return {k: w for k, w in self.widths.items() if before.get(k) != w}
+
+    def error_of(self, key: StateKey, width: int) -> float:
+        """Predicted relative perturbation of its parameter's update by one state."""
+        if width == 32:
+            return 0.0
+        measured = self.measured.get(key)
+        if measured is None:
+            return self.managed[key].prior[width]
+        error = measured.errors[width]
+        return error * math.exp(self.calibration.correct(measured.at(width))) if error else 0.0
+
+    def _share(self, state: Managed) -> float:
+        """The parameter's share of all elements."""
+        return state.numel / self._total
+
+    def _costs(self, state: Managed) -> StateCosts:
+        share = self._share(state)
+        widths = tuple(w for w in self.options.ladder if w in state.nbytes)
+        errors = [share * self.error_of(state.key, w) for w in widths]
+        return StateCosts(
+            key=state.key,
+            widths=widths,
+            nbytes=tuple(state.nbytes[w] for w in widths),
+            error=tuple(errors),
+            current=self.widths.get(state.key),
+            waited=self.waited.get(state.key, 1 << 30),
+            alarm=state.key in self.alarms,
+        )
+
+    def _decide(self, costs: Sequence[StateCosts], fixed_bytes: int, elements: int) -> Decision:
+        target = self.options.target_bits
+        if target is not None:
+            budget = math.floor(target * elements / 8) - fixed_bytes
+            return decide_budget(costs, budget, self.rules)
+        return decide_tolerance(costs, self.options.tolerance_or_default, self.rules)
+
+    def _take(
+        self, decision: Decision, mode: str, step: int, fixed_bytes: int, elements: int
+    ) -> None:
+        changes = []
+        for choice in decision.choices:
+            before = self.widths.get(choice.key)
+            if before == choice.width:
+                self.waited[choice.key] = self.waited.get(choice.key, 1 << 30) + 1
+                continue
+            changes.append(self._change(choice, before, decision.price))
+            self.widths[choice.key] = choice.width
+            self.waited[choice.key] = 0
+        bits = 8 * (decision.nbytes + fixed_bytes) / elements if elements else 0.0
+        self.history.add(
+            Record(
+                step, mode, decision.error, bits, decision.price,
+                str(self.calibration.certificate or "not calibrated"), tuple(changes),
+            )
+        )  # fmt: skip
+
+    def _change(self, choice: Choice, before: int | None, price: float) -> Change:
+        state = self.managed[choice.key]
+        share = self._share(state)
+        measured = self.measured.get(choice.key)
+        errors = {width: error / share for width, error, _ in choice.alternatives}
+        if before is None or measured is None:
+            reason = "first width, from the prior"
+        else:
+            now = self.error_of(choice.key, before)
+            alarm = "alarm: the error grew; " if choice.key in self.alarms else ""
+            worth = "error falls" if choice.width > before else "bytes are worth more"
+            reason = f"{alarm}{worth}: {now:.3g} -> {errors[choice.width]:.3g}"
+        return Change(
+            param=state.param,
+            state=state.state,
+            before=before,
+            after=choice.width,
+            error=errors.get(choice.width, 0.0),
+            reason=reason,
+            alternatives=tuple((w, errors[w], n) for w, _, n in choice.alternatives),
+            factors={} if measured is None else dict(measured.factors),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later decisions depend on, and the history, in plain types."""
+        return {
+            "looks": self.looks,
+            "widths": [[p, k, w] for (p, k), w in self.widths.items()],
+            "waited": [[p, k, min(n, 1 << 30)] for (p, k), n in self.waited.items()],
+            "measured": [
+                [p, k, {str(w): e for w, e in m.errors.items()}, dict(m.factors), m.level]
+                for (p, k), m in self.measured.items()
+            ],
+            "observations": [[dict(o.factors), o.log_ratio] for o in self.observations],
+            "history": self.history.to_dict(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.looks = int(saved["looks"])
+        self.widths = {(int(p), str(k)): int(w) for p, k, w in saved["widths"]}
+        self.waited = {(int(p), str(k)): int(n) for p, k, n in saved["waited"]}
+        self.measured = {
+            (int(p), str(k)): Measured(
+                {int(w): float(e) for w, e in errors.items()},
+                {str(n): float(f) for n, f in factors.items()},
+                float(level),
+            )
+            for p, k, errors, factors, level in saved["measured"]
+        }
+        self.observations = [
+            Observation({str(n): float(f) for n, f in factors.items()}, float(ratio))
+            for factors, ratio in saved["observations"]
+        ]
+        self.history = History.from_dict(saved["history"])
+        self._calibrate()
