@@ -32,10 +32,12 @@ class Resources:
     shared_bytes: int
     barriers: int
     instructions: int
-    accesses: tuple[tuple[str, int, int], ...]
-    """(``load`` or ``store``, bits of an access, how many), per thread."""
+    accesses: tuple[tuple[str, int, int, int], ...]
+    """(``load`` or ``store``, units, bits of a unit, how many such accesses), per thread."""
     seconds: float
     """Processor time of the compilation."""
+    assembly: str
+    """PTX, or AMD's assembly."""
 
 
 def compile_for(
@@ -95,6 +97,7 @@ def _cuda_resources(compiled: Any, seconds: float) -> Resources:
         instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[@A-Z][^\n]*;", assembly)),
         accesses=_accesses(re.findall(r"\b(ld|st)\.global\w*\S*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)),
         seconds=seconds,
+        assembly=ptx,
     )
 
 
@@ -120,6 +123,7 @@ def _hip_resources(compiled: Any, seconds: float) -> Resources:
         instructions=sum(bool(re.match(r"[vs]_|global_|buffer_|ds_", line)) for line in lines),
         accesses=_accesses(accesses),
         seconds=seconds,
+        assembly=text,
     )
 
 
@@ -130,12 +134,12 @@ def _unit(suffix: str, words: dict[str, int]) -> str:
     return "8" if "byte" in suffix or suffix.endswith("8") else "16"
 
 
-def _accesses(found: list[tuple[str, str, str]]) -> tuple[tuple[str, int, int], ...]:
-    counts: dict[tuple[str, int], int] = {}
+def _accesses(found: list[tuple[str, str, str]]) -> tuple[tuple[str, int, int, int], ...]:
+    counts: dict[tuple[str, int, int], int] = {}
     for kind, vector, bits in found:
-        key = ("load" if kind == "ld" else "store", int(vector or 1) * int(bits))
+        key = ("load" if kind == "ld" else "store", int(vector or 1), int(bits))
         counts[key] = counts.get(key, 0) + 1
-    return tuple((kind, bits, n) for (kind, bits), n in sorted(counts.items()))
+    return tuple((*key, n) for key, n in sorted(counts.items()))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -180,8 +180,7 @@ class _Emitter:
         if v.opcode in ("store", "store_half"):
             x = self._argument(v.args[0], Type.FLOAT if v.opcode == "store" else Type.INT)
             if isinstance(v.args[0], Value):
-                halves = v.opcode == "store_half"
-                x = f"{x}.to({'tl.uint16' if halves else self._dtype(v.operand)})"
+                x = f"{x}.to({self._stored(v)})"
             return f"tl.store({operand} + 16 * plane(i), {x}, mask=inside)"
         if v.opcode == "pack":
             assert isinstance(v.args[0], Value)
@@ -232,5 +231,10 @@ class _Emitter:
         name = python_name(a.name)
         return f"{name}[i]" if id(a) in self.planar else name
 
-    def _dtype(self, operand: str) -> str:
-        return ELEMENT_TYPES[self.kernel.operand(operand).dtype]
+    def _stored(self, v: Value) -> str:
+        """The type of an element in memory, and how it is rounded to."""
+        if v.opcode == "store_half":
+            return "tl.uint16"
+        dtype = self.kernel.operand(v.operand).dtype
+        rounding = "" if dtype == "float32" else ', fp_downcast_rounding="rtne"'
+        return f"{ELEMENT_TYPES[dtype]}{rounding}"

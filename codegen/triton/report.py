@@ -95,7 +95,7 @@ def static_report(kernel: Kernel, emitted: Emitted, template: str, target: Targe
         local_bytes=resources.local_bytes,
         shared_bytes=resources.shared_bytes,
         barriers=resources.barriers,
-        widest_access_bits=max(bits for _, bits, _ in resources.accesses),
+        widest_access_bits=max(units * bits for _, units, bits, _ in resources.accesses),
         bytes_per_param=round(moved, 4),
         counted_bytes_per_param=_counted(resources, target),
         fused_float32_bytes_per_param=FUSED_FLOAT32_BYTES,
@@ -124,20 +124,15 @@ def _counted(resources: Resources, target: Target) -> float | None:
     elements = target.blocks_per_warp * BLOCK / target.lanes
     tile = elements * target.lanes * WARPS
     total = 0.0
-    for kind, bits, count in resources.accesses:
-        size = count * bits / 8
+    for kind, units, bits, count in resources.accesses:
+        size = count * units * bits / 8
         if bits == 16:
             total += size / BLOCK / (4 if kind == "store" else 1)
-        elif bits == 64 and kind == "load" and not _halves(resources):
+        elif bits == 64:
             total += size / tile
         else:
             total += size / elements
     return round(total, 4)
-
-
-def _halves(resources: Resources) -> bool:
-    """Whether 64-bit accesses are 4 lanes of 16 bits: then they are stored too."""
-    return any(kind == "store" and bits == 64 for kind, bits, _ in resources.accesses)
 
 
 def _occupancy(resources: Resources, machine: Machine) -> float:
