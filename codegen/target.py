@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-import torch
-
 from stq_compile.codegen.ir import Kernel, OperandKind
 from stq_compile.errors import (
-    UnsupportedDeviceError,
     UnsupportedElementError,
     UnsupportedTargetError,
 )
@@ -79,20 +76,3 @@ def parse_target(text: str) -> Target:
     raise UnsupportedTargetError(
         target=text, reason="not cpu, cuda:<capability> or hip:gfx9..", valid=", ".join(KNOWN)
     )
-
-
-def target_of(device: torch.device, source: object = "a parameter") -> Target:
-    """The target for parameters on ``device``; raises `UnsupportedDeviceError`."""
-    if device.type == "cpu":
-        return CPU
-    if device.type == "cuda":
-        return parse_target(_architecture(device))
-    raise UnsupportedDeviceError(source=source, device=device, valid="cpu")
-
-
-def _architecture(device: torch.device) -> str:
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return f"hip:{name.split(':')[0]}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{major}{minor}"

@@ -198,8 +198,8 @@ class InvalidTargetError(StqError):
 
 class UnsupportedDeviceError(StqError):
     message = (
-        "{source} is on device {device}, for which there is no code generator yet; "
-        "supported: {valid}"
+        "{source} is on device {device}, on which steps cannot be run yet; supported: {valid} "
+        "(`stq kernels --target` shows the kernels for GPUs)"
     )
 
 

@@ -20,7 +20,7 @@ import interpreter_process
 from kernels import Rig
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.triton.emit import Emitted, emit
-from stq_compile.codegen.triton.kernel import TritonKernel, tile_map
+from stq_compile.codegen.triton.kernel import TritonKernel, tile_map, vector_of
 
 INTERPRETED_BLOCKS = 64
 """A larger tile than a GPU's: the interpreter's time goes by operations, not by elements."""
@@ -62,7 +62,7 @@ class InterpretedKernel:
         # Sizes that are no multiple of 4 have a launch of their own.
         numels = table[:, -2].tolist()
         for vector in (4, 1):
-            mine = [n if (4 if n % 4 == 0 else 1) == vector else 0 for n in numels]
+            mine = [n if vector_of(n, ()) == vector else 0 for n in numels]
             tiles = torch.from_numpy(tile_map(mine, self.blocks))
             self.kernel.update(table, slots, tiles, vector=vector, blocks=self.blocks)
 
