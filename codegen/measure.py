@@ -18,7 +18,7 @@ from stq_compile.codegen.expand import (
     scale_up,
 )
 from stq_compile.codegen.ir import Argument, Builder, Value
-from stq_compile.error_law import BFLOAT16_SPACING, FARTHEST, LOWEST_OCTAVE, TINY
+from stq_compile.error_law import BFLOAT16_SPACING, EVENNESS, FARTHEST, LOWEST_OCTAVE, TINY
 from stq_compile.formats import MIDRISE_CLIP, Format
 
 
@@ -73,7 +73,7 @@ class _Law:
             return b.op("mul", b.op("mul", square, factor), 1 / 12)
         ratio = b.op("div", increment, distance)
         position = b.op("sub", ratio, b.op("floor", ratio))
-        spread = b.op("mul", position, b.op("sub", 1.0, position))
+        spread = b.op("mul", b.op("mul", position, b.op("sub", 1.0, position)), EVENNESS)
         return b.op("mul", b.op("mul", square, spread), factor)
 
 

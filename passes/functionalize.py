@@ -25,7 +25,16 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph
+from stq_compile.errors import UnsupportedOperatorError
+from stq_compile.step_graph import (
+    Instance,
+    Operand,
+    Program,
+    Role,
+    Source,
+    StepGraph,
+    location_of,
+)
 
 
 def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
@@ -75,10 +84,12 @@ COPY = torch.ops.aten.copy_.default
 
 def functionalize(program: Program) -> Program:
     """Functionalize and decompose every unit that still updates its inputs in place."""
-    return Program(program.optimizer, tuple(_functionalize(unit) for unit in program.units))
+    return Program(
+        program.optimizer, tuple(_functionalize(unit, program.optimizer) for unit in program.units)
+    )
 
 
-def _functionalize(unit: StepGraph) -> StepGraph:
+def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
     if unit.writes is not None:
         return unit
     module = fx.GraphModule({}, unit.graph)
@@ -86,7 +97,7 @@ def _functionalize(unit: StepGraph) -> StepGraph:
 
     def run(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():
-            return _Interpreter(module).run(*args)
+            return _Interpreter(module, optimizer, unit).run(*args)
 
     traced = make_fx(
         torch.func.functionalize(run, remove="mutations_and_views"),
@@ -97,7 +108,27 @@ def _functionalize(unit: StepGraph) -> StepGraph:
 
 
 class _Interpreter(fx.Interpreter):
-    """Reading a hyperparameter (``lr.item()``) gives the symbolic float that stands for it."""
+    """Reading a hyperparameter (``lr.item()``) gives the symbolic float that stands for it.
+
+    An operator that cannot run here (a matrix product: stand-ins have one dimension) is refused
+    with its line.
+    """
+
+    def __init__(self, module: fx.GraphModule, optimizer: str, unit: StepGraph) -> None:
+        super().__init__(module)
+        self.optimizer, self.unit = optimizer, unit
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except RuntimeError as error:  # what torch says of an operator that it cannot run here
+            raise UnsupportedOperatorError(
+                optimizer=self.optimizer,
+                source=self.unit.instances[0].param.source,
+                operator=n.target,
+                reason=str(error).strip().split("\n")[0],
+                location=location_of(n),
+            ) from error
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "item" and isinstance(args[0], torch.SymFloat):

@@ -26,7 +26,14 @@ def partition(program: Program, why_not: Supports) -> Program:
     return Program(program.optimizer, units)
 
 
-def _partition(unit: StepGraph, optimizer: str, why_not: Supports) -> StepGraph:
+def refuse_unsupported(program: Program, why_not: Supports) -> Program:
+    """The program as it is; raises for an operator without a kernel, before any pass runs it."""
+    for unit in program.units:
+        _refuse(unit, program.optimizer, why_not)
+    return program
+
+
+def _refuse(unit: StepGraph, optimizer: str, why_not: Supports) -> None:
     for node in unit.calls:
         reason = why_not(node)
         if reason:
@@ -37,6 +44,10 @@ def _partition(unit: StepGraph, optimizer: str, why_not: Supports) -> StepGraph:
                 reason=reason,
                 location=location_of(node),
             )
+
+
+def _partition(unit: StepGraph, optimizer: str, why_not: Supports) -> StepGraph:
+    _refuse(unit, optimizer, why_not)
     elements = element_nodes(unit)
     regions = {n.name: "fused" if n in elements else "scalar" for n in unit.calls}
     return unit.replace(regions=regions)

@@ -70,7 +70,8 @@ def _current_optimizer() -> Optimizer:
     """The optimizer whose ``step`` Dynamo is translating now."""
     tx = InstructionTranslator.current_tx()
     frame = tx.output.root_tx
-    candidates = [frame.f_locals.get("self"), *frame.f_locals.get("args", ())[:1]]
+    first = frame.f_code.co_varnames[:1]  # "self", as a rule
+    candidates = [*map(frame.f_locals.get, first), *frame.f_locals.get("args", ())[:1]]
     for found in candidates:  # torch's wrapper of a custom step calls it with *args
         if isinstance(found, Optimizer):
             return found

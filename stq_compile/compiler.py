@@ -25,7 +25,7 @@ from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.passes.measure import measure
 from stq_compile.passes.normalizers import find_normalizers
-from stq_compile.passes.partition import partition
+from stq_compile.passes.partition import partition, refuse_unsupported
 from stq_compile.passes.quantize import FormatOf, insert_quantize
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
@@ -38,6 +38,7 @@ FRONT: Sequence[Pass] = (
     Pass("split", split),
     Pass("fold", fold),
     Pass("functionalize", functionalize),
+    Pass("refuse", partial(refuse_unsupported, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),
     Pass("recurrences", find_recurrences),

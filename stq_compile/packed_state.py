@@ -97,6 +97,20 @@ class PackedState(Tensor):
     def tolist(self) -> Any:
         return self.dequantize().tolist()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.dequantize(), spec) if spec else str(self)
+
+    # Methods that reach for the memory itself, of which there is none: they would crash.
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.dequantize().__dlpack__(**options)  # type: ignore[no-untyped-call]  # torch's
+
+    def share_memory_(self) -> PackedState:
+        """Move codes and scales into shared memory; the values do not change."""
+        self.packed.codes.share_memory_()
+        self.packed.scales.share_memory_()
+        self.packed.version += 1
+        return self
+
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         return self.detach()
@@ -194,7 +208,8 @@ def _check_tracing(func: Any) -> None:
     tx = getattr(tls, "current_tx", None)
     frame = None if tx is None else tx.output.root_tx
     names = {} if frame is None else frame.f_locals
-    candidates = [names.get("self"), *names.get("args", ())[:1]]
+    first = () if frame is None else frame.f_code.co_varnames[:1]  # "self", as a rule
+    candidates = [*map(names.get, first), *names.get("args", ())[:1]]
     if not any(isinstance(c, Optimizer) for c in candidates):
         raise TracingError(operation=func)
 

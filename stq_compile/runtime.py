@@ -24,7 +24,7 @@ from stq_compile.errors import ChangedTensorError, FormatMismatchError
 from stq_compile.formats import Format, block_count
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import slots_of
-from stq_compile.rounding import GOLDEN, mix64, stream_id
+from stq_compile.rounding import stream_id, stream_key
 from stq_compile.step_graph import Instance, Operand, Role
 from stq_compile.storage import PackedStorage
 
@@ -89,7 +89,7 @@ class Bucket:
         """Fields that never change: keys of random streams, hoisted constants."""
         if column.kind is OperandKind.KEY:
             streams = [stream_id(o.source.param, o.source.key) for o in column.operands]
-            keys = np.array([mix64(s * GOLDEN + 1) for s in streams], dtype=np.uint64)
+            keys = np.array([stream_key(s) for s in streams], dtype=np.uint64)
             self.table[:, column.index] = keys.view(np.int64)
         elif column.kind is OperandKind.NUMBER:
             values = [0.0 if o.value is None else o.value for o in column.operands]
@@ -254,8 +254,3 @@ def _buffer(storage: PackedStorage, role: Role) -> Tensor:
 
 def _numel(instance: Instance) -> int:
     return torch.Size(instance.param.shape).numel()
-
-
-def mixed_step(seed: int, step: int) -> int:
-    """The step's part of every stream key, as the kernel takes it."""
-    return mix64(seed + GOLDEN * (step + 1))

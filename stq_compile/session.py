@@ -34,8 +34,8 @@ from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
-from stq_compile.rounding import stream_id
-from stq_compile.runtime import Bucket, MeasuringBucket, mixed_step, present
+from stq_compile.rounding import mixed_step, stream_id
+from stq_compile.runtime import Bucket, MeasuringBucket, present
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph, location_of
 from stq_compile.storage import PackedStorage
 
@@ -81,6 +81,7 @@ class Session:
     def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         captured = capture(gm, self.optimizer)
+        _check_dtypes(captured.program)
         stages = analyse(captured.program, self.dump)
         program = stages[-1].program
         _check_program(program)
@@ -426,6 +427,18 @@ class CompiledStep:
         return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
 
 
+def _check_dtypes(program: Program) -> None:
+    """Before anything is analysed: passes compute with the types that they see."""
+    for unit in program.units:
+        for operand in unit.operands:
+            if operand.role in (Role.PARAM, Role.GRAD) and operand.dtype != torch.float32:
+                raise UnsupportedParameterError(
+                    optimizer=program.optimizer,
+                    source=operand.source,
+                    reason=f"the {operand.role} is {operand.dtype}; only float32 is supported",
+                )
+
+
 def _check_program(program: Program) -> None:
     for unit in program.units:
         for instance in unit.instances:
@@ -458,8 +471,6 @@ def _check_operands(optimizer: str, unit: StepGraph, operands: tuple[Operand, ..
 
 
 def _param_defect(operand: Operand, param: Operand) -> str:
-    if operand.dtype != torch.float32:
-        return f"the {operand.role} is {operand.dtype}; only float32 is supported so far"
     if operand.shape != param.shape:
         return f"the gradient has shape {operand.shape}, the parameter {param.shape}"
     dense = torch.empty_strided(operand.shape, operand.stride, device="meta")

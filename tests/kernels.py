@@ -23,8 +23,8 @@ from stq_compile.options import Rounding
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import insert_quantize
-from stq_compile.rounding import NEAREST, Noise, step_key, stream_id
-from stq_compile.runtime import Bucket, mixed_step
+from stq_compile.rounding import NEAREST, Noise, mixed_step, step_key, stream_id
+from stq_compile.runtime import Bucket
 from stq_compile.step_graph import Operand, Role, StepGraph
 from zoo import BETAS, EPS, LR
 

@@ -399,3 +399,12 @@ def test_a_state_without_storage_is_a_stand_in_for_tracing() -> None:
 def test_it_cannot_be_viewed_as_another_dtype() -> None:
     with pytest.raises(FormatMismatchError, match="int32"):
         pack(random(4, 4)).view(torch.int32)
+
+
+def test_what_reaches_for_the_memory_does_not_crash() -> None:
+    """DLPack and shared memory ask a tensor for its storage, which a packed state has not."""
+    state = PackedState.pack(torch.randn(40, 33), FORMATS["softsign8"])
+    values = state.dequantize()
+    assert torch.equal(torch.from_dlpack(state), values)
+    assert torch.equal(state.share_memory_().dequantize(), values)
+    assert f"{state[0, 0]:.3f}" == f"{values[0, 0]:.3f}"

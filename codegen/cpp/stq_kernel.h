@@ -219,11 +219,13 @@ STQ_INLINE uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 struct BlockKey {
-  uint32_t low, high;
+  uint32_t low, high, rotation;
 };
 STQ_INLINE BlockKey block_key(uint64_t stream, uint64_t step, int64_t block) {
-  const uint64_t key = mix64(mix64(step ^ stream) + 0x9E3779B97F4A7C15ull * static_cast<uint64_t>(block + 1));
-  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+  constexpr uint64_t upper = 0xFFFFFFFF00000000ull;  // below: the step, by which numbers rotate
+  const uint64_t base = mix64((step & upper) ^ stream) & upper;
+  const uint64_t key = mix64(base + 0x9E3779B97F4A7C15ull * static_cast<uint64_t>(block + 1));
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(step) * 0x9E3779B9u};
 }
 STQ_INLINE u32v random_bits(BlockKey key, int plane) {
   u32v x = (reinterpret_cast<u32v>(iota()) + static_cast<uint32_t>(plane * kLanes)) * 0x9E3779B9u + key.low;
@@ -232,7 +234,7 @@ STQ_INLINE u32v random_bits(BlockKey key, int plane) {
   x ^= key.high;
   x ^= x >> 15;
   x *= 0x846CA68Bu;
-  return x ^ (x >> 16);
+  return (x ^ (x >> 16)) + key.rotation;
 }
 STQ_INLINE i32v random(BlockKey key, int plane) { return reinterpret_cast<i32v>(random_bits(key, plane)); }
 STQ_INLINE f32v random24(BlockKey key, int plane) {

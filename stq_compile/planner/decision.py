@@ -95,9 +95,9 @@ def _filled(table: Table, cost: Floats, allowed: Bools, chosen: Ints, budget: in
         fits = allowed & (extra >= 0) & (extra <= room)
         better = fits & (extra > 0) & (cost < cost[every, chosen, None])
         rows = np.flatnonzero(better.any(axis=1))
-        if not len(rows):
-            return chosen
         steps = build_steps(cost[rows], table.nbytes[rows], fits[rows])
+        if not len(steps):  # also where all that is left to gain is too small for a slope
+            return chosen
         chosen[rows] = steps.chosen(take_within(steps, room)[0])
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from stq_compile import reference
-from stq_compile.error_law import TINY, persistence
+from stq_compile.error_law import EVENNESS, TINY, persistence
 from stq_compile.formats import BLOCK, FORMATS, MIDRISE_CLIP, Format
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import amplification, formats_of, is_smooth, measured_states
@@ -66,7 +66,7 @@ def measure_directly(
         template = _Template(unit, sample.inputs)
         per_tensor = _per_tensor(template.update().square(), sample.counts)
         for operand in measured_states(unit):
-            state = _StateOf(unit, operand, template, step_key(seed, look, 0), rounding)
+            state = _StateOf(unit, operand, template, (seed, look), rounding)
             for width in WIDTHS:
                 effect = _per_tensor(state.effect(width), sample.counts)
                 for instance, e, u in zip(sample.instances, effect, per_tensor, strict=True):
@@ -104,11 +104,17 @@ class _StateOf:
     """One state of a template, quantized at each width in turn."""
 
     def __init__(
-        self, unit: StepGraph, operand: Operand, template: _Template, key: int, rounding: str
+        self,
+        unit: StepGraph,
+        operand: Operand,
+        template: _Template,
+        draw: tuple[int, int],
+        rounding: str,
     ) -> None:
         self.template = template
         self.name = operand.name
-        self.noises = [Noise(step_key(key, n, 1)) for n in (0, 1)]
+        seed, look = draw
+        self.noises = [Noise(step_key(seed, look, stream)) for stream in (0, 1)]
         if rounding == "nearest":
             self.noises = [NEAREST, NEAREST]
         self.formats = formats_of(unit, operand.source.key)
@@ -144,9 +150,10 @@ class _StateOf:
         return noise + cut.square()
 
     def _kept(self, old: Tensor, new: Tensor) -> Tensor:
+        evenness = EVENNESS if self.noises[0].key is not None else 1.0
         if math.isfinite(self.persistence):
-            return torch.full_like(new, self.persistence)
-        return new.abs() / (2 * (new - old).abs()).clamp_min(TINY) + 1
+            return torch.full_like(new, self.persistence * evenness)
+        return (new.abs() / (2 * (new - old).abs()).clamp_min(TINY) + 1) * evenness
 
 
 def _quantized(x: Tensor, format: Format, noise: Noise, unit: Tensor | None) -> Tensor:
