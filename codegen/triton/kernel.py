@@ -68,7 +68,7 @@ class TritonKernel:
         return torch.zeros(rows, self.emitted.slot_fields, dtype=torch.int64, device=device)
 
     def scalars(self, table: Tensor, slots: Tensor, clock: Tensor) -> None:
-        """First launch; ``clock`` is int64 ``[1]``, the mixed step (`runtime.mixed_step`)."""
+        """First launch; ``clock`` is int64 ``[1]``, the mixed step (`rounding.mixed_step`)."""
         rows = table.shape[0]
         grid = (-(-rows // SCALAR_ROWS),)
         self.module.scalars[grid](

@@ -174,10 +174,19 @@ def mix64(x):
 
 
 @triton.jit
-def block_key(stream, block):
-    """Two 32-bit keys per block; ``stream`` is mixed with the step already."""
-    key = mix64(stream + (block + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
-    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+def step_key(stream, step):
+    """`rounding.step_key`: a hash above, below it the step's low 32 bits."""
+    hashed = mix64((step & 0xFFFFFFFF00000000) ^ stream)
+    return (hashed & 0xFFFFFFFF00000000) | (step & 0xFFFFFFFF)
+
+
+@triton.jit
+def block_key(key, block):
+    """Two 32-bit keys per block, and how far the step turns their numbers."""
+    base = key & 0xFFFFFFFF00000000
+    mixed = mix64(base + (block + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+    rotation = key.to(tl.uint32) * 0x9E3779B9
+    return mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32), rotation
 
 
 @triton.jit
@@ -188,7 +197,7 @@ def random_bits(key, lane, p: tl.constexpr):
     x ^= key[1]
     x ^= x >> 15
     x *= 0x846CA68B
-    return x ^ (x >> 16)
+    return (x ^ (x >> 16)) + key[2]
 
 
 @triton.jit

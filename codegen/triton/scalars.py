@@ -58,7 +58,7 @@ def emit_scalars(kernel: Kernel, slots: Slots, note: Notes) -> str:
         lines.append("step = tl.load(clock).to(tl.uint64)")
     for operand, slot in slots.keys:
         key = f"tl.load(row + {field[operand]}, mask=live, other=0).to(tl.uint64)"
-        lines.append(f"{python_name(operand)} = mix64({key} ^ step)")
+        lines.append(f"{python_name(operand)} = step_key({key}, step)")
         stored = f"{python_name(operand)}.to(tl.int64)"
         lines.append(f"tl.store(slot + {slot}, {stored}, mask=live)")
     summary = "Once per tensor: step counters, scalars in float64, keys of the random streams."

@@ -16,8 +16,7 @@ from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.kernel import TritonKernel
 from stq_compile.formats import FORMATS
 from stq_compile.options import Rounding
-from stq_compile.rounding import GOLDEN, NEAREST, Noise, mix64, step_key
-from stq_compile.runtime import mixed_step
+from stq_compile.rounding import NEAREST, Noise, mixed_step, step_key, stream_key
 
 CHANGES = [
     ("softsign4", "softsign8"),
@@ -61,7 +60,7 @@ def changed(old: str, new: str, rounding: Rounding, target: str) -> list[str]:
         made = reference.empty_buffers(last, numel)
         buffers |= dict(zip(("new_codes", "new_scales"), made, strict=True))
         wanted.append(reference.encode(value, last, noise, unit if last.normalized else None))
-        key = np.array([mix64(STREAM * GOLDEN + 1)], dtype=np.uint64).view(np.int64)
+        key = np.array([stream_key(STREAM)], dtype=np.uint64).view(np.int64)
         fields = [
             int(key[0]) if o.name == "key" else buffers[o.name].data_ptr() for o in kernel.operands
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from test_emit import MOMENTUM, PACKED, adamw
 from test_triton_numerics import FEW
 
-from graphs import with_sizes
+from graphs import program, with_sizes
 from interpreter import interpreted, run_triton
 from kernels import Rig, quantized, sgd_math
 from stq_compile.codegen.ir import Builder, Kernel, KernelOperand, OperandKind
-from stq_compile.codegen.lower import bytes_per_element, lower
+from stq_compile.codegen.lower import bytes_per_element, lower, why_not
 from stq_compile.codegen.target import CPU, parse_target
 from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.kernel import tile_map, vector_of
@@ -23,7 +24,10 @@ from stq_compile.errors import (
     UnsupportedElementError,
     UnsupportedTargetError,
 )
+from stq_compile.formats import FLOAT32, FORMATS, Format
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.partition import partition
+from stq_compile.passes.quantize import insert_quantize
 from stq_compile.step_graph import StepGraph
 from zoo import sgd
 
@@ -97,6 +101,51 @@ def test_wide_accesses_need_alignment() -> None:
     assert vector_of(64, [16, 4096]) == 4
     assert vector_of(64, [16, 4]) == 1
     assert vector_of(65, [16]) == 1
+
+
+GPT2 = (
+    *(50257 * 768, 1024 * 768, 768, 768),
+    *(n for _ in range(12) for n in (*[768] * 6, 768 * 2304, 2304, 768 * 768)),
+    *(n for _ in range(12) for n in (768 * 3072, 3072, 3072 * 768)),
+)
+"""The sizes of GPT-2's 148 parameters."""
+
+
+def gpt2_units(format_of: Callable[[int, str], Format]) -> list[StepGraph]:
+    """AdamW's template on GPT-2, divided by the formats of ``(tensor, state)``."""
+    unit = with_sizes(adamw(), GPT2)
+    packed = insert_quantize(
+        program(unit), lambda o, _: format_of(o.source.param, o.source.key), "stochastic"
+    )
+    return list(partition(packed, why_not).units)
+
+
+def launches(unit: StepGraph) -> int:
+    """One for the scalars, one for each width of access that occurs."""
+    sizes = [torch.Size(i.param.shape).numel() for i in unit.instances]
+    return 1 + len({vector_of(n, ()) for n in sizes})
+
+
+def test_gpt2_takes_four_launches() -> None:
+    """Small tensors stay float32: two units, two launches each."""
+    units = gpt2_units(lambda i, key: PACKED.get(key, FLOAT32) if GPT2[i] >= 4096 else FLOAT32)
+    assert len(GPT2) == 148
+    assert sum(len(u.instances) for u in units) == 148
+    assert sum(launches(u) for u in units) == 4
+
+
+def test_kernels_are_as_many_as_the_width_pairs_in_use() -> None:
+    """Widths that differ from tensor to tensor: kernels are counted by pairs, not by tensors."""
+    pairs = [(m, v) for m in (3, 4, 5) for v in (2, 3, 4)]
+
+    def format_of(i: int, key: str) -> Format:
+        if key == "step":
+            return FLOAT32
+        m, v = pairs[i % len(pairs)]
+        return FORMATS[f"softsign{m}" if key == "exp_avg" else f"adaptive_log{v}"]
+
+    sources = {emit(lower(unit)).source for unit in gpt2_units(format_of)}
+    assert len(sources) == len(pairs)
 
 
 # Element types. -------------------------------------------------------------------------------

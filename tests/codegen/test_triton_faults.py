@@ -28,6 +28,7 @@ FAULTS = {
     "the packing order": ("byte |= code << (BITS * k)", "byte |= code << (BITS * k - 1)"),
     "an unpacked plane's byte": ("BITS * (p // BITS)", "BITS * (p % 2)"),
     "the random counter": ("(block + 1).to(tl.uint64)", "block.to(tl.uint64)"),
+    "the turn of a step": (" + key[2]", ""),
     "the random lane": ("(lane + 16 * p).to(tl.uint32)", "(lane + 15 * p).to(tl.uint32)"),
     "a constant of the random bits": ("0x7FEB352D", "0x7FEB352F"),
     "the elements that exist": ("numel - first * 128, BLOCKS", "numel - 1 - first * 128, BLOCKS"),

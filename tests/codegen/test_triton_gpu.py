@@ -19,7 +19,8 @@ from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.kernel import BLOCKS, TritonKernel, tile_map, vector_of
 from stq_compile.compiler import Unit
 from stq_compile.formats import block_count
-from stq_compile.runtime import Bucket, mixed_step
+from stq_compile.rounding import mixed_step
+from stq_compile.runtime import Bucket
 
 SEED = 7
 SIZES = (129, 1000, 4096 + 17, 4096 * 5)
@@ -151,7 +152,11 @@ def test_a_captured_graph_replays_the_step() -> None:
 
 @on_gpu
 def test_time_against_the_fused_step() -> None:
-    """16 M parameters; prints both, and asks for no more time than the fused float32 step."""
+    """16 M parameters; prints both.
+
+    By its instructions a packed step is slower than the fused one on an A100 and faster on an
+    H100 (design/0009), so more than a third above it is a defect anywhere.
+    """
     rig = adam_rig(FIRST, SECOND, "stochastic", (1 << 24,))
     launch = Launch(rig, "cuda", BLOCKS)
     param = torch.nn.Parameter(torch.randn(1 << 24, device="cuda"))
@@ -160,7 +165,7 @@ def test_time_against_the_fused_step() -> None:
     mine, theirs = milliseconds(launch.run), milliseconds(fused.step)
     size = bytes_per_element(lower(rig.graph))
     print(f"packed {mine:.3f} ms ({size:.2f} bytes per parameter), fused float32 {theirs:.3f} ms")
-    assert mine <= theirs
+    assert mine <= 1.35 * theirs
 
 
 def milliseconds(step: Callable[[], object]) -> float:
