@@ -52,7 +52,7 @@ def decode_block(
     if format.kind in ("softsign", "ratio"):
         top = format.top_code // 2
         signed = b.op("to_float", b.op("int_sub", code, top))
-        level = b.op("div", signed, b.op("sub", 2.0 * top, b.op("abs", signed)))
+        level = b.op("quotient", signed, b.op("sub", 2.0 * top, b.op("abs", signed)), name="div")
         value = b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
         return value if normalizer is None else b.op("mul", value, b.op("sqrt", normalizer))
     if format.kind == "adaptive_log":
@@ -155,7 +155,7 @@ def _encode_softsign(
     inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
     a = b.op("min", b.op("mul", b.op("abs", x), inverse), 1.0)
     w = b.op("add", a, 1.0)
-    t = b.op("div", b.op("mul", a, 2.0 * top), w)
+    t = b.op("quotient", b.op("mul", a, 2.0 * top), w, name="div")
     k = b.op("floor", t)
     p = b.op("mul", b.op("sub", t, k), b.op("sub", 2.0 * top - 1.0, k))
     # The probability in units of the noise: a power of two more in the constant, nothing else.

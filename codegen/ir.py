@@ -40,6 +40,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "sub": ((F, F), F),
     "mul": ((F, F), F),
     "div": ((F, F), F),
+    "quotient": ((F, F), F),  # a quotient, correctly rounded, far from under- and overflow
     "fma": ((F, F, F), F),
     "neg": ((F,), F),
     "abs": ((F,), F),
@@ -126,17 +127,22 @@ class OperandKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class KernelOperand:
-    """A field of the kernel's table of tensors."""
+    """A field of the kernel's table of tensors.
+
+    ``dtype`` is the type in memory of an operand of ``FLOATS``; kernels compute in float32.
+    """
 
     name: str
     kind: OperandKind
     written: bool = False
     width: int = 0
+    dtype: str = "float32"
 
     @property
     def bytes(self) -> int:
         """Bytes of an element, for operands that have one."""
-        return {OperandKind.FLOATS: 4, OperandKind.HALVES: 2}[self.kind]
+        halves = self.kind is OperandKind.HALVES or self.dtype in ("bfloat16", "float16")
+        return 2 if halves else 4
 
 
 @dataclass(eq=False)

@@ -107,7 +107,11 @@ def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
         if kind is OperandKind.CODES:
             width = unit.formats[node.name].width
             kind = OperandKind.HALVES if width == 16 else kind
-        operands.append(KernelOperand(node.name, kind, node.name in (unit.writes or ()), width))
+        dtype = "float32"
+        if kind is OperandKind.FLOATS:
+            dtype = str(operand.dtype).removeprefix("torch.")
+        written = node.name in (unit.writes or ())
+        operands.append(KernelOperand(node.name, kind, written, width, dtype))
     return operands
 
 
@@ -188,13 +192,15 @@ def _without_dead_code(kernel: Kernel) -> Kernel:
 
 def bytes_per_element(kernel: Kernel) -> float:
     """Bytes that the kernel moves per element: reads, and writes as one pass each."""
-    size = {OperandKind.FLOATS: 4.0, OperandKind.HALVES: 2.0, OperandKind.WORDS: 2.0 / 128}
+    whole = (OperandKind.FLOATS, OperandKind.HALVES)
+    size = {OperandKind.WORDS: 2.0 / 128}
     reads = {
         v.operand for v in kernel.body if v.opcode in ("load", "load_half", "unpack", "load_word")
     }
     total = 0.0
     for operand in kernel.operands:
-        each = operand.width / 8 if operand.kind is OperandKind.CODES else size.get(operand.kind, 0)
+        each = operand.bytes if operand.kind in whole else size.get(operand.kind, 0.0)
+        each = operand.width / 8 if operand.kind is OperandKind.CODES else each
         total += each * ((operand.name in reads) + operand.written)
     return total
 

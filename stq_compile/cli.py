@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from stq_compile import api
 from stq_compile.backend import session_of
-from stq_compile.codegen.lower import bytes_per_element
+from stq_compile.codegen.target import parse_target
 from stq_compile.errors import InvalidTargetError, StqError
+from stq_compile.kernels import kernel_rows
 from stq_compile.passes.runner import Stage
 from stq_compile.session import CompiledStep
 from stq_compile.step_graph import StepGraph
@@ -37,6 +38,7 @@ TARGET_HELP = (
     "a class of torch.optim (AdamW), or module:callable or file.py:callable that returns an "
     "optimizer; gradients that are missing are made up"
 )
+MACHINE_HELP = "cpu, cuda:80, cuda:90, cuda:100 or hip:gfx942; no GPU is needed"
 Target = Annotated[str, typer.Argument(help=TARGET_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Precision = Annotated[int, typer.Option(help="bits of every state")]
@@ -128,25 +130,33 @@ def _fact_row(unit: StepGraph, key: str) -> dict[str, Any]:
 
 
 @app.command()
-def kernels(target: Target, precision: Precision = 4, as_json: Json = False) -> None:
-    """Print the generated C++ of every kernel."""
+def kernels(
+    target: Target,
+    precision: Precision = 4,
+    machine: Annotated[str, typer.Option("--target", help=MACHINE_HELP)] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print the generated code of every kernel, and what it needs of a GPU."""
     with _errors():
-        units = [bucket.unit for bucket in _compiled(target, precision).buckets]
-        rows = [
-            {
-                "name": u.kernel.name,
-                "target": "cpu",
-                "tensors": len(u.graph.instances),
-                "bytes_per_param": bytes_per_element(u.kernel),
-                "source": u.compiled.source,
-            }
-            for u in units
-        ]
+        made_for = parse_target(machine)
+        rows = kernel_rows(_compiled(target, precision), made_for)
         if as_json:
             print(json.dumps({"kernels": rows}))
             return
         for row in rows:
-            console.print(Syntax(str(row["source"]), "cpp", word_wrap=False))
+            source = str(row.pop("source"))
+            language = "python" if made_for.is_gpu else "cpp"
+            console.print(Syntax(source, language, word_wrap=False))
+            if made_for.is_gpu:
+                console.print(_facts_table(row))
+
+
+def _facts_table(row: dict[str, Any]) -> Table:
+    """The static report of one kernel."""
+    table = Table(title=str(row["name"]), show_header=False)
+    for name, value in row.items():
+        table.add_row(name.replace("_", " "), "" if value is None else str(value))
+    return table
 
 
 def _show(stage: Stage, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from stq_compile.codegen.cpp.emit import emit
 from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.lower import lower, why_not
 from stq_compile.codegen.tabulate import tabulate
+from stq_compile.codegen.target import CPU, Target
 from stq_compile.codegen.verify import verify_kernel
 from stq_compile.options import Rounding
 from stq_compile.passes.expand_foreach import expand_foreach
@@ -103,8 +104,11 @@ def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Gen
     return Generated(stages, units)
 
 
-def lower_kernel(graph: StepGraph) -> Kernel:
+def lower_kernel(graph: StepGraph, target: Target = CPU) -> Kernel:
     """The verified kernel of a quantized and partitioned unit."""
-    kernel = tabulate(lower(graph))
-    verify_kernel(kernel)
+    kernel = lower(graph)
+    target.check(kernel)
+    if target.tables:
+        kernel = tabulate(kernel)
+        verify_kernel(kernel)
     return kernel

@@ -206,6 +206,28 @@ class InvalidTargetError(StqError):
 
 class UnsupportedDeviceError(StqError):
     message = (
-        "{source} is on device {device}, for which there is no code generator yet; "
-        "supported: {valid}"
+        "{source} is on device {device}, on which steps cannot be run yet; supported: {valid} "
+        "(`stq kernels --target` shows the kernels for GPUs)"
+    )
+
+
+class TritonMissingError(StqError):
+    message = (
+        "kernels for a GPU need Triton 3.6 or newer, and it cannot be imported ({reason}); "
+        "install it with `pip install triton` (Linux), or keep the parameters on the CPU"
+    )
+
+
+class UnsupportedTargetError(StqError):
+    message = "there is no target {target!r} ({reason}); the targets are {valid}"
+
+
+class TritonCompileError(StqError):
+    message = "Triton could not compile kernel {kernel} for {target}:\n{output}"
+
+
+class UnsupportedElementError(StqError):
+    message = (
+        "kernel {kernel}: {operand} has elements of {dtype}, which target {target} cannot load and "
+        "store; it can: {valid}"
     )

@@ -133,6 +133,16 @@ class Rig:
             return row.param
         return row.grad if operand.role is Role.GRAD else row.states[operand.source.key]
 
+    def bits_live(self) -> Bits:
+        """Everything that a step reads or writes: the tensors themselves."""
+        found = []
+        for row in self.rows:
+            named = {"param": row.param, "grad": row.grad}
+            for key, state in row.states.items():
+                named |= _live(key, state)
+            found.append(named)
+        return found
+
     def bits(self) -> Bits:
         """A copy of everything that a step may write."""
         found = []

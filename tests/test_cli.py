@@ -59,6 +59,21 @@ def test_kernels_of_a_file(target: str) -> None:
     assert kernel["bytes_per_param"] == 13.03125  # p twice, g, codes twice, scales twice
 
 
+def test_kernels_for_a_gpu_that_is_not_here(target: str) -> None:
+    code, text = run("kernels", f"{target}:make", "--target", "cuda:90", "--json")
+    assert code == 0, text
+    (kernel,) = json.loads(text)["kernels"]
+    assert (kernel["target"], kernel["widths"]) == ("cuda:90", {"momentum_buffer_0": 4})
+    assert kernel["template"] == "template_0"
+    assert 0 < kernel["registers"] <= 128
+    assert (kernel["spill_bytes"], kernel["shared_bytes"], kernel["barriers"]) == (0, 0, 0)
+    assert kernel["bytes_per_param"] == 13.0312
+    assert "def update(" in kernel["source"]
+    code, text = run("kernels", f"{target}:make", "--target", "cuda:60")
+    assert code == 2
+    assert "the targets are cpu, cuda:80" in text
+
+
 def test_facts() -> None:
     code, text = run("facts", "RMSprop", "--json")
     assert code == 0

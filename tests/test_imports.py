@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("session",),
     ("checkpoint",),
-    ("backend", "report"),
+    ("backend", "kernels", "report"),
     ("api",),
     ("",),  # stq_compile/__init__.py
     ("cli",),

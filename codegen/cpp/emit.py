@@ -1,12 +1,11 @@
 """C++ from a kernel: one function per block, one loop over all blocks of all tensors.
 
 Elements are computed plane by plane (16 lanes, 8 planes a block), in the phases of
-`stq_compile.codegen.cpp.schedule`. Emission is deterministic: the same kernel gives the same bytes.
+`stq_compile.codegen.schedule`. Emission is deterministic: the same kernel gives the same bytes.
 """
 
 from __future__ import annotations
 
-from stq_compile.codegen.cpp.schedule import Phase, Schedule
 from stq_compile.codegen.cpp.syntax import (
     POINTERS,
     TEMPLATES,
@@ -26,6 +25,7 @@ from stq_compile.codegen.ir import (
     Type,
     Value,
 )
+from stq_compile.codegen.schedule import Phase, Schedule
 
 
 def emit(kernel: Kernel) -> str:

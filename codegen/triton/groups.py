@@ -1,0 +1,66 @@
+"""Groups: the parts of a phase that share no element values, each a basic block of its own.
+
+LLVM schedules a basic block as a whole, and ptxas too: with a tile in one block, the random numbers
+of all planes and states are made at its beginning and kept in registers until they are needed (255
+registers for AdamW). So the quantizer of each state is a group, and before each group but the first
+stands a branch that is always taken, on a bit of the argument ``borders`` (-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stq_compile.codegen.ir import REDUCTIONS, Space, Value
+from stq_compile.codegen.schedule import Phase, Schedule
+
+
+@dataclass
+class Group:
+    """Operations of one basic block: once per block, once per plane, and once per block again."""
+
+    title: str
+    uniform: list[Value] = field(default_factory=list)
+    planes: list[Value] = field(default_factory=list)
+    after: list[Value] = field(default_factory=list)
+
+
+def groups(schedule: Schedule) -> list[Group]:
+    """All groups in execution order; operations for the whole phase go to its first one."""
+    found: list[Group] = []
+    for number, phase in enumerate(schedule.phases, 1):
+        parts = _split(phase)
+        parts[0].uniform = phase.uniform
+        for i, part in enumerate(parts):
+            part.title = f"Phase {number}" + (f", part {i + 1}." if len(parts) > 1 else ".")
+        found += parts
+    return found
+
+
+def _split(phase: Phase) -> list[Group]:
+    """Union of what is connected by element values that are made in this phase."""
+    parent: dict[int, int] = {}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    # `valid` is a comparison that every loop makes anew; it connects nothing.
+    planes = [v for v in phase.planes if v.opcode != "valid"]
+    for v in planes:
+        parent[id(v)] = id(v)
+        for a in v.args:
+            if isinstance(a, Value) and id(a) in parent and a.space is Space.ELEMENT:
+                parent[root(id(v))] = root(id(a))
+    parts: dict[int, Group] = {}
+    for v in planes:
+        part = parts.setdefault(root(id(v)), Group(""))
+        if v.opcode not in REDUCTIONS:
+            part.planes.append(v)
+    if not parts:
+        return [Group("", after=list(phase.after))]
+    first = next(iter(parts))
+    for v in phase.after:
+        anchor = id(v) if v.opcode in REDUCTIONS else id(v.args[0])
+        parts[root(anchor) if anchor in parent else first].after.append(v)
+    return list(parts.values())

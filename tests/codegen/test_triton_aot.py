@@ -1,0 +1,151 @@
+"""Ahead-of-time compilation: what the kernels need of GPUs that are not here.
+
+Triton's compiler runs in processes of its own, since one with interpreted kernels cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from test_emit import PACKED, adamw
+from test_triton_emit import with_dtype
+
+from golden import Golden
+from kernels import quantized
+from stq_compile.codegen.lower import lower
+from stq_compile.codegen.target import parse_target
+from stq_compile.codegen.triton.aot import compile_for
+from stq_compile.codegen.triton.emit import emit
+from stq_compile.codegen.triton.report import static_report
+from stq_compile.formats import FORMATS, Format
+from stq_compile.step_graph import StepGraph
+from zoo import ADAM_FACTS, adagrad, adam, adamax, amsgrad, lion, rmsprop, sgd
+
+Report = dict[str, Any]
+AT_4_4 = {"exp_avg": FORMATS["softsign4"], "exp_avg_sq": FORMATS["adaptive_log4"]}
+AT_2_3 = {"exp_avg": FORMATS["midrise2"], "exp_avg_sq": FORMATS["adaptive_log3"]}
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+UNITS: dict[str, tuple[StepGraph, dict[str, Format]]] = {
+    "adamw 4+4": (adamw(), AT_4_4),
+    "adamw 4+3": (adamw(), PACKED),
+    "adamw float32": (adamw(), {}),
+    "adam 2+3": (adam(ADAM_FACTS), AT_2_3),
+    "lion 5": (lion(), {"exp_avg": FORMATS["softsign5"]}),
+    "sgd 6 bfloat16": (
+        with_dtype(sgd(), torch.bfloat16),
+        {"momentum_buffer": FORMATS["softsign6"]},
+    ),
+}
+
+
+def report(name: str, target: str) -> Report:
+    unit, formats = UNITS[name]
+    kernel = lower(quantized(unit, formats, "stochastic"))
+    return static_report(kernel, emit(kernel), unit.name, parse_target(target)).as_dict()
+
+
+def uses(name: str, target: str, function: str) -> int:
+    """Spilled bytes of a function; compiles or raises."""
+    unit, formats = {**UNITS, **matrix()}[name]
+    emitted = emit(lower(quantized(unit, formats, "stochastic")))
+    return compile_for(emitted, parse_target(target), function=function).spill_bytes
+
+
+def matrix() -> dict[str, tuple[StepGraph, dict[str, Format]]]:
+    """AdamW at every width, and every optimizer of the zoo."""
+    found = {}
+    for width in (2, 3, 4, 5, 6, 8, 16):
+        signed = "bfloat16" if width == 16 else f"softsign{width}"
+        plain = "bfloat16" if width == 16 else f"adaptive_log{width}"
+        found[f"adamw {width}"] = (
+            adamw(),
+            {"exp_avg": FORMATS[signed], "exp_avg_sq": FORMATS[plain]},
+        )
+    for unit in (sgd(), lion(), adagrad(), adamax(), amsgrad(), rmsprop(centered=True)):
+        keys = [o.source.key for o in unit.operands if o.role == "state" and o.shape != ()]
+        found[unit.name] = (unit, dict.fromkeys(keys, FORMATS["softsign4"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def reports(pool: ProcessPoolExecutor) -> dict[tuple[str, str], Report]:
+    """AdamW at 4+3 on every target, the other units on one."""
+    wanted = [("adamw 4+3", t) for t in TARGETS if t != "cuda:90"]
+    wanted += [(name, "cuda:90") for name in UNITS]
+    started = {key: pool.submit(report, *key) for key in wanted}
+    return {key: future.result() for key, future in started.items()}
+
+
+@pytest.mark.parametrize("name", ["adamw 4+4", "adamw 4+3"])
+def test_adamw_on_an_h100(name: str, reports: dict[tuple[str, str], Report]) -> None:
+    found = reports[name, "cuda:90"]
+    assert (found["spill_bytes"], found["local_bytes"]) == (0, 0)
+    assert found["registers"] <= 128
+    assert (found["shared_bytes"], found["barriers"]) == (0, 0)
+    assert found["widest_access_bits"] == 128
+    assert found["bytes_per_param"] <= 15
+    assert found["counted_bytes_per_param"] == pytest.approx(found["bytes_per_param"], abs=0.05)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_spilled_anywhere(target: str, reports: dict[tuple[str, str], Report]) -> None:
+    found = reports["adamw 4+3", target]
+    assert found["registers"] <= 128
+    for use in ("spill_bytes", "local_bytes", "shared_bytes", "barriers"):
+        assert found[use] == 0, use
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_count_of_instructions_agrees_with_the_kernels(
+    name: str, reports: dict[tuple[str, str], Report]
+) -> None:
+    found = reports[name, "cuda:90"]
+    assert found["counted_bytes_per_param"] == pytest.approx(found["bytes_per_param"], abs=0.05)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_static_report(name: str, reports: dict[tuple[str, str], Report], golden: Golden) -> None:
+    """Source and what does not depend on the assembler's version."""
+    found = reports[name, "cuda:90"]
+    keys = ("name", "template", "widths", "target", "spill_bytes", "shared_bytes", "barriers")
+    keys += ("widest_access_bits", "bytes_per_param", "counted_bytes_per_param")
+    facts = json.dumps({k: found[k] for k in keys}, indent=1)
+    commented = "\n".join(f"# {line}" for line in facts.splitlines())
+    golden(f"{commented}\n{found['source']}", ".txt")
+
+
+def rounds_to_nearest() -> bool:
+    unit, formats = UNITS["sgd 6 bfloat16"]
+    emitted = emit(lower(quantized(unit, formats, "stochastic")))
+    found = compile_for(emitted, parse_target("cuda:90"))
+    return "cvt.rn.bf16" in found.assembly and "cvt.rz.bf16" not in found.assembly
+
+
+def test_bfloat16_parameters_are_rounded_to_nearest(pool: ProcessPoolExecutor) -> None:
+    assert pool.submit(rounds_to_nearest).result()
+
+
+def test_the_scalars_kernel_compiles(pool: ProcessPoolExecutor) -> None:
+    started = [pool.submit(uses, "adamw 4+4", t, "scalars") for t in TARGETS]
+    assert [s.result() for s in started] == [0] * len(TARGETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_optimizer_and_width_compiles(target: str, pool: ProcessPoolExecutor) -> None:
+    started = [pool.submit(uses, name, target, "update") for name in matrix()]
+    for future in started:
+        future.result()
