@@ -239,7 +239,7 @@ class _Tracer:
             slope = torch.func.jvp(updated, (old,), (torch.ones_like(old),))[1]
 
             def squared(error: Tensor) -> Tensor:
-                effect = slope * error
+                effect: Tensor = slope * error
                 return effect * effect
 
             return squared

@@ -8,8 +8,9 @@ is ``D^2 / 6``. But a state starts a step *on* a level and moves off it by its i
     V = D^2 f (1 - f),    f = frac(d / D)
 
 For slow averages that is about ``D d``, far less than ``D^2 / 6``. Noise injected at every step
-persists: with ``s' = a s + ...`` it settles at ``V / (1 - a^2)``. A sum (``a = 1``) never forgets, but it grows, by ``d`` a step, and the error
-shrinks relative to it: the same argument in relative terms gives ``V (s / 2 d + 1)``.
+persists: with ``s' = a s + ...`` it settles at ``V / (1 - a^2)``. A sum (``a = 1``) never forgets,
+but it grows, by ``d`` a step, and the error shrinks relative to it: the same argument in relative
+terms gives ``V (s / 2 d + 1)``. The random numbers of `rounding` leave `EVENNESS` of all this.
 
 Rounding to nearest is no noise: an increment below ``D / 2`` is lost at every step, so errors add
 up coherently, to ``D^2 / 12 (1 - a)^2``.

@@ -102,12 +102,12 @@ class PackedState(Tensor):
 
     # Methods that reach for the memory itself, of which there is none: they would crash.
     def __dlpack__(self, **options: Any) -> Any:
-        return self.dequantize().__dlpack__(**options)  # type: ignore[no-untyped-call]  # torch's
+        return self.dequantize().__dlpack__(**options)
 
     def share_memory_(self) -> PackedState:
         """Move codes and scales into shared memory; the values do not change."""
-        self.packed.codes.share_memory_()
-        self.packed.scales.share_memory_()
+        for buffer in (self.packed.codes, self.packed.scales):
+            buffer.share_memory_()  # type: ignore[no-untyped-call]  # torch's
         self.packed.version += 1
         return self
 

@@ -7,8 +7,9 @@ of the format cuts off, which is no noise and does not add up:
 
     q = Q(s);  s' = f(q, grad);    noise = u(Q(s')) - u(s');    cut = u(C(s)) - u(s)
 
-The effect is ``noise^2`` times its persistence, as in the law, and ``cut^2``. All tensors with equal scalars go through the
-template together, so a measurement costs some evaluations of it for each state and width.
+The effect is ``noise^2`` times its persistence, as in the law, and ``cut^2``. All tensors with
+equal scalars go through the template together, so a measurement costs some evaluations of it for
+each state and width.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class _Template:
 
     def update(self, **changed: Tensor) -> Tensor:
         moved: Tensor = self.run(**changed)[self.writes.index(self.names[self.param])]
-        return moved - self.inputs[self.param]
+        moved = moved - self.inputs[self.param]
+        return moved
 
     def value(self, name: str) -> Tensor:
         value: Tensor = self.inputs[self.names.index(name)]
@@ -176,7 +178,8 @@ def _cut(x: Tensor, format: Format, unit: Tensor | None) -> Tensor:
 
 
 def _per_tensor(values: Tensor, counts: list[int]) -> list[float]:
-    return [float(part.sum()) for part in values.double().split(counts)]
+    parts = torch.split(values.double(), counts)
+    return [float(part.sum()) for part in parts]
 
 
 def _samples(unit: StepGraph, live: Live, look: int) -> list[_Sample]:

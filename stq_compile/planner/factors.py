@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FACTOR_NAMES = (
     "range", "crest", "kurtosis", "zeros", "increment", "swamped", "agreement",
@@ -12,11 +12,11 @@ FACTOR_NAMES = (
 )  # fmt: skip
 """The pool that factor selection chooses from.
 
-Of a state: ``range`` (standard deviation of log2 of the magnitudes, octaves), ``crest`` (log2 of the
-blocks' maximum over their root mean square), ``kurtosis`` (log2), ``zeros`` (share of elements),
-``increment`` (log2 of the mean increment over the mean magnitude), ``swamped`` (share of elements whose
-increment is below half a level of 4 bits), ``agreement`` (share whose sign is the gradient's: the
-gradient's signal against its noise), ``scale_spread`` (of the blocks' scales, octaves),
+Of a state: ``range`` (standard deviation of log2 of the magnitudes, octaves), ``crest`` (log2 of
+the blocks' maximum over their root mean square), ``kurtosis`` (log2), ``zeros`` (share of
+elements), ``increment`` (log2 of the mean increment over the mean magnitude), ``swamped`` (share of
+elements whose increment is below half a level of 4 bits), ``agreement`` (share whose sign is the
+gradient's: the gradient's signal against its noise), ``scale_spread`` (of the blocks' scales, octaves),
 ``scale_drift`` (of their mean since the last look, octaves). Of a width: ``narrowness`` (2^-width)
 and ``predicted`` (log of the error that the law predicts)."""
 
@@ -32,6 +32,12 @@ class Measured:
     squared and summed, over the sum of the update's squares."""
     factors: dict[str, float]
     level: float  # mean log2 of the blocks' scales
+
+    def after(self, before: Measured) -> Measured:
+        """With each error the geometric mean of this look's and the last one's: a look is a
+        sample of one gradient, and what only its noise moves is moved back by the next."""
+        errors = {w: math.sqrt(e * before.errors.get(w, e)) for w, e in self.errors.items()}
+        return replace(self, errors=errors)
 
     def at(self, width: int) -> dict[str, float]:
         """All factors for one width."""

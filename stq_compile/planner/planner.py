@@ -153,6 +153,8 @@ class Planner:
             grown = before is not None and error > self.options.alarm * before.errors.get(width, 0)
             if error > 1 or grown:
                 self.alarms.add(key)
+            elif before is not None and self.looks > CALIBRATIONS:
+                self.measured[key] = found.after(before)
 
     def observe(self, direct: Mapping[StateKey, Mapping[int, float]]) -> None:
         """Take direct measurements (relative perturbations by width), and calibrate on all."""

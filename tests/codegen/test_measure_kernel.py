@@ -242,7 +242,8 @@ def test_gradients_at_the_edge_of_float32_give_finite_sums(adam_looks: Looks) ->
 
 def accumulating(*, elements: bool = False, slots: tuple[int, ...] = (0, 1)) -> Builder:
     b = Builder("sums", [
-        KernelOperand("x", OperandKind.FLOATS), KernelOperand("sums", OperandKind.SUMS, written=True)
+        KernelOperand("x", OperandKind.FLOATS),
+        KernelOperand("sums", OperandKind.SUMS, written=True),
     ])  # fmt: skip
     x = b.read("load", "x")
     value = x if elements else b.reduce("block_sum", x)
