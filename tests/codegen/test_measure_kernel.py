@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -204,7 +205,7 @@ def test_shards_add_up(sgd_looks: Looks, stride: int) -> None:
     blocks = -(-sgd_looks.sizes[-1] // BLOCK)
     cuts = [0, 200, 501, 777, blocks]
     parts = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         shard = row.copy()
         for operand in sgd_looks.kernel.operands:
             size = {OperandKind.FLOATS: 4 * BLOCK, OperandKind.CODES: 16 * operand.width}
