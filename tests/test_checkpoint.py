@@ -73,6 +73,119 @@ def test_resume_is_exact_to_the_bit(make: Make, started: bool) -> None:
     assert equal(model.parameters(), other.parameters())
 
 
+def edit(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        place: Any = saved
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to(place[path[-1]]) if callable(to) else to
+
+    return change
+
+
+def planned(**options: Any) -> Make:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return stq.compile(optimizer, **{"min_numel": 64, "interval": 3, **options})
+
+    return make
+
+
+def widths(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [row.width for row in stq.report(optimizer).rows]
+
+
+def test_a_planned_run_resumes_at_any_step() -> None:
+    """Before the first look (2), at looks that calibrate and change widths (3, 6, 12), between."""
+    model = make_model()
+    optimizer = planned()(model)
+    saved = {}
+    for step in range(14):
+        if step in (2, 3, 6, 7, 12):
+            saved[step] = copy.deepcopy(
+                through_a_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+            )
+        train(model, optimizer, range(step, step + 1))
+    assert stq.report(optimizer).transitions > 0
+    for step, checkpoint in saved.items():
+        other, again = resumed(planned(), checkpoint["optimizer"], checkpoint["model"], False)
+        train(other, again, range(step, 14))
+        assert equal(model.parameters(), other.parameters()), step
+        assert stq.report(again).rows == stq.report(optimizer).rows
+        assert stq.history(again).records == stq.history(optimizer).records
+
+
+def test_other_planning_options_convert_or_decide_at_once() -> None:
+    model = make_model()
+    optimizer = planned()(model)
+    train(model, optimizer, range(3))
+    saved, weights = optimizer.state_dict(), model.state_dict()
+    other, again = resumed(planned(target_bits=4.9), saved, weights, False)
+    train(other, again, range(3, 4))
+    assert stq.report(again).bits_per_element <= 4.9
+    assert len(stq.history(again)) == len(stq.history(optimizer)) + 1
+    other, again = resumed(planned(precision=4), saved, weights, False)
+    train(other, again, range(3, 4))
+    assert {r.width for r in stq.report(again).rows if len(r.shape) > 1} == {4}
+
+
+def test_version_1_had_no_planner() -> None:
+    model = make_model()
+    optimizer = planned(precision=4)(model)
+    train(model, optimizer, range(2))
+    saved = through_a_file(optimizer.state_dict())
+    saved["stq"] = {k: saved["stq"][k] for k in ("seed", "steps", "precision", "plan")}
+    saved["stq"]["version"] = 1
+    other, again = resumed(planned(precision=4), saved, model.state_dict(), False)
+    train(model, optimizer, range(2, 4))
+    train(other, again, range(2, 4))
+    assert equal(model.parameters(), other.parameters())
+
+
+P = ("stq", "planner")
+BROKEN_PLANNERS = {
+    "looks": edit(*P, "looks", to=-1),
+    "widths": edit(*P, "widths", 0, 2, to=7),
+    "waited": edit(*P, "waited", 0, to=[1]),
+    "measured": edit(*P, "measured", 0, 2, "4", to=float("nan")),
+    "measured factors": edit(*P, "measured", 0, 3, "range", to="wide"),
+    "measured level": edit(*P, "measured", 0, 4, to=None),
+    "observations": edit(*P, "observations", to=3),
+    "calibration": edit(*P, "calibration", to=None),
+    "calibration.names": edit(*P, "calibration", "names", to=["weather"]),
+    "calibration.limit": edit(*P, "calibration", "limit", to=True),
+    "history": edit(*P, "history", 0, "step", to=1.5),
+    "history changes": edit(*P, "history", 0, "changes", 0, "after", to=9),
+    "history no list": edit(*P, "history", to={}),
+    "missing": edit(*P, to=lambda planner: {k: planner[k] for k in list(planner)[:-1]}),
+    "no dict": edit(*P, to=[]),
+    "plan": edit("stq", "plan", 0, 2, to=16),
+}
+
+
+def test_a_broken_planner_is_refused_whole() -> None:
+    model = make_model()
+    optimizer = planned()(model)
+    train(model, optimizer, range(4))
+    saved = optimizer.state_dict()
+    session = session_of(optimizer)
+    assert session is not None
+    assert session.planner is not None
+    for name, change in BROKEN_PLANNERS.items():
+        broken = copy.deepcopy(saved)
+        for path in ("widths", "waited", "measured", "observations"):
+            broken["stq"]["planner"][path] = [list(r) for r in broken["stq"]["planner"][path]]
+        for record in broken["stq"]["planner"]["history"]:
+            record["changes"] = list(record["changes"])
+        change(broken)
+        with pytest.raises(errors.CheckpointError, match=r"stq\.planner") as caught:
+            optimizer.load_state_dict(broken)
+        assert "Nothing was loaded" in str(caught.value), name
+        assert session.planner.state_dict() == saved["stq"]["planner"]
+        assert session.plan == {(p, k): w for p, k, w in saved["stq"]["plan"]}
+    train(model, optimizer, range(4, 5))
+
+
 def test_resume_with_changed_widths() -> None:
     model = make_model()
     optimizer = adamw()(model)
@@ -134,16 +247,6 @@ def test_a_checkpoint_is_small_and_independent() -> None:
     other.load_state_dict(saved)
     other.step()  # writes its own codes, not the checkpoint's
     assert torch.equal(saved["state"][0]["exp_avg"]["codes"], codes)
-
-
-def edit(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    def change(saved: dict[str, Any]) -> None:
-        place: Any = saved
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = to(place[path[-1]]) if callable(to) else to
-
-    return change
 
 
 M = ("state", 0, "exp_avg")
