@@ -82,15 +82,20 @@ def generate(
     return _compile(program, back(format_of, rounding), dump)
 
 
+def measuring_program(program: Program, rounding: Rounding, dump: Path | None = None) -> Program:
+    """The graphs that measure every template, before formats."""
+    passes = (Pass("measure", partial(measure, rounding=rounding)),)
+    return run_passes(program, passes, dump=dump, first=len(FRONT) + 1)[-1].program
+
+
 def generate_measuring(
-    program: Program, format_of: FormatOf, rounding: Rounding, dump: Path | None = None
+    program: Program, format_of: FormatOf, dump: Path | None = None
 ) -> Generated:
-    """Compile the kernels that measure every template at the formats given.
+    """Compile the kernels of a `measuring_program` at the formats given.
 
     They only read, so they need no random numbers: nothing is written back.
     """
-    passes = (Pass("measure", partial(measure, rounding=rounding)), *back(format_of, "nearest"))
-    return _compile(program, passes, dump)
+    return _compile(program, back(format_of, "nearest"), dump)
 
 
 def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:

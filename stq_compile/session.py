@@ -20,18 +20,23 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import Argument, Captured, capture, param_sources
-from stq_compile.compiler import Generated, Unit, analyse, generate, generate_measuring
+from stq_compile.checks import check_dtypes, check_program
+from stq_compile.compiler import (
+    Generated,
+    Unit,
+    analyse,
+    generate,
+    generate_measuring,
+    measuring_program,
+)
 from stq_compile.errors import (
     InfeasibleBudgetError,
     UnmatchedPrecisionError,
-    UnsupportedDeviceError,
-    UnsupportedParameterError,
-    UnsupportedStateError,
     UnsupportedWidthError,
 )
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
-from stq_compile.packed_state import PackedState, is_dense
+from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import formats_of, measured_states
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly
@@ -39,7 +44,7 @@ from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import mixed_step, stream_id
 from stq_compile.runtime import Bucket, MeasuringBucket, present
-from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph, location_of
+from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
 from stq_compile.storage import PackedStorage
 
 StateKey = tuple[int, str]
@@ -85,10 +90,10 @@ class Session:
     def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         captured = capture(gm, self.optimizer)
-        _check_dtypes(captured.program)
+        check_dtypes(captured.program)
         stages = analyse(captured.program, self.dump)
         program = stages[-1].program
-        _check_program(program)
+        check_program(program)
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
         with self._attempt():
@@ -335,6 +340,7 @@ class CompiledStep:
         self.front = stages
         self.stages = stages
         self.buckets: list[Bucket] = []
+        self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
 
@@ -465,9 +471,10 @@ class CompiledStep:
         session, planner = self.session, self.session.planner
         assert planner is not None
         if self.measuring is None:
-            units = generate_measuring(
-                self.program, session.format_of, session.options.rounding, session.dump
-            ).units
+            if self.measured is None:  # it depends on no format: traced once
+                rounding = session.options.rounding
+                self.measured = measuring_program(self.program, rounding, session.dump)
+            units = generate_measuring(self.measured, session.format_of, session.dump).units
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
         sums: dict[int, dict[str, float]] = {}
         for bucket in self.measuring:
@@ -507,18 +514,6 @@ class CompiledStep:
         return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
 
 
-def _check_dtypes(program: Program) -> None:
-    """Before anything is analysed: passes compute with the types that they see."""
-    for unit in program.units:
-        for operand in unit.operands:
-            if operand.role in (Role.PARAM, Role.GRAD) and operand.dtype != torch.float32:
-                raise UnsupportedParameterError(
-                    optimizer=program.optimizer,
-                    source=operand.source,
-                    reason=f"the {operand.role} is {operand.dtype}; only float32 is supported",
-                )
-
-
 def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:
     """The states of a program that are no scalars, and the scalars that it creates."""
     for unit in program.units if program is not None else ():
@@ -526,53 +521,3 @@ def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:
             for operand in instance.operands:
                 if operand.role is Role.STATE and (operand.shape != () or operand.returned >= 0):
                     yield unit, operand
-
-
-def _check_program(program: Program) -> None:
-    for unit in program.units:
-        for instance in unit.instances:
-            _check_operands(program.optimizer, unit, instance.operands)
-
-
-def _check_operands(optimizer: str, unit: StepGraph, operands: tuple[Operand, ...]) -> None:
-    param = next(o for o in operands if o.role is Role.PARAM)
-    for operand, node in zip(operands, unit.placeholders, strict=True):
-        if operand.role in (Role.PARAM, Role.GRAD):
-            reason = _param_defect(operand, param)
-            if reason:
-                raise UnsupportedParameterError(
-                    optimizer=optimizer, source=operand.source, reason=reason
-                )
-            if operand.device.type != "cpu":
-                raise UnsupportedDeviceError(
-                    source=operand.source, device=operand.device, valid="cpu"
-                )
-        elif operand.role is Role.STATE:
-            reason = _state_defect(operand, param)
-            if reason:
-                raise UnsupportedStateError(
-                    optimizer=optimizer,
-                    state=operand.source.key,
-                    source=operand.source.name,
-                    reason=reason,
-                    location=operand.location or next((location_of(u) for u in node.users), ""),
-                )
-
-
-def _param_defect(operand: Operand, param: Operand) -> str:
-    if operand.shape != param.shape:
-        return f"the gradient has shape {operand.shape}, the parameter {param.shape}"
-    dense = torch.empty_strided(operand.shape, operand.stride, device="meta")
-    if operand.role is Role.PARAM and not is_dense(dense):
-        return f"its memory is not dense (size {operand.shape}, strides {operand.stride})"
-    return ""
-
-
-def _state_defect(operand: Operand, param: Operand) -> str:
-    if operand.dtype != torch.float32:
-        return f"it is {operand.dtype}; only float32 states are supported so far"
-    if operand.shape not in ((), param.shape):
-        return f"its shape {operand.shape} is not the parameter's {param.shape}"
-    if operand.shape != () and operand.stride != param.stride:
-        return f"its strides {operand.stride} are not the parameter's {param.stride}"
-    return ""

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("codegen", "codegen.*"),
     ("planner", "planner.*"),
     ("compiler",),
-    ("runtime",),
+    ("checks", "runtime"),
     ("session",),
     ("checkpoint",),
     ("backend", "kernels", "report"),
