@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -204,7 +205,7 @@ def test_shards_add_up(sgd_looks: Looks, stride: int) -> None:
     blocks = -(-sgd_looks.sizes[-1] // BLOCK)
     cuts = [0, 200, 501, 777, blocks]
     parts = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         shard = row.copy()
         for operand in sgd_looks.kernel.operands:
             size = {OperandKind.FLOATS: 4 * BLOCK, OperandKind.CODES: 16 * operand.width}
@@ -242,7 +243,8 @@ def test_gradients_at_the_edge_of_float32_give_finite_sums(adam_looks: Looks) ->
 
 def accumulating(*, elements: bool = False, slots: tuple[int, ...] = (0, 1)) -> Builder:
     b = Builder("sums", [
-        KernelOperand("x", OperandKind.FLOATS), KernelOperand("sums", OperandKind.SUMS, written=True)
+        KernelOperand("x", OperandKind.FLOATS),
+        KernelOperand("sums", OperandKind.SUMS, written=True),
     ])  # fmt: skip
     x = b.read("load", "x")
     value = x if elements else b.reduce("block_sum", x)
