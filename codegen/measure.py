@@ -20,7 +20,6 @@ from stq_compile.codegen.expand import (
 from stq_compile.codegen.ir import Argument, Builder, Value
 from stq_compile.error_law import (
     BFLOAT16_SPACING,
-    EVENNESS,
     FARTHEST,
     LARGEST,
     LOWEST_OCTAVE,
@@ -71,8 +70,9 @@ class _Law:
         b = self.b
         factor: Argument = self.persistence
         if math.isinf(self.persistence):
-            twice = b.op("max", b.op("mul", increment, 2.0), 2 * TINY)
-            factor = b.op("add", b.op("div", magnitude, twice), 1.0)
+            several = 2.0 if self.nearest else 4.0
+            moved = b.op("max", b.op("mul", increment, several), several * TINY)
+            factor = b.op("add", b.op("div", magnitude, moved), 1.0)
         square = b.op("mul", distance, distance)
         if self.nearest:
             if math.isinf(self.persistence):
@@ -80,7 +80,7 @@ class _Law:
             return b.op("mul", b.op("mul", square, factor), 1 / 12)
         ratio = b.op("div", increment, distance)
         position = b.op("sub", ratio, b.op("floor", ratio))
-        spread = b.op("mul", b.op("mul", position, b.op("sub", 1.0, position)), EVENNESS)
+        spread = b.op("mul", position, b.op("sub", 1.0, position))
         return b.op("mul", b.op("mul", square, spread), factor)
 
 

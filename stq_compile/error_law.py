@@ -10,7 +10,11 @@ is ``D^2 / 6``. But a state starts a step *on* a level and moves off it by its i
 For slow averages that is about ``D d``, far less than ``D^2 / 6``. Noise injected at every step
 persists: with ``s' = a s + ...`` it settles at ``V / (1 - a^2)``. A sum (``a = 1``) never forgets,
 but it grows, by ``d`` a step, and the error shrinks relative to it: the same argument in relative
-terms gives ``V (s / 2 d + 1)``. The random numbers of `rounding` leave `EVENNESS` of all this.
+terms gives ``V (s / 2 d + 1)``.
+
+That is so for random numbers that are independent from step to step. Those of `rounding` are spread
+evenly over steps: the half of an error's variance that the number itself decides does not add up,
+and what settles is the mean of ``V`` and all this, ``V (A + 1) / 2`` where it would be ``V A``.
 
 Rounding to nearest is no noise: an increment below ``D / 2`` is lost at every step, so errors add
 up coherently, to ``D^2 / 12 (1 - a)^2``.
@@ -43,10 +47,6 @@ from stq_compile.formats import (
     block_count,
 )
 
-EVENNESS = 0.6
-"""The variance that settles under the evenly spread random numbers of `rounding`, in units of what
-independent ones leave. Half of the variance of an error is the random number's own, and that half
-averages out over the steps that a state remembers; it was measured between 0.5 and 0.7."""
 BFLOAT16_SPACING = 2.0**-7.5
 FARTHEST = 16.0
 """Bound of a relative increment: what moves farther lands anywhere between two levels."""
@@ -69,8 +69,10 @@ def persistence(amplification: float, rounding: str) -> float:
     ``amplification`` is ``1 / (1 - a^2)``; infinite for a sum, and left so: the law of sums needs
     the increments.
     """
-    if rounding == "stochastic" or math.isinf(amplification):
+    if math.isinf(amplification):
         return amplification
+    if rounding == "stochastic":
+        return (amplification + 1) / 2
     a = math.sqrt(max(0.0, 1 - 1 / amplification))
     return 1 / (1 - a) ** 2
 
@@ -132,8 +134,8 @@ class _Law:
         ratio = increment / distance
         position = ratio - ratio.floor()
         if math.isinf(self.persistence):
-            factor = magnitude / (2 * increment.clamp_min(TINY)) + 1
-        return distance.square() * position * (1 - position) * factor * EVENNESS
+            factor = magnitude / (4 * increment.clamp_min(TINY)) + 1
+        return distance.square() * position * (1 - position) * factor
 
 
 def _softsign(x: Tensor, before: Tensor, format: Format, law: _Law) -> Tensor:

@@ -17,14 +17,15 @@ def test_text(golden):
 def test_none():
     pass
 """
+CONFTEST = "from golden import golden, pytest_addoption, pytest_collection_modifyitems\n"
 UNCOMPARED = "def test_text(golden):\n    pass\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of tests with the fixture and one golden."""
-    for name in ("conftest.py", "golden.py"):
-        shutil.copy(Path(__file__).parent / name, tmp_path)
+    shutil.copy(Path(__file__).parent / "golden.py", tmp_path)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_it.py").write_text(TEST)
     (tmp_path / "goldens/test_it").mkdir(parents=True)
     (tmp_path / "goldens/test_it/test_text.txt").write_bytes(b"one\ntwo\n")

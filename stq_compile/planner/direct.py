@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from stq_compile import reference
-from stq_compile.error_law import EVENNESS, TINY, persistence
+from stq_compile.error_law import TINY, persistence
 from stq_compile.formats import BLOCK, FORMATS, MIDRISE_CLIP, Format
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import amplification, formats_of, is_smooth, measured_states
@@ -152,10 +152,10 @@ class _StateOf:
         return noise + cut.square()
 
     def _kept(self, old: Tensor, new: Tensor) -> Tensor:
-        evenness = EVENNESS if self.noises[0].key is not None else 1.0
         if math.isfinite(self.persistence):
-            return torch.full_like(new, self.persistence * evenness)
-        return (new.abs() / (2 * (new - old).abs()).clamp_min(TINY) + 1) * evenness
+            return torch.full_like(new, self.persistence)
+        several = 2 if self.noises[0].key is None else 4
+        return new.abs() / (several * (new - old).abs()).clamp_min(TINY) + 1
 
 
 def _quantized(x: Tensor, format: Format, noise: Noise, unit: Tensor | None) -> Tensor:

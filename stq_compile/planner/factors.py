@@ -17,8 +17,8 @@ the blocks' maximum over their root mean square), ``kurtosis`` (log2), ``zeros``
 elements), ``increment`` (log2 of the mean increment over the mean magnitude), ``swamped`` (share of
 elements whose increment is below half a level of 4 bits), ``agreement`` (share whose sign is the
 gradient's: the gradient's signal against its noise), ``scale_spread`` (of the blocks' scales,
-octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a width: ``narrowness`` (2^-width)
-and ``predicted`` (log of the error that the law predicts)."""
+octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a width: ``narrowness``
+(2^-width) and ``predicted`` (log of the error that the law predicts)."""
 
 SIGNIFICANT_BITS = 24
 

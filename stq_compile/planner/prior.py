@@ -1,9 +1,9 @@
 """Widths before anything was measured: errors that states have under gradients of white noise.
 
-The numbers were read off `passes.measure` for AdamW (betas 0.9, 0.99), SGD with momentum and Lion after
-300 steps on standard normal gradients; `tests/planner/test_prior.py` measures them again. What
-decides is the kind of state, from the graph alone. They are doubled: the first steps of a training
-run are not stationary.
+The numbers were read off `passes.measure` for AdamW (betas 0.9, 0.99), SGD with momentum and Lion
+after 300 steps on standard normal gradients; `tests/planner/test_prior.py` measures them again.
+What decides is the kind of state, from the graph alone. They are doubled: the first steps of a
+training run are not stationary.
 """
 
 from __future__ import annotations

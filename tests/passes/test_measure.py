@@ -165,7 +165,7 @@ def law_of(unit: StepGraph, key: str, width: int, old: Doubles, new: Mapping[str
     """The settled error, with the persistence put in by hand; `error_law` has its own tests."""
     decay = unit.facts.recurrences[key].value
     assert decay is not None
-    kept = 1 / (1 - decay**2) if decay < 1 else math.inf
+    kept = (1 + 1 / (1 - decay**2)) / 2 if decay < 1 else math.inf
     if rounding == "nearest" and decay < 1:
         kept = 1 / (1 - decay) ** 2
     normalizer = unit.facts.normalizers.get(key)

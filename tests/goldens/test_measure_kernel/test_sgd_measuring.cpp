@@ -113,7 +113,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_17 = 1.0f - sub_16;  // settled_error_6
       const stq::f32v mul_60 = sub_16 * sub_17;  // settled_error_6
       const stq::f32v mul_61 = s.mul_59 * mul_60;  // settled_error_6
-      const stq::f32v mul_62 = mul_61 * 5.263158f;  // settled_error_6
+      const stq::f32v mul_62 = mul_61 * 3.131579f;  // settled_error_6
       const stq::f32v sqrt_6 = stq::sqrt(mul_62);  // settled_error_6
       const stq::f32v settled_error_6 = abs[j][p] * sqrt_6;  // settled_error_6
       const stq::f32v mul_25_1 = s._to_copy_20 * settled_error_6;  // mul_25
@@ -229,7 +229,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_5 = 1.0f - sub_4;  // settled_error
       const stq::f32v mul_13 = sub_4 * sub_5;  // settled_error
       const stq::f32v mul_14 = mul_12 * mul_13;  // settled_error
-      const stq::f32v mul_15 = mul_14 * 5.263158f;  // settled_error
+      const stq::f32v mul_15 = mul_14 * 3.131579f;  // settled_error
       const stq::f32v sqrt = stq::sqrt(mul_15);  // settled_error
       const stq::f32v settled_error = from_bits * sqrt;  // settled_error
       const stq::f32v mul_13_1 = s._to_copy_20 * settled_error;  // mul_13
@@ -242,7 +242,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_7 = 1.0f - sub_6;  // settled_error_1
       const stq::f32v mul_21 = sub_6 * sub_7;  // settled_error_1
       const stq::f32v mul_22 = mul_20 * mul_21;  // settled_error_1
-      const stq::f32v mul_23 = mul_22 * 5.263158f;  // settled_error_1
+      const stq::f32v mul_23 = mul_22 * 3.131579f;  // settled_error_1
       const stq::f32v sqrt_1 = stq::sqrt(mul_23);  // settled_error_1
       const stq::f32v settled_error_1 = from_bits * sqrt_1;  // settled_error_1
       const stq::f32v mul_15_1 = s._to_copy_20 * settled_error_1;  // mul_15
@@ -255,7 +255,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_9 = 1.0f - sub_8;  // settled_error_2
       const stq::f32v mul_29 = sub_8 * sub_9;  // settled_error_2
       const stq::f32v mul_30 = mul_28 * mul_29;  // settled_error_2
-      const stq::f32v mul_31 = mul_30 * 5.263158f;  // settled_error_2
+      const stq::f32v mul_31 = mul_30 * 3.131579f;  // settled_error_2
       const stq::f32v sqrt_2 = stq::sqrt(mul_31);  // settled_error_2
       const stq::f32v settled_error_2 = from_bits * sqrt_2;  // settled_error_2
       const stq::f32v mul_17_1 = s._to_copy_20 * settled_error_2;  // mul_17
@@ -268,7 +268,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_11 = 1.0f - sub_10;  // settled_error_3
       const stq::f32v mul_37 = sub_10 * sub_11;  // settled_error_3
       const stq::f32v mul_38 = mul_36 * mul_37;  // settled_error_3
-      const stq::f32v mul_39 = mul_38 * 5.263158f;  // settled_error_3
+      const stq::f32v mul_39 = mul_38 * 3.131579f;  // settled_error_3
       const stq::f32v sqrt_3 = stq::sqrt(mul_39);  // settled_error_3
       const stq::f32v settled_error_3 = from_bits * sqrt_3;  // settled_error_3
       const stq::f32v mul_19_1 = s._to_copy_20 * settled_error_3;  // mul_19
@@ -281,7 +281,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_13 = 1.0f - sub_12;  // settled_error_4
       const stq::f32v mul_45 = sub_12 * sub_13;  // settled_error_4
       const stq::f32v mul_46 = mul_44 * mul_45;  // settled_error_4
-      const stq::f32v mul_47 = mul_46 * 5.263158f;  // settled_error_4
+      const stq::f32v mul_47 = mul_46 * 3.131579f;  // settled_error_4
       const stq::f32v sqrt_4 = stq::sqrt(mul_47);  // settled_error_4
       const stq::f32v settled_error_4 = from_bits * sqrt_4;  // settled_error_4
       const stq::f32v mul_21_1 = s._to_copy_20 * settled_error_4;  // mul_21
@@ -294,7 +294,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_15 = 1.0f - sub_14;  // settled_error_5
       const stq::f32v mul_53 = sub_14 * sub_15;  // settled_error_5
       const stq::f32v mul_54 = mul_52 * mul_53;  // settled_error_5
-      const stq::f32v mul_55 = mul_54 * 5.263158f;  // settled_error_5
+      const stq::f32v mul_55 = mul_54 * 3.131579f;  // settled_error_5
       const stq::f32v sqrt_5 = stq::sqrt(mul_55);  // settled_error_5
       const stq::f32v settled_error_5 = from_bits * sqrt_5;  // settled_error_5
       const stq::f32v mul_23_1 = s._to_copy_20 * settled_error_5;  // mul_23
