@@ -11,8 +11,8 @@ simulation, as measured for white noise:
     second moments, a = 0.99                   2, 3, 5, 8 bits: 0.88, 0.31, 1.24, 0.44
     sums, after 200 steps from zero            4, 5, 6 bits: 0.8 to 2.9; 8 bits: 0.45
 
-They were the same within a few percent, second moments at 2 bits apart, when the random numbers were
-independent from step to step and the law had ``A`` for ``(A + 1) / 2``.
+They were the same within a few percent, second moments at 2 bits apart, when the random numbers
+were independent from step to step and the law had ``A`` for ``(A + 1) / 2``.
 
 What the law does not see, as tests that say how far it is off: elements below the range of an
 ``adaptive_log`` block. They have been lifted to its end before they are looked at, so that they
