@@ -16,6 +16,7 @@ from stq_compile.formats import (
     EXP2_COEFFICIENTS,
     LOG2_COEFFICIENTS,
     MAX_RANGE,
+    MEAN_PULL,
     MIDRISE_CLIP,
     MIDRISE_LIMIT,
     RANGE_STEP,
@@ -175,6 +176,11 @@ def _encode_adaptive_log(
     ratio = b.op("div", levels, octave_range)
     bounded = b.op("max", octaves, b.op("neg", octave_range))
     t = b.op("fma", bounded, ratio, levels)
+    if isinstance(noise, Value):
+        f = b.op("sub", t, b.op("floor", t))
+        spacing = b.op("min", b.op("mul", octave_range, 1.0 / levels), 1.0)
+        pull = b.op("neg", b.op("mul", spacing, MEAN_PULL))
+        t = b.op("fma", b.op("fma", f, b.op("neg", f), f), pull, t)
     code = b.op("min", b.op("fma", noise, 2.0**-24, t), levels)
     word = b.op("int_or", b.op("shift_left", top, 5), b.op("to_int", step))
     return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)

@@ -22,6 +22,7 @@ from stq_compile.formats import (
     LANES,
     LOG2_COEFFICIENTS,
     MAX_RANGE,
+    MEAN_PULL,
     MIDRISE_CLIP,
     MIDRISE_LIMIT,
     PLANES,
@@ -265,6 +266,10 @@ def _encode_adaptive_log(
     octave_range = (step + 1.0) * RANGE_STEP
     ratio = torch.full_like(octave_range, levels) / octave_range
     t = fma(torch.maximum(octaves, -octave_range), ratio, levels)
+    if isinstance(uniform, Tensor):
+        f = t - torch.floor(t)
+        pull = torch.clamp_max(octave_range * (1.0 / levels), 1.0) * MEAN_PULL
+        t = fma(fma(f, -f, f), -pull, t)
     code = torch.clamp(torch.floor(t + uniform), 0.0, levels)
     word = (top << 5) | step.to(torch.int32)
     word = torch.where(top == 0, 0, word)
