@@ -99,7 +99,7 @@ def test_a_budget_holds_after_every_step(make: str) -> None:
     a parameter is unfrozen, the learning rate changes and a group is added."""
     model, extra = make_model(), nn.Parameter(torch.ones(40, 40))
     parameters = list(model.parameters())
-    optimizers = {
+    optimizers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adamw": lambda: torch.optim.AdamW(parameters, lr=1e-2),
         "sgd": lambda: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
         "centered": lambda: torch.optim.RMSprop(parameters, 1e-3, momentum=0.9, centered=True),
