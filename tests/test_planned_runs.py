@@ -106,7 +106,7 @@ def test_a_budget_holds_after_every_step(make: str) -> None:
     }
     target = {"adamw": 7.3, "sgd": 7.3, "centered": 23.9}[make]
     optimizer = stq.compile(optimizers[make](), target_bits=target, **OPTIONS)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
     bits = []
     for step in range(8):
         backward(model, step)
