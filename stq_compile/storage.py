@@ -152,7 +152,8 @@ class PackedStorage:
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
-        self.eager_writes += 1
+        if bool(values.any()):  # zeros use no random number: the next write may have this one
+            self.eager_writes += 1
         return reference.encode(values, format, noise, unit)
 
     def _checked(self, values: Tensor, format: Format | None = None) -> Tensor:
