@@ -19,6 +19,8 @@ from stq_compile.step_graph import Program, Role, StepGraph
 PROBES = 16
 PROBE_STEP = 1000.0
 """Value of step counters: past every warm-up that a step decides on by its number (RAdam's)."""
+NOT_ZERO = 1e-3
+"""Stands for a scalar that is zero just now: without an update there is nothing to see."""
 TOLERANCE = 0.02
 """How far from a half the ratio of sensitivities may be: room for an epsilon beside the root."""
 
@@ -88,6 +90,8 @@ def _probe(unit: StepGraph) -> list[Any]:
         if operand.role is Role.SCALAR or operand.shape == ():
             example = node.meta["example"]
             value = example.double() if operand.value is None else torch.tensor(operand.value)
+            if operand.role is Role.SCALAR and value == 0:  # as a learning rate is in a warm-up
+                value = torch.tensor(NOT_ZERO)
             inputs.append(_as_input(node, value.detach().clone()))
             continue
         x = torch.randn(PROBES, generator=generator, dtype=torch.float64)

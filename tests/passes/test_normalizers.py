@@ -80,10 +80,10 @@ def radam() -> StepGraph:
     return s.functional({step: new_step, m: new_m, v: new_v, p: descend(s, p, update)})
 
 
-def with_lr_input() -> StepGraph:
+def with_lr_input(value: float = 0.01) -> StepGraph:
     """The learning rate is a symbolic float, as after functionalization."""
     s = Sketch()
-    lr, p, g = s.scalar("lr", 0.01), s.param(), s.grad()
+    lr, p, g = s.scalar("lr", value), s.param(), s.grad()
     m, v = s.state("m"), s.state("v")
     new_m, new_v = averages(s, g, m, v)
     update = s.call(aten.mul.Tensor, by_root(s, new_m, new_v), lr)
@@ -107,6 +107,7 @@ FOUND: dict[str, tuple[Callable[[], StepGraph], dict[str, str]]] = {
     "amsgrad": (amsgrad, {}),
     "radam": (radam, {"exp_avg": "exp_avg_sq"}),
     "adam with lr as an input": (with_lr_input, {"m": "v"}),
+    "adam with an lr that is zero just now": (lambda: with_lr_input(0.0), {"m": "v"}),
     "two momenta": (two_momenta, {"m": "v", "slow": "v"}),
     "rsqrt": (lambda: adam_with(by_rsqrt), {"m": "v"}),
     "power -1/2": (lambda: adam_with(by_power(-0.5)), {"m": "v"}),
