@@ -244,6 +244,10 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     const float exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_add * 0.4375f;  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_div_2 = 7.0f / exp_avg_sq_0_new_mul_6;  // exp_avg_sq_0_new
     const float exp_avg_sq_0_new_neg_1 = -(exp_avg_sq_0_new_mul_6);  // exp_avg_sq_0_new
+    const float exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_mul_6 * 0.14285715f;  // exp_avg_sq_0_new
+    const float exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_7, 1.0f);  // exp_avg_sq_0_new
+    const float exp_avg_sq_0_new_mul_8 = exp_avg_sq_0_new_min_1 * 0.16666667f;  // exp_avg_sq_0_new
+    const float exp_avg_sq_0_new_neg_2 = -(exp_avg_sq_0_new_mul_8);  // exp_avg_sq_0_new
     const int exp_avg_sq_0_new_shift_left_2 = exp_avg_sq_0_new_int_select_3[j] << 5;  // exp_avg_sq_0_new
     const int exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
     const int exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_shift_left_2 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new
@@ -255,9 +259,14 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random24(exp_avg_sq_0_key, p);  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_max_3 = stq::max(exp_avg_sq_0_new_max[j][p], stq::all(exp_avg_sq_0_new_neg_1));  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_fma_7 = stq::fma(exp_avg_sq_0_new_max_3, stq::all(exp_avg_sq_0_new_div_2), stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_8 = stq::fma(exp_avg_sq_0_new_exp_avg_sq_0_key, stq::all(5.9604645e-08f), exp_avg_sq_0_new_fma_7);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_fma_8, stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_min_1);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_floor = stq::floor(exp_avg_sq_0_new_fma_7);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_sub_3 = exp_avg_sq_0_new_fma_7 - exp_avg_sq_0_new_floor;  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_neg_3 = -(exp_avg_sq_0_new_sub_3);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_8 = stq::fma(exp_avg_sq_0_new_sub_3, exp_avg_sq_0_new_neg_3, exp_avg_sq_0_new_sub_3);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_9 = stq::fma(exp_avg_sq_0_new_fma_8, stq::all(exp_avg_sq_0_new_neg_2), exp_avg_sq_0_new_fma_7);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_10 = stq::fma(exp_avg_sq_0_new_exp_avg_sq_0_key, stq::all(5.9604645e-08f), exp_avg_sq_0_new_fma_9);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_min_2 = stq::min(exp_avg_sq_0_new_fma_10, stq::all(7.0f));  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_min_2);  // exp_avg_sq_0_new
       getitem_2[p] = stq::select(exp_avg_0_new_valid[j][p], exp_avg_sq_0_new_to_int_1, stq::all(0));  // exp_avg_sq_0_new
     }
     stq::pack<3>(exp_avg_sq_0_codes, getitem_2);  // -> exp_avg_sq_0_codes
