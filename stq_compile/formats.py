@@ -49,7 +49,7 @@ a normal distribution, since a true percentile needs a sort."""
 
 MEAN_PULL = 1.0 / 6.0
 """How much stochastic rounding of ``adaptive_log`` leans down, per octave between two levels: up
-with probability ``f - c f (1 - f)``, ``c`` this times the distance in octaves, at most an octave."""
+with probability ``f - c f (1 - f)``, ``c`` this times the distance in octaves, one at most."""
 
 MIDRISE_CLIP = {2: 1.6, 3: 2.6}
 """Clip of the normalized value in units of its root mean square, from trials on small GPTs."""

@@ -7,9 +7,9 @@ rounding of the sum can differ from a true fma only in a double-rounding case, a
 2^29).
 
 Stochastic rounding is unbiased in the value for ``softsign``, ``ratio``, ``midrise`` (inside its
-clip) and ``bfloat16``. For ``adaptive_log`` it leans down from the logarithm of the value: where the
-logarithm is unbiased, an average of squares, which is linear in what is stored, grows by half the
-variance of the noise at every step, and the updates that it divides shrink (design/0008).
+clip) and ``bfloat16``. For ``adaptive_log`` it leans down from the logarithm of the value: where
+the logarithm is unbiased, an average of squares, which is linear in what is stored, grows by half
+the variance of the noise at every step, and the updates that it divides shrink (design/0008).
 """
 
 from __future__ import annotations
