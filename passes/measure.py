@@ -30,14 +30,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stq_compile import ops  # noqa: F401  (registers the operators)
 from stq_compile.error_law import FACTORS, persistence
-from stq_compile.formats import Format, choose_format
+from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Rounding
 from stq_compile.passes.functionalize import DECOMPOSITIONS, fake_inputs
 from stq_compile.passes.normalizers import Differentiable
 from stq_compile.passes.ranges import base_name
 from stq_compile.step_graph import Instance, Operand, Program, Recurrence, Role, Source, StepGraph
 
-LADDER = (2, 3, 4, 5, 6, 8, 16)
+LADDER = tuple(width for width in WIDTHS if width < FLOAT32.width)
 """Widths whose error is measured; at 32 there is none."""
 
 HORIZON = 50.0

@@ -28,8 +28,6 @@ UNPLANNED_PRECISION = 8
 DEFAULT_TOLERANCE = 0.15
 """Predicted relative perturbation of the update that quality mode keeps to (design/0008)."""
 
-LADDER = WIDTHS
-
 
 @dataclass(frozen=True)
 class Options:
@@ -49,7 +47,7 @@ class Options:
     seed: int = 0
     min_numel: int = 4096
     exclude: tuple[str, ...] = ()
-    ladder: tuple[int, ...] = LADDER
+    ladder: tuple[int, ...] = WIDTHS
     hysteresis: float = 0.1
     dwell: int = 1
     rungs: int = 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LADDER = (2, 3, 4, 5, 6, 8, 16, 32)
+from stq_compile.formats import WIDTHS
+
+LADDER = WIDTHS
 
 
 @dataclass(frozen=True)
