@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from stq_compile import api
 from stq_compile.backend import session_of
 from stq_compile.codegen.target import parse_target
+from stq_compile.compiled_step import CompiledStep
 from stq_compile.errors import InvalidTargetError, StqError
 from stq_compile.kernels import kernel_rows
 from stq_compile.passes.runner import Stage
-from stq_compile.session import CompiledStep
 from stq_compile.step_graph import StepGraph
 
 app = typer.Typer(

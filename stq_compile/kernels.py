@@ -9,8 +9,8 @@ from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.report import static_report
+from stq_compile.compiled_step import CompiledStep
 from stq_compile.compiler import Unit, lower_kernel
-from stq_compile.session import CompiledStep
 
 
 def kernel_rows(step: CompiledStep, target: Target = CPU) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner", "planner.*"),
     ("compiler",),
     ("checks", "runtime"),
+    ("compiled_step",),
     ("session",),
     ("checkpoint",),
     ("backend", "kernels", "report"),

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import stq_compile as stq
 from stq_compile.backend import session_of
+from stq_compile.compiled_step import CompiledStep
 from stq_compile.options import DEFAULT_TOLERANCE
 from stq_compile.planner.history import History
 from stq_compile.planner.planner import CALIBRATIONS, Planner
-from stq_compile.session import CompiledStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
