@@ -30,8 +30,8 @@ from stq_compile.errors import (
 )
 from stq_compile.options import Options
 from stq_compile.planner.history import History
-from stq_compile.report import Report, make_report
 from stq_compile.session import Session
+from stq_compile.state_report import Report, make_report
 
 REFUSED_OPTIONS = {
     "differentiable": "asks for a step that autograd sees",
@@ -70,7 +70,7 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     name = type(optimizer).__name__
     if session_of(optimizer) is not None:
         raise AlreadyCompiledError(optimizer=name)
-    reason = _refusal(optimizer)
+    reason = refusal(optimizer)
     if reason:
         raise UnsupportedOptimizerError(optimizer=name, reason=reason)
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
@@ -80,7 +80,7 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     return optimizer
 
 
-def _refusal(optimizer: Optimizer) -> str:
+def refusal(optimizer: Optimizer) -> str:
     """Why an optimizer cannot be compiled at all; empty if it may be."""
     for refused, reason in REFUSED.items():
         if isinstance(optimizer, refused):
@@ -89,7 +89,7 @@ def _refusal(optimizer: Optimizer) -> str:
         for option, reason in REFUSED_OPTIONS.items():
             if group.get(option):
                 return f"{option}=True {reason}"
-    if list(inspect.signature(_raw_step(type(optimizer))).parameters)[1:] not in ([], ["closure"]):
+    if list(inspect.signature(raw_step(type(optimizer))).parameters)[1:] not in ([], ["closure"]):
         return "its step takes other arguments than a closure"
     own = optimizer.__dict__.get("step")
     if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
@@ -119,6 +119,20 @@ def history(optimizer: Optimizer) -> History:
     if session is None:
         raise NotCompiledError(optimizer=type(optimizer).__name__)
     return History() if session.planner is None else session.planner.history
+
+
+def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
+    """Note the loss of the last step, for the report of the run (`Report.save`, ``record``).
+
+    A closure's loss is noted by itself.
+
+    Raises:
+        NotCompiledError: the optimizer is not compiled.
+    """
+    session = session_of(optimizer)
+    if session is None:
+        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    session.recording.loss(session.steps, float(loss))
 
 
 def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str, Any]:
@@ -155,7 +169,7 @@ class _Driver:
         """The optimizer's step under Dynamo, with nothing captured yet."""
         if self.code is not None:
             reset_code(self.code)  # Dynamo lets go of what it captured, and so of its states
-        step = _own_code(_raw_step(type(self.session.optimizer)))
+        step = own_code(raw_step(type(self.session.optimizer)))
         self.code = step.__code__
         return torch.compile(step, backend=self._backend, fullgraph=True)
 
@@ -179,6 +193,8 @@ class _Driver:
             if scheduled:
                 self._opt_called = True  # type: ignore[attr-defined]
             result = driver.run(self)
+            if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+                driver.session.recording.loss(driver.session.steps, float(loss))
             return result if closure is None else loss
 
         hooked: Any = Optimizer.profile_hook_step(step)
@@ -203,10 +219,10 @@ class _Driver:
                 del optimizer.state[param]
             if session.compiles == 0:
                 self._uninstall(optimizer)
-            translated = _translated(error, type(optimizer).__name__)
-            if translated is None:
+            known = translated(error, type(optimizer).__name__)
+            if known is None:
                 raise
-            raise translated from error
+            raise known from error
 
     def _captured(self, optimizer: Optimizer) -> Any:
         """Run the step; capture afresh where the old capture cannot serve."""
@@ -223,7 +239,7 @@ class _Driver:
         close_session(optimizer)
 
 
-def _translated(error: BaseException, optimizer: str) -> StqError | None:
+def translated(error: BaseException, optimizer: str) -> StqError | None:
     """Our own error out of Dynamo's wrapping; a graph break as an error of ours."""
     cause: BaseException | None = error
     while cause is not None:
@@ -234,19 +250,20 @@ def _translated(error: BaseException, optimizer: str) -> StqError | None:
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     if isinstance(error, dynamo_exc.BackendCompilerFailed):
         inner = error.inner_exception
-        return InternalError(optimizer=optimizer, reason=f"{type(inner).__name__}: {inner}")
+        reason = f"{type(inner).__name__}: {inner}"
+        return InternalError(optimizer=optimizer, reason=reason, repro="")
     if isinstance(error, dynamo_exc.TorchDynamoException):
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     return None
 
 
-def _raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
+def raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
     """``cls.step`` without torch's profiling and gradient-mode wrappers."""
     step: Callable[..., Any] = inspect.unwrap(cls.step)
     return step
 
 
-def _own_code(function: Callable[..., Any]) -> types.FunctionType:
+def own_code(function: Callable[..., Any]) -> types.FunctionType:
     """A copy with a code object of its own, under a name of its own.
 
     Dynamo's cache and its recompile limit belong to a code object, and what it remembers of inputs

@@ -85,7 +85,7 @@ def generate(
 def measuring_program(program: Program, rounding: Rounding, dump: Path | None = None) -> Program:
     """The graphs that measure every template, before formats."""
     passes = (Pass("measure", partial(measure, rounding=rounding)),)
-    return run_passes(program, passes, dump=dump, first=len(FRONT) + 1)[-1].program
+    return run_passes(program, passes, dump=dump)[-1].program
 
 
 def generate_measuring(
@@ -99,10 +99,13 @@ def generate_measuring(
 
 
 def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:
-    stages = run_passes(program, passes, dump=dump, first=len(FRONT) + 1)
+    stages = run_passes(program, passes, dump=dump)
     graphs = stages[-1].program.units
     kernels = [lower_kernel(graph) for graph in graphs]
     names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
+    if dump is not None:
+        for name, source in zip(names, sources, strict=True):
+            (dump / f"{name}.cpp").write_text(source)
     with ThreadPoolExecutor() as pool:  # the C++ compiler runs in processes of its own
         compiled = list(pool.map(build, names, sources))
     units = [Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)]

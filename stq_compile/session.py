@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,17 +21,21 @@ from stq_compile.capture import capture, param_sources
 from stq_compile.checks import check_dtypes, check_program
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
+from stq_compile.dump import Dump
 from stq_compile.errors import (
     InfeasibleBudgetError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
 )
+from stq_compile.failures import reporting_defects
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import formats_of, measured_states
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
+from stq_compile.reporting.recording import Recording
+from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 
@@ -40,10 +43,11 @@ from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 class Session:
     """Everything that stq_compile keeps for one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, options: Options, dump: Path | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, options: Options) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.options = options
-        self.dump = dump
+        self.dump = Dump(type(optimizer).__name__)
+        self.recording = Recording(options.record)
         self.seed = options.seed
         self.checkpoint_format: Literal["packed", "fp32"] = "packed"
         self.loaded = False
@@ -67,20 +71,31 @@ class Session:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         captured = capture(gm, self.optimizer)
         check_dtypes(captured.program)
-        stages = analyse(captured.program, self.dump)
+        with reporting_defects(self, captured.program):
+            stages = analyse(captured.program, self.dump.folder("analyse"))
         program = stages[-1].program
         check_program(program)
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
         with self._attempt():
-            changes = self._enroll(program)
+            changes = self.enroll(program)
             known = self.plan.keys() & changes.keys()
             self._transition(changes, [*self.compiled, step])
             self.transitions += len(known)
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
+        self._record()
         return step
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Losses that were logged, with the number of steps before each."""
+        return self.recording.losses
+
+    def _record(self) -> None:
+        if self.recording.streams:
+            self.recording.update(run_of(self))
 
     def _check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
@@ -98,7 +113,7 @@ class Session:
                 params=", ".join(params[:3]) + (", ..." if len(params) > 3 else ""),
             )
 
-    def _enroll(self, program: Program) -> dict[StateKey, int]:
+    def enroll(self, program: Program) -> dict[StateKey, int]:
         """Let the planner give first widths to the states of a new program.
 
         States that the step is about to create have no key yet and share one width: the widest
@@ -181,6 +196,7 @@ class Session:
         assert planner is not None
         with self._attempt():
             self.change_widths(planner.decide(self.steps, *self._sizes(planner.managed)))
+        self._record()
 
     def width_of(self, operand: Operand) -> int:
         """The width that the plan, or else the options, give a state."""

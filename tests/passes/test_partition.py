@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import fx
 
-from golden import Golden
 from graphs import Sketch, assert_pure, aten, only, program
 from stq_compile.codegen.lower import why_not
 from stq_compile.errors import UnsupportedOperatorError
 from stq_compile.passes.partition import element_nodes, partition
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import StepGraph
 from zoo import adam, amsgrad
 
@@ -32,8 +32,8 @@ def with_scalars() -> StepGraph:
     return s.functional({step: new_step, p: s.call(aten.add.Tensor, p, update)})
 
 
-def test_pass(golden: Golden) -> None:
-    golden(str(assert_pure(lambda x: partition(x, supports_all), program(with_scalars()))))
+def test_pass(stq_golden: Golden) -> None:
+    stq_golden(str(assert_pure(lambda x: partition(x, supports_all), program(with_scalars()))))
 
 
 def test_the_graph_is_not_changed() -> None:

@@ -1,0 +1,112 @@
+"""A `Run` of a live optimizer as it stands: references only, written out when it is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stq_compile.codegen.lower import bytes_per_element
+from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
+from stq_compile.formats import FLOAT32
+from stq_compile.options import Options
+from stq_compile.packed_state import PackedState
+from stq_compile.planner.planner import Planner
+from stq_compile.reporting.graph_data import graph_data
+from stq_compile.reporting.run_file import KernelInfo, Row, Run, Template
+from stq_compile.step_graph import Source
+
+
+class Live(Protocol):
+    """What is read of a session."""
+
+    options: Options
+    steps: int
+    info: dict[StateKey, StateInfo]
+    planner: Planner | None
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def compiled(self) -> Iterable[CompiledStep]: ...
+    @property
+    def losses(self) -> Iterable[tuple[int, float]]: ...
+    def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]: ...
+
+
+def run_of(live: Live) -> Run:
+    """Everything that is known of the run so far."""
+    step = max(live.compiled, key=lambda s: s.number, default=None)
+    return Run(
+        optimizer=type(live.optimizer).__name__,
+        options=_plain(live.options),
+        versions={"stq_compile": version("stq-compile"), "torch": torch.__version__},
+        steps=live.steps,
+        rows=rows_of(live),
+        decisions=() if live.planner is None else live.planner.history.records,
+        losses=tuple(live.losses),
+        templates=() if step is None else tuple(_templates(step)),
+        kernels=() if step is None else tuple(_kernels(step)),
+    )
+
+
+def rows_of(live: Live) -> tuple[Row, ...]:
+    """What every state occupies now."""
+    return tuple(
+        _row(source.name, key, value, live.info.get((source.param, key)))
+        for _, source, key, value in live.states()
+        if isinstance(value, Tensor)
+    )
+
+
+def _row(param: str, key: str, value: Tensor, info: StateInfo | None) -> Row:
+    is_packed = isinstance(value, PackedState)
+    format = value.format if isinstance(value, PackedState) else FLOAT32
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Row(
+        param,
+        key,
+        tuple(value.shape),
+        format.name if is_packed else dtype,
+        format.width if is_packed else value.element_size() * 8,
+        value.packed.nbytes if isinstance(value, PackedState) else value.nbytes,
+        4 * value.numel(),
+        "" if info is None else info.reason,
+    )
+
+
+def _templates(step: CompiledStep) -> Iterator[Template]:
+    for unit in step.program.units:
+        yield Template(unit.name, len(unit.instances), str(unit), graph_data(unit))
+
+
+def _kernels(step: CompiledStep) -> Iterator[KernelInfo]:
+    templates = [unit.name for unit in step.program.units]
+    for bucket in step.buckets:
+        unit = bucket.unit
+        yield KernelInfo(
+            unit.kernel.name,
+            max((t for t in templates if unit.graph.name.startswith(t)), key=len),
+            len(bucket.instances),
+            sum(torch.Size(p.shape).numel() for p in bucket.params),
+            bytes_per_element(unit.kernel),
+            unit.compiled.source,
+            str(unit.graph),
+            graph_data(unit.graph),
+        )
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """Options that are not the defaults, in types that JSON has."""
+    found = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            value = dict(value) if isinstance(value, Mapping) else value
+            found[field.name] = value if isinstance(value, (int, float, dict)) else str(value)
+    return found
