@@ -79,11 +79,9 @@ class Inspection:
         return self._after(back(self.session.format_of, "nearest")[-1].name)
 
     def _after(self, name: str) -> Program:
-        found = next((s.program for s in self.stages if s.name == name), None)
-        if found is None:
-            assert self.refused is not None
+        if self.refused is not None:
             raise self.refused
-        return found
+        return next(s.program for s in self.stages if s.name == name)
 
     def kernels(self, target: Target = CPU) -> list[dict[str, Any]]:
         """One row per kernel, its source included; see `stq_compile.kernels.kernel_row`."""
@@ -129,7 +127,7 @@ def inspect_optimizer(
         progress: told what takes time.
 
     Raises:
-        StqError: the step cannot be captured.
+        StqError: the step cannot be captured, or the options cannot be kept to.
     """
     reason = refusal(optimizer)
     if reason:
@@ -145,25 +143,27 @@ def inspect_optimizer(
     found = Inspection(optimizer, session, captured, [], progress=progress)
     with reporting_defects(session, captured.program):
         try:
-            _run(found, () if whole else classes)
+            program = _analyse(found, () if whole else classes)
         except StqError as error:
             found.refused = error
+            return found
+        session.plan.update(session.enroll(program))
+        _keep(found, program, back(session.format_of, options.rounding), "generate")
     return found
 
 
-def _run(found: Inspection, classes: Sequence[Sequence[int]]) -> None:
-    """Run all passes, keeping the stages that were reached."""
-    session, program = found.session, found.captured.program
-    _keep(found, program, FRONT, "analyse")
+def _analyse(found: Inspection, classes: Sequence[Sequence[int]]) -> Program:
+    """Run the passes that need no formats, keeping the stages that were reached."""
+    program = found.captured.program
     check_dtypes(program)
+    _keep(found, program, FRONT, "analyse")
     if classes:
         last = found.stages[-1]
         sources = list(param_sources(found.optimizer).values())
         found.stages[-1] = replace(last, program=_expand(last.program, sources, classes))
     program = found.stages[-1].program
     check_program(program)
-    session.plan.update(session.enroll(program))
-    _keep(found, program, back(session.format_of, session.options.rounding), "generate")
+    return program
 
 
 def _keep(found: Inspection, program: Program, passes: Sequence[Pass], run: str) -> None:

@@ -3,7 +3,7 @@
     def test_step(stq_golden):
         stq_golden.step_graph(make_optimizer())
 
-compares the printed step graph with ``stq_goldens/<module>/<test>.py`` next to the test, byte for
+compares the printed step graph with ``stq_goldens/<module>/<test>.graph.txt`` next to the test, byte for
 byte. ``pytest --stq-update`` writes the files anew. A golden that no test compares fails the run,
 and so does a test that asks for the fixture and compares nothing.
 """
@@ -11,9 +11,12 @@ and so does a test that asks for the fixture and compares nothing.
 from __future__ import annotations
 
 import difflib
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +75,14 @@ class Golden:
         stages = {stage.name: str(stage.program) for stage in found.stages}
         if after not in stages:
             pytest.fail(f"no pass {after!r}; the passes are {', '.join(stages)}")
-        self(stages[after], ".py")
+        self(stages[after], ".graph.txt")
 
     def plan(self, optimizer: Optimizer, **options: Any) -> None:
         """Compare the first formats of all states, and their bytes."""
         states = _inspect(optimizer, options).states()
         rows = [
             f"{o.source} {'x'.join(map(str, o.shape)) or 'scalar'}: {format.name}, "
-            f"{format.nbytes(_numel(o.shape))} bytes"
+            f"{format.nbytes(math.prod(o.shape))} bytes"
             for o, format in states
         ]
         self("\n".join(rows), ".plan.txt")
@@ -90,20 +93,31 @@ class Golden:
 
         machine = parse_target(target)
         rows = _inspect(optimizer, options).kernels(machine)
-        self("\n\n".join(row["source"] for row in rows), ".triton.py" if machine.is_gpu else ".cpp")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)
+        self(
+            "\n\n".join(row["source"] for row in rows), ".triton.txt" if machine.is_gpu else ".cpp"
+        )
 
 
 def _inspect(optimizer: Optimizer, options: dict[str, Any]) -> Inspection:
     from stq_compile.inspection import inspect_optimizer
     from stq_compile.options import Options
 
-    return inspect_optimizer(optimizer, Options.from_dict(options))
+    with _quiet():
+        return inspect_optimizer(optimizer, Options.from_dict(options))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's trace of every capture out of what pytest shows of a failure.
+
+    They are for TORCH_TRACE, whose handler is the logger's own.
+    """
+    trace = logging.getLogger("torch.__trace")
+    propagate, trace.propagate = trace.propagate, False
+    try:
+        yield
+    finally:
+        trace.propagate = propagate
 
 
 def difference(file: Path, found: bytes) -> str:

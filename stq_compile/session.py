@@ -7,6 +7,8 @@ optimizer as it was.
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -39,6 +41,8 @@ from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 
+LOG = logging.getLogger(__name__)
+
 
 class Session:
     """Everything that stq_compile keeps for one optimizer."""
@@ -69,6 +73,7 @@ class Session:
 
     def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
+        start = time.perf_counter()
         captured = capture(gm, self.optimizer)
         check_dtypes(captured.program)
         with reporting_defects(self, captured.program):
@@ -85,6 +90,13 @@ class Session:
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
+        LOG.info(
+            "%s: compiled %d templates to %d kernels in %.2f s",
+            captured.program.optimizer,
+            len(program.units),
+            len(step.buckets),
+            time.perf_counter() - start,
+        )
         self._record()
         return step
 
@@ -195,7 +207,17 @@ class Session:
         planner = self.planner
         assert planner is not None
         with self._attempt():
-            self.change_widths(planner.decide(self.steps, *self._sizes(planner.managed)))
+            changes = planner.decide(self.steps, *self._sizes(planner.managed))
+            self.change_widths(changes)
+        record = planner.history.records[-1]
+        LOG.info(
+            "%s: step %d, %d changes of width, %.2f true bits, predicted error %.3g",
+            type(self.optimizer).__name__,
+            self.steps,
+            len(changes),
+            record.bits,
+            record.error,
+        )
         self._record()
 
     def width_of(self, operand: Operand) -> int:

@@ -37,9 +37,10 @@ FLAGS: dict[str, Any] = {
     "dwell": _flag(int | None, "Decisions that a width stays."),
     "rungs": _flag(int | None, "How far a width moves at once."),
     "alarm": _flag(float | None, "Growth of the error that lets a width jump."),
-    "record": _flag(str | None, "File that a run is written to while it goes on.", "FILE"),
 }
-"""By option, what typer needs to know; the default of each is that of `options.Options`."""
+"""By option, what typer needs to know; the default of each is that of `options.Options`.
+
+All options but ``record``, which streams a run: nothing is run here."""
 
 
 def options_from(given: Mapping[str, Any]) -> dict[str, Any]:
