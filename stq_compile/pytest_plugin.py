@@ -3,9 +3,9 @@
     def test_step(stq_golden):
         stq_golden.step_graph(make_optimizer())
 
-compares the printed step graph with ``stq_goldens/<module>/<test>.graph.txt`` next to the test, byte for
-byte. ``pytest --stq-update`` writes the files anew. A golden that no test compares fails the run,
-and so does a test that asks for the fixture and compares nothing.
+compares the printed step graph with ``stq_goldens/<module>/<test>.graph.txt`` next to the test,
+byte for byte. ``pytest --stq-update`` writes the files anew. A golden that no test compares fails
+the run, and so does a test that asks for the fixture and compares nothing.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-import stq_compile.cli
+from schemas import SCHEMAS, check
 from stq_compile import doctor
 from stq_compile.cli import app
 from stq_compile.cli.common import Subject
@@ -25,7 +24,6 @@ from stq_compile.cli.flags import FLAGS, options_from
 from stq_compile.errors import InvalidOptionError
 from stq_compile.options import Options
 
-SCHEMAS = Path(stq_compile.cli.__file__).parent / "schemas"
 INSPECTED: dict[Any, Any] = {}
 """Captures are shared: Dynamo takes seconds for those of GPT-2."""
 
@@ -79,12 +77,6 @@ def read(*args: str) -> Any:
     found = json.loads(text)
     check(args[0], found)
     return found
-
-
-def check(verb: str, found: Any) -> None:
-    schema = json.loads((SCHEMAS / f"{verb}.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(found)
 
 
 # Every verb. ----------------------------------------------------------------------------------
