@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,9 +134,11 @@ def inspect_optimizer(
         raise UnsupportedOptimizerError(optimizer=type(optimizer).__name__, reason=reason)
     classes = _classes(optimizer)
     chosen = {i for members in classes for i in (members if whole else members[:1])}
-    _prepare(optimizer, chosen, progress)
-    with progress(f"capturing {len(chosen)} parameters"):
-        captured = _capture(optimizer)
+    sources = param_sources(optimizer)
+    with _reduced(optimizer, chosen):
+        _prepare(optimizer, progress)
+        with progress(f"capturing {len(chosen)} parameters"):
+            captured = _capture(optimizer, sources)
     if not whole:
         _share_states(optimizer, classes)
     session = Session(optimizer, options)
@@ -185,15 +187,31 @@ def _classes(optimizer: Optimizer) -> list[list[int]]:
     return list(classes.values())
 
 
-def _prepare(optimizer: Optimizer, chosen: set[int], progress: Progress) -> None:
-    """Give the chosen parameters gradients and states, and the others none."""
+@contextmanager
+def _reduced(optimizer: Optimizer, chosen: Collection[int]) -> Iterator[None]:
+    """The optimizer with only the chosen ones of its parameters."""
+    before = [dict(group) for group in optimizer.param_groups]
+    first = 0
+    for group in optimizer.param_groups:
+        kept = [i for i in range(len(group["params"])) if first + i in chosen]
+        first += len(group["params"])
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][i] for i in kept]
+    try:
+        yield
+    finally:
+        for group, original in zip(optimizer.param_groups, before, strict=True):
+            group.update((k, original[k]) for k in ("params", "param_names") if k in original)
+
+
+def _prepare(optimizer: Optimizer, progress: Progress) -> None:
+    """Give all parameters gradients and states."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
-        if i not in chosen:
-            p.grad = None
-        elif p.grad is None:
+    for p in params:
+        if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if all(optimizer.state.get(params[i]) for i in chosen):
+    if all(optimizer.state.get(p) for p in params):
         return
     init_states(optimizer, sys.maxsize)
     with progress("a first step, in which states are made"), torch.no_grad():
@@ -208,12 +226,12 @@ class _Stop(Exception):
     """Ends a compiled step before it changes anything."""
 
 
-def _capture(optimizer: Optimizer) -> Captured:
+def _capture(optimizer: Optimizer, sources: Mapping[int, Source]) -> Captured:
     """What Dynamo captures of the step, which is not run."""
     found: list[Captured] = []
 
     def backend(gm: Any, _: Any) -> Callable[..., Any]:
-        found.append(capture(gm, optimizer))
+        found.append(capture(gm, optimizer, sources))
         return _stop
 
     step = torch.compile(own_code(raw_step(type(optimizer))), backend=backend, fullgraph=True)

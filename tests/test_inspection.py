@@ -78,7 +78,9 @@ def test_one_of_each_class_stands_for_all(cls: Any) -> None:
     whole = inspect_optimizer(make(), options)
     for p in model.parameters():
         p.grad = None
-    few = inspect_optimizer(make(), options, whole=False)
+    optimizer = make()
+    few = inspect_optimizer(optimizer, options, whole=False)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 8
     assert few.captured.program.nodes < whole.captured.program.nodes
     assert str(few.quantized) == str(whole.quantized)
     assert [unit.instances for unit in few.front.units] == [
