@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 
+from graphs import Sketch, aten
 from stq_compile.formulas import Formulas, formulas_of, notation
 from stq_compile.inspection import inspect_optimizer
 from stq_compile.options import Options
@@ -109,13 +110,11 @@ def test_notation() -> None:
 
 
 def test_what_has_no_closed_form_is_a_function() -> None:
-    unit = template("AdamW")
-    graph = torch.fx.Graph()
-    a = graph.placeholder(unit.operands[0].name)
-    product = graph.call_function(torch.ops.aten.mm.default, (a, a))
-    graph.output((product,))
-    small = unit.replace(
-        graph=graph, instances=(type(unit.instances[0])(unit.operands[:1]),), writes=None
-    )
-    formulas = formulas_of(small)
-    assert formulas.new == {}
+    s = Sketch("product", shape=(3, 3))
+    p, g, m = s.param(), s.grad(), s.state("momentum")
+    new = s.call(aten.add.Tensor, m, g)
+    unit = s.functional({m: new, p: s.call(aten.sub.Tensor, p, s.call(aten.mm.default, new, g))})
+    formulas = formulas_of(unit)
+    assert notation(formulas.new["param"]) == "param - mm(momentum', grad)"
+    assert formulas.recurrence("momentum") == "momentum' = grad + momentum"
+    assert formulas.sensitivity("momentum") == "no closed form"
