@@ -110,14 +110,15 @@ def _inspect(optimizer: Optimizer, options: dict[str, Any]) -> Inspection:
 def _quiet() -> Iterator[None]:
     """Keep torch's trace of every capture out of what pytest shows of a failure.
 
-    They are for TORCH_TRACE, whose handler is the logger's own.
+    It is meant for TORCH_TRACE, whose handler is torch's own and stays.
     """
     trace = logging.getLogger("torch.__trace")
-    propagate, trace.propagate = trace.propagate, False
+    handlers = trace.handlers
+    trace.handlers = [h for h in handlers if type(h).__module__.startswith("torch")]
     try:
         yield
     finally:
-        trace.propagate = propagate
+        trace.handlers = handlers
 
 
 def difference(file: Path, found: bytes) -> str:

@@ -102,11 +102,11 @@ def _kernels(step: CompiledStep) -> Iterator[KernelInfo]:
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    """Options that are not the defaults, in types that JSON has."""
+    """Options that are not the defaults, in types that JSON has; the file's own name is none."""
     found = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value != field.default:
+        if value != field.default and field.name != "record":
             value = dict(value) if isinstance(value, Mapping) else value
             found[field.name] = value if isinstance(value, (int, float, dict)) else str(value)
     return found
