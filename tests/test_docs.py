@@ -33,6 +33,9 @@ def make_optimizer():
     return torch.optim.SGD([torch.nn.Parameter(torch.ones(100, 60))], lr=0.1, momentum=0.9)
 """
 
+IN_TEXT = re.compile(r"`((?:make|(?:\.venv/bin/)?python\s+examples)\b[^`]*)`")
+"""Commands in running text."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -134,7 +137,7 @@ PYTHON = [b for b in blocks() if b.language == "python"]
 
 @pytest.mark.parametrize("block", PYTHON, ids=[f"{b.page}:{b.line}" for b in PYTHON])
 def test_python(block: Block, folder: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(16, 300), torch.nn.Linear(300, 8))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.Linear(512, 64))
 
     def make_optimizer() -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.named_parameters(), lr=3e-4)
