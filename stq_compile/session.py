@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import capture, param_sources
 from stq_compile.checks import check_dtypes, check_program
+from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
 from stq_compile.errors import (
@@ -55,6 +56,7 @@ class Session:
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
         self.info: dict[StateKey, StateInfo] = {}
+        self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
 
     @property
@@ -244,12 +246,13 @@ class Session:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
         self.plan.update(changes)
         units = [step.generate() for step in steps]
+        codec = self.codec.prepare([c for step in steps for c in step.conversions()])
         packed = [v.packed for _, _, _, v in self.states() if isinstance(v, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
         before = [(step, dict(vars(step))) for step in steps]
         try:
             for step, generated in zip(steps, units, strict=True):
-                step.adopt(generated)
+                step.adopt(generated, codec)
         except BaseException:
             for storage, buffers in kept:
                 storage.restore(buffers)
@@ -269,7 +272,7 @@ class Session:
                 yield param, sources[id(param)], str(key), value
 
     def pack_loaded(self) -> None:
-        """Pack the float32 states whose format is known, if a checkpoint was loaded."""
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
         if not self.loaded:
             return
         self.loaded = False
@@ -278,7 +281,7 @@ class Session:
             if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
                 continue
             if info.format != FLOAT32 and value.shape == param.shape:
-                self.optimizer.state[param][key] = self.pack(value, info.source, info.format)
+                self.optimizer.state[param][key] = self.wrap(value, info.source)
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -292,10 +295,9 @@ class Session:
                 if isinstance(value, PackedState) and wide:
                     self.optimizer.state[param][key] = value.dequantize()
 
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
-        """A packed state of float32 values; a normalized format waits for its normalizer."""
-        plain = choose_format(format.width, nonnegative=not format.signed, normalizable=False)
-        return PackedState.pack(value.float(), plain, **self.storage_options(source))
+    def wrap(self, value: Tensor, source: Source) -> PackedState:
+        """A packed state of float32 values that are yet to be encoded."""
+        return PackedState.wrap(value.float(), **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
         return {
