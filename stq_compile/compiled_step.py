@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from stq_compile.compiler import (
 from stq_compile.formats import FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly
 from stq_compile.planner.planner import Planner
@@ -88,6 +90,11 @@ class CompiledStep:
     def program(self) -> Program:
         """The templates, before formats."""
         return self.front[-1].program
+
+    @cached_property
+    def planned_program(self) -> Program:
+        """The templates as the planner sees them."""
+        return with_packed_normalizers(self.program, self.session.options.pins_wide)
 
     def generate(self) -> Generated:
         """Compile kernels for the widths in force; changes nothing."""
@@ -227,7 +234,7 @@ class CompiledStep:
         if self.measuring is None:
             if self.measured is None:  # it depends on no format: traced once
                 rounding = session.options.rounding
-                self.measured = measuring_program(self.program, rounding, session.dump)
+                self.measured = measuring_program(self.planned_program, rounding, session.dump)
             units = generate_measuring(self.measured, session.format_of, session.dump).units
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
         sums: dict[int, dict[str, float]] = {}
@@ -248,7 +255,7 @@ class CompiledStep:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in self.program.units:
+            for unit in self.planned_program.units:
                 found |= measure_directly(
                     unit,
                     lambda operand: present(self._resolve(operand), args),

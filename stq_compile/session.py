@@ -31,7 +31,12 @@ from stq_compile.errors import (
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.passes.measure import formats_of, measured_states
+from stq_compile.passes.measure import (
+    forgotten,
+    formats_of,
+    measured_states,
+    sustained,
+)
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
@@ -75,7 +80,7 @@ class Session:
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
         with self._attempt():
-            changes = self._enroll(program)
+            changes = self._enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
             self._transition(changes, [*self.compiled, step])
             self.transitions += len(known)
@@ -127,8 +132,9 @@ class Session:
             return
         for state in measured_states(unit):
             key = state.source.key
-            formats = {**formats_of(unit, key), 32: FLOAT32}
+            formats = self._candidates(unit, key)
             prior = prior_errors(unit, key)
+            forgetting = forgotten(unit.facts.recurrences.get(key))
             for instance in unit.instances:
                 source = instance.param.source
                 numel = torch.Size(instance.param.shape).numel()
@@ -136,7 +142,16 @@ class Session:
                 if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
                     continue
                 nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
-                yield Managed((source.param, key), source.name, key, numel, nbytes, prior)
+                yield Managed(
+                    (source.param, key), source.name, key, numel, nbytes, prior, forgetting
+                )
+
+    def _candidates(self, unit: StepGraph, key: str) -> dict[int, Format]:
+        """The formats that the planner may choose for a state: those on the ladder that last."""
+        formats = {**formats_of(unit, key), 32: FLOAT32}
+        on_ladder = {w: f for w, f in formats.items() if w in self.options.ladder}
+        lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
+        return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
 
     def _sizes(
         self, managed: Collection[StateKey], program: Program | None = None
