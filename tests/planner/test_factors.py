@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,7 @@ def test_sums_of_shards_add_up_to_those_of_the_whole(order: Sequence[int]) -> No
     borders = [0, 7 * BLOCK, 8 * BLOCK, 31 * BLOCK, NUMEL]
     parts = [
         sums_of(*(t[start:end] for t in (old, new, grad)))
-        for start, end in zip(borders, borders[1:], strict=False)
+        for start, end in itertools.pairwise(borders)
     ]
     whole, added = sums_of(old, new, grad), dict.fromkeys(parts[0], 0.0)
     for shard in order:
