@@ -24,6 +24,8 @@ from stq_compile.planner.planner import CALIBRATIONS, Planner
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INTERVAL = 10
+USED_UP = 0.12
+"""A tolerance that the plan of `run` comes within 7% of, before anything changes."""
 
 
 class SignMomentum(torch.optim.Optimizer):
@@ -75,12 +77,14 @@ def test_the_momentum_of_a_sign_update_is_kept_wide() -> None:
     assert 5 <= planner(optimizer).widths[0, "exp_avg"] <= 8
 
 
-def run(change: str, steps: range, compiled: bool = True) -> tuple[Tensor, History | None]:
+def run(
+    change: str, steps: range, compiled: bool = True, tolerance: float | None = None
+) -> tuple[Tensor, History | None]:
     """AdamW on one matrix; at ``steps.start`` gradients change character, until ``steps.stop``."""
     problem, zeros = Noisy(64, 64), torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW([problem.param], lr=1e-2)
     if compiled:
-        stq.compile(optimizer, interval=INTERVAL)
+        stq.compile(optimizer, interval=INTERVAL, tolerance=tolerance)
     for step in range(steps.stop):
         grad = problem.gradient()
         if step >= steps.start and change == "scale":
@@ -100,22 +104,23 @@ def raised(history: History | None, after: int) -> int:
 
 @pytest.mark.parametrize("change", ["scale", "zeros"])
 def test_gradients_that_change_character_raise_a_width(change: str) -> None:
-    """By a factor of 1000, or to 95% zeros, within two intervals; without a change none rises.
+    """By a factor of 1000, or to 95% zeros, within two intervals, where the tolerance is used up;
+    without a change none rises.
 
-    The distance to stock AdamW in units of how far that moves was measured as 0.09 for the factor
-    and 0.12 for zeros; it is 0.11 where nothing changes.
+    The distance to stock AdamW in units of how far that moves was measured as 0.08 for the factor
+    and 0.11 for zeros at the default tolerance; it is 0.11 where nothing changes.
     """
     steps = range(65, 65 + 2 * INTERVAL)
-    param, history = run(change, steps)
+    param, history = run(change, steps, tolerance=USED_UP)
     exact, _ = run(change, steps, compiled=False)
     assert raised(history, steps.start) >= 1
     assert history is not None
-    assert all(r.error <= DEFAULT_TOLERANCE for r in history if r.step > steps.start)
+    assert all(r.error <= USED_UP for r in history if r.step > steps.start)
     assert (param - exact).norm() <= 0.2 * exact.norm()
 
 
 def test_gradients_that_stay_as_they_are_raise_none() -> None:
-    _, history = run("none", range(65, 85))
+    _, history = run("none", range(65, 85), tolerance=USED_UP)
     assert raised(history, 65) == 0
 
 
