@@ -203,9 +203,10 @@ class KernelBuildError(StqError):
 
 class InfeasibleBudgetError(StqError):
     message = (
-        "a budget of {budget} bytes cannot hold {states} states: at the smallest widths allowed "
-        "they take {needed} bytes. Raise target_bits, or lift the pins (precision), exclude and "
-        "min_numel that keep states wide."
+        "a budget of {budget} bytes cannot hold all states: {fixed} bytes go to states that are "
+        "pinned, excluded, smaller than min_numel or kept exact, and the {states} others take "
+        "{needed} bytes at the smallest widths allowed (8 bits for a sum over all steps). Raise "
+        "target_bits, or lift the pins (precision), exclude and min_numel."
     )
 
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from stq_compile.errors import FormatMismatchError, TracingError
-from stq_compile.formats import Format
+from stq_compile.formats import CONSTANT, Format
 from stq_compile.storage import PackedStorage
 
 _ANCHOR = torch.empty(0)
@@ -70,6 +70,13 @@ class PackedState(Tensor):
         state = cls.zeros_like(values, format, **storage)
         state.packed.write(memory_order(values))
         return state
+
+    @classmethod
+    def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
+        """A dense float32 tensor as a packed state of format float32, in the same memory."""
+        packed = PackedStorage(values.numel(), CONSTANT, **storage)
+        packed.take(memory_order(values.detach()))
+        return cls(packed, values.size(), values.stride())
 
     @property
     def packed(self) -> PackedStorage:

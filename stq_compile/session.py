@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import capture, param_sources
 from stq_compile.checks import check_dtypes, check_program
+from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
 from stq_compile.errors import (
@@ -30,7 +31,12 @@ from stq_compile.errors import (
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.passes.measure import formats_of, measured_states
+from stq_compile.passes.measure import (
+    forgotten,
+    formats_of,
+    measured_states,
+    sustained,
+)
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
@@ -55,6 +61,7 @@ class Session:
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
         self.info: dict[StateKey, StateInfo] = {}
+        self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
 
     @property
@@ -73,7 +80,7 @@ class Session:
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
         with self._attempt():
-            changes = self._enroll(program)
+            changes = self._enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
             self._transition(changes, [*self.compiled, step])
             self.transitions += len(known)
@@ -125,8 +132,9 @@ class Session:
             return
         for state in measured_states(unit):
             key = state.source.key
-            formats = {**formats_of(unit, key), 32: FLOAT32}
+            formats = self._candidates(unit, key)
             prior = prior_errors(unit, key)
+            forgetting = forgotten(unit.facts.recurrences.get(key))
             for instance in unit.instances:
                 source = instance.param.source
                 numel = torch.Size(instance.param.shape).numel()
@@ -134,7 +142,16 @@ class Session:
                 if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
                     continue
                 nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
-                yield Managed((source.param, key), source.name, key, numel, nbytes, prior)
+                yield Managed(
+                    (source.param, key), source.name, key, numel, nbytes, prior, forgetting
+                )
+
+    def _candidates(self, unit: StepGraph, key: str) -> dict[int, Format]:
+        """The formats that the planner may choose for a state: those on the ladder that last."""
+        formats = {**formats_of(unit, key), 32: FLOAT32}
+        on_ladder = {w: f for w, f in formats.items() if w in self.options.ladder}
+        lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
+        return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
 
     def _sizes(
         self, managed: Collection[StateKey], program: Program | None = None
@@ -244,12 +261,13 @@ class Session:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
         self.plan.update(changes)
         units = [step.generate() for step in steps]
+        codec = self.codec.prepare([c for step in steps for c in step.conversions()])
         packed = [v.packed for _, _, _, v in self.states() if isinstance(v, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
         before = [(step, dict(vars(step))) for step in steps]
         try:
             for step, generated in zip(steps, units, strict=True):
-                step.adopt(generated)
+                step.adopt(generated, codec)
         except BaseException:
             for storage, buffers in kept:
                 storage.restore(buffers)
@@ -269,7 +287,7 @@ class Session:
                 yield param, sources[id(param)], str(key), value
 
     def pack_loaded(self) -> None:
-        """Pack the float32 states whose format is known, if a checkpoint was loaded."""
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
         if not self.loaded:
             return
         self.loaded = False
@@ -278,7 +296,7 @@ class Session:
             if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
                 continue
             if info.format != FLOAT32 and value.shape == param.shape:
-                self.optimizer.state[param][key] = self.pack(value, info.source, info.format)
+                self.optimizer.state[param][key] = self.wrap(value, info.source)
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -292,10 +310,9 @@ class Session:
                 if isinstance(value, PackedState) and wide:
                     self.optimizer.state[param][key] = value.dequantize()
 
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
-        """A packed state of float32 values; a normalized format waits for its normalizer."""
-        plain = choose_format(format.width, nonnegative=not format.signed, normalizable=False)
-        return PackedState.pack(value.float(), plain, **self.storage_options(source))
+    def wrap(self, value: Tensor, source: Source) -> PackedState:
+        """A packed state of float32 values that are yet to be encoded."""
+        return PackedState.wrap(value.float(), **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
         return {

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("codegen", "codegen.*"),
     ("planner", "planner.*"),
     ("compiler",),
-    ("checks", "runtime"),
+    ("checks", "codec", "runtime"),
     ("compiled_step",),
     ("session",),
     ("checkpoint",),
