@@ -109,7 +109,7 @@ def test_a_unit_that_changes_takes_those_that_depend_on_it_along(
     """To every format of the unit; the other state keeps its format, takes another one, or one
     without a unit, each in the same go."""
     compiled = codecs("stochastic")
-    after = [FORMATS[name] for name in ("midrise3", "ratio6", "softsign8")]
+    after = [FORMATS[name] for name in ("midrise3", "midrise6", "softsign8")]
     for new, following in itertools.product([f for f in UNITS if f != old], after):
 
         def change(codec: Codec, new: Format = new, following: Format = following) -> Any:
@@ -179,14 +179,14 @@ def changes(elements: int, **formats: tuple[Format, Format]) -> list[Conversion]
 def test_kernels_are_built_for_what_changes_and_only_where_it_is_worth_it() -> None:
     codec = CompiledCodec("stochastic")
     log4, log5 = FORMATS["adaptive_log4"], FORMATS["adaptive_log5"]
-    ratio4 = FORMATS["ratio4"]
-    moments = {"exp_avg": (ratio4, ratio4), "exp_avg_sq": (log4, log5)}
+    midrise4 = FORMATS["midrise4"]
+    moments = {"exp_avg": (midrise4, midrise4), "exp_avg_sq": (log4, log5)}
     assert codec.prepare(changes(1000, **moments)) is REFERENCE
     large = codec_module.WORTH_BUILDING
     assert codec.prepare(changes(large, exp_avg=(log4, log4))) is REFERENCE
     assert codec.prepare(changes(large, **moments)) is codec
-    built = {(ratio4, FLOAT32), (log4, FLOAT32), (log5, FLOAT32)}
-    assert codec._kernels.keys() == built | {(FLOAT32, ratio4), (FLOAT32, log5)}
+    built = {(midrise4, FLOAT32), (log4, FLOAT32), (log5, FLOAT32)}
+    assert codec._kernels.keys() == built | {(FLOAT32, midrise4), (FLOAT32, log5)}
 
 
 def run(worth: int, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]) -> list[Tensor]:

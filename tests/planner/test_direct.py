@@ -83,14 +83,22 @@ def softsign_levels(x: Floats, width: int) -> Floats:
 
 def midrise_levels(x: Floats, width: int) -> Floats:
     half = (2**width - 1) / 2
-    rms = np.sqrt((x**2).mean(1, keepdims=True))
-    step = rounded_up(rms * {2: 1.6, 3: 2.6}[width] / half, 8)
+    reach = np.abs(x).max(1, keepdims=True) * (1 - 2.0**-20)
+    if width < 4:
+        reach = np.sqrt((x**2).mean(1, keepdims=True)) * {2: 1.6, 3: 2.6}[width]
+    step = rounded_up(reach / half, 8)
     return step * (np.arange(2**width) - half)
 
 
 def log_levels(x: Floats, width: int) -> Floats:
-    """Octaves below the scale."""
-    octaves = np.maximum(np.log2(x / rounded_up(x.max(1, keepdims=True), 4)), -14)
+    """Octaves below the scale; the range is estimated from logarithms that are linear between
+    powers of two, which is how a float's bits read."""
+
+    def linear(y: Floats) -> Floats:
+        mantissa, exponent = np.frexp(y)
+        return exponent + 2 * mantissa
+
+    octaves = np.maximum(linear(x) - linear(rounded_up(x.max(1, keepdims=True), 4)), -15)
     wanted = 1.2815515 * octaves.std(1, keepdims=True) - octaves.mean(1, keepdims=True)
     steps = np.clip(np.ceil(wanted / (14 / 32)), 1, 32)
     return -steps * 14 / 32 * (1 - np.arange(2**width) / (2**width - 1))
@@ -105,8 +113,7 @@ def signed(x: Floats, width: int, unit: Floats | None = None) -> Floats:
     if unit is None:
         return nearest(x, softsign_levels(x, width))
     value = x / unit
-    levels = midrise_levels if width < 4 else softsign_levels
-    return unit * nearest(value, levels(value, width))
+    return unit * nearest(value, midrise_levels(value, width))
 
 
 def positive(x: Floats, width: int) -> Floats:
@@ -219,7 +226,9 @@ def test_tensors_are_measured_together_and_each_for_itself() -> None:
     for number in (0, 2):
         v = PackedState.pack(live.values[number, "exp_avg_sq"], FORMATS["adaptive_log6"])
         live.values[number, "exp_avg_sq"] = v
-        m = PackedState.pack(live.values[number, "exp_avg"], FORMATS["ratio6"], normalizer=v.packed)
+        m = PackedState.pack(
+            live.values[number, "exp_avg"], FORMATS["midrise6"], normalizer=v.packed
+        )
         live.values[number, "exp_avg"] = m
     together = live.measure()
     assert {number for number, _ in together} == {0, 2}
