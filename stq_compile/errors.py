@@ -24,6 +24,22 @@ def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
     return cls(**fields)
 
 
+class StqWarning(UserWarning):
+    """Base of all warnings: what is going on, what it costs, and what to do."""
+
+    message = "{detail}"
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(self.message.format(**fields))
+
+
+class KernelCacheWarning(StqWarning):
+    message = (
+        "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "
+        "some seconds each time; set {variable} to a folder of your own."
+    )
+
+
 class UnknownOptionError(StqError):
     message = "unknown option {name!r}; the options are: {valid}"
 
