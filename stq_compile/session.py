@@ -34,6 +34,7 @@ from stq_compile.passes.measure import formats_of, measured_states
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
+from stq_compile.shards import local, region_of, wrap
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 
 
@@ -51,6 +52,7 @@ class Session:
         self.steps = 0
         self.compiles = 0
         self.transitions = 0
+        self.look_bytes = 0
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
@@ -129,7 +131,7 @@ class Session:
             prior = prior_errors(unit, key)
             for instance in unit.instances:
                 source = instance.param.source
-                numel = torch.Size(instance.param.shape).numel()
+                numel = instance.param.numel
                 pinned = self.options.width_of(source.name, key) is not None
                 if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
                     continue
@@ -150,9 +152,8 @@ class Session:
                 key = (operand.source.param, operand.source.key)
                 formats[key] = self.format_of(operand, unit)
                 continue
-            numel = torch.Size(operand.shape).numel()
-            elements += numel
-            fixed += self.format_of(operand, unit).nbytes(numel)
+            elements += operand.numel
+            fixed += self.format_of(operand, unit).nbytes(operand.numel)
         for _, source, name, value in self.states():
             if isinstance(value, Tensor):
                 elements += value.numel()
@@ -160,8 +161,7 @@ class Session:
                 if key in formats and key not in managed:
                     fixed += formats[key].nbytes(value.numel())
                 elif key not in managed:
-                    packed = value.packed if isinstance(value, PackedState) else value
-                    fixed += packed.nbytes
+                    fixed += _whole_bytes(value)
         return fixed, elements
 
     @contextmanager
@@ -187,7 +187,7 @@ class Session:
         key = (operand.source.param, operand.source.key)
         if key in self.plan:
             return self.plan[key]
-        if operand.shape == () or torch.Size(operand.shape).numel() < self.options.min_numel:
+        if operand.shape == () or operand.numel < self.options.min_numel:
             return 32
         if self.options.excludes(operand.source.name):
             return 32
@@ -208,7 +208,7 @@ class Session:
         if normalizer is not None and normalizer not in facts.fragile:
             other = Operand(
                 "", Role.STATE, Source(operand.source.param, operand.source.name, normalizer),
-                operand.shape, operand.stride, operand.dtype,
+                operand.shape, operand.stride, operand.dtype, region=operand.region,
             )  # fmt: skip
             normalizable = self.width_of(other) < 32
         return choose_format(
@@ -244,7 +244,8 @@ class Session:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
         self.plan.update(changes)
         units = [step.generate() for step in steps]
-        packed = [v.packed for _, _, _, v in self.states() if isinstance(v, PackedState)]
+        held = [local(value) for _, _, _, value in self.states()]
+        packed = [value.packed for value in held if isinstance(value, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
         before = [(step, dict(vars(step))) for step in steps]
         try:
@@ -275,10 +276,12 @@ class Session:
         self.loaded = False
         for param, source, key, value in list(self.states()):
             info = self.info.get((source.param, key))
-            if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
+            held = local(value)
+            if info is None or not isinstance(held, Tensor) or isinstance(held, PackedState):
                 continue
             if info.format != FLOAT32 and value.shape == param.shape:
-                self.optimizer.state[param][key] = self.pack(value, info.source, info.format)
+                state = self.pack(held, info.source, info.format)
+                self.optimizer.state[param][key] = wrap(state, param)
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -289,8 +292,9 @@ class Session:
             name = sources[id(param)].name
             for key, value in self.optimizer.state[param].items():
                 wide = self.options.excludes(name) or self.options.width_of(name, str(key)) == 32
-                if isinstance(value, PackedState) and wide:
-                    self.optimizer.state[param][key] = value.dequantize()
+                held = local(value)
+                if isinstance(held, PackedState) and wide:
+                    self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
     def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
         """A packed state of float32 values; a normalized format waits for its normalizer."""
@@ -298,11 +302,21 @@ class Session:
         return PackedState.pack(value.float(), plain, **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
+        region = region_of(self.params()[source.param])
         return {
             "rounding": self.options.rounding,
             "seed": self.seed,
             "stream": stream_id(source.param, source.key),
+            "first_block": 0 if region is None else region.first_block,
         }
+
+
+def _whole_bytes(state: Tensor) -> int:
+    """Bytes of a state over all shards; what blocks that they cut cost is left to the report."""
+    held = local(state)
+    if not isinstance(held, PackedState):
+        return state.numel() * state.element_size()
+    return held.packed.nbytes if held is state else held.format.nbytes(state.numel())
 
 
 def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:

@@ -28,6 +28,7 @@ class PackedStorage:
     Attributes:
         codes: uint8 ``[blocks, 16 * width]``; int16 or float32 ``[numel]`` for 16 and 32 bits.
         scales: int16 ``[blocks]``, the bit patterns of the scale words; empty for 16 and 32.
+        first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
     """
 
@@ -40,6 +41,7 @@ class PackedStorage:
         rounding: Rounding = "stochastic",
         seed: int = 0,
         stream: int = 0,
+        first_block: int = 0,
     ) -> None:
         _check_normalizer(format, normalizer, numel)
         self.numel = numel
@@ -48,6 +50,7 @@ class PackedStorage:
         self.rounding: Rounding = rounding
         self.seed = seed
         self.stream = stream
+        self.first_block = first_block
         self.eager_writes = 0
         self.version = 0
         self.codes, self.scales = reference.empty_buffers(format, numel)
@@ -154,7 +157,7 @@ class PackedStorage:
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
         if bool(values.any()):  # zeros use no random number: the next write may have this one
             self.eager_writes += 1
-        return reference.encode(values, format, noise, unit)
+        return reference.encode(values, format, noise, unit, self.first_block)
 
     def _checked(self, values: Tensor, format: Format | None = None) -> Tensor:
         format = format or self.format
