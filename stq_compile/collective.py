@@ -46,6 +46,13 @@ def add_up(sums: Mapping[int, Mapping[str, float]], params: Sequence[Tensor]) ->
     return total, sent
 
 
+def any_failed(failed: bool, params: Sequence[Tensor]) -> bool:
+    """Whether something failed on any process that has a part of these parameters."""
+    count = 1.0 if failed else 0.0
+    total, _ = add_up({number: {"failed": count} for number in range(len(params))}, params)
+    return any(row["failed"] > 0 for row in total.values())
+
+
 def _meshes(sums: Sums, params: Sequence[Tensor]) -> dict[Any, list[int]]:
     """The parameters whose sums are of shards, in order, by their mesh."""
     found: dict[Any, list[int]] = {}

@@ -41,8 +41,9 @@ class Row:
 class Report:
     """All states, and their totals in true bits: everything that they occupy is counted.
 
-    ``look_bytes`` is what this process gave to be added up at the planner's last look; none where
-    nothing is sharded.
+    ``reencoded`` names the states that the last checkpoint held for another sharding, whose blocks
+    were not those of this one. ``look_bytes`` is what this process gave to be added up at the
+    planner's last look; none where nothing is sharded.
     """
 
     optimizer: str
@@ -50,6 +51,7 @@ class Report:
     transitions: int
     compiles: int
     look_bytes: int = 0
+    reencoded: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -100,6 +102,8 @@ class Report:
         )
         if self.split_bytes:
             yield f"{human(self.split_bytes)} of it since shards cut blocks in two"
+        if self.reencoded:
+            yield f"encoded anew when they were loaded: {', '.join(self.reencoded)}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110)
@@ -130,6 +134,7 @@ def make_report(session: Session) -> Report:
         session.transitions,
         session.compiles,
         session.look_bytes,
+        session.reencoded,
     )
 
 

@@ -72,7 +72,8 @@ def signed64(x: int) -> int:
 class Noise:
     """Where the random bits of one quantization come from; ``key is None`` means nearest.
 
-    ``index`` says which blocks of the counter are used, int64 ``[blocks]``, if they are not consecutive.
+    ``index`` says which blocks of the counter are used, int64 ``[blocks]``, where they are not
+    consecutive.
     """
 
     key: int | None

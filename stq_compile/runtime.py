@@ -253,8 +253,8 @@ def sampling_stride(blocks: int) -> int:
 def present(source: Any, args: Sequence[Any]) -> Any:
     """The object behind an operand in this call.
 
-    Of a sharded tensor it is the local one. In the call that packed a state, Dynamo still passes the
-    float32 tensor that it saw.
+    Of a sharded tensor it is the local one. In the call that packed a state, Dynamo still passes
+    the float32 tensor that it saw.
     """
     if type(source) is not Argument:
         return local(source)

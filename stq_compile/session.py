@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -53,6 +52,7 @@ class Session:
         self.compiles = 0
         self.transitions = 0
         self.look_bytes = 0
+        self.reencoded: tuple[str, ...] = ()
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
@@ -297,8 +297,11 @@ class Session:
                     self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
     def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
-        """A packed state of float32 values; a normalized format waits for its normalizer."""
-        plain = choose_format(format.width, nonnegative=not format.signed, normalizable=False)
+        """A packed state of float32 values.
+
+        One in units of its normalizer keeps them as they are until that is packed.
+        """
+        plain = FLOAT32 if format.normalized else format
         return PackedState.pack(value.float(), plain, **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
@@ -308,6 +311,7 @@ class Session:
             "seed": self.seed,
             "stream": stream_id(source.param, source.key),
             "first_block": 0 if region is None else region.first_block,
+            "sharded": region is not None and region.sharded,
         }
 
 

@@ -28,8 +28,16 @@ if torch.distributed.is_available():
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
 else:  # builds of torch without it have no sharded tensors
     DTensor = type("DTensor", (), {})  # type: ignore[assignment,misc]
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Size of a part of a tensor, and where it begins, per dimension."""
+
+Layout = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+"""Sizes of a mesh, and per dimension of it the dimension of the tensor that is divided (-1: none)
+and the factor of a strided shard: placements in plain types."""
 
 OWN_BLOCKS = 1 << 40
 """Counters from here on belong to shards whose blocks are not those of the whole tensor."""
@@ -70,7 +78,7 @@ def wrap(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` as the local tensor of a DTensor if ``like`` is one, sharded as it is."""
     if type(like) is not DTensor:
         return tensor
-    return DTensor(tensor, like._spec, requires_grad=False)  # type: ignore[no-any-return]
+    return DTensor(tensor, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def region_of(tensor: Any) -> Region | None:
@@ -78,9 +86,7 @@ def region_of(tensor: Any) -> Region | None:
     if type(tensor) is not DTensor:
         return None
     mesh, placements = tensor.device_mesh, tensor.placements
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this process has no part of it
-        coordinate = [0] * mesh.ndim
+    coordinate = mesh.get_coordinate() or (0,) * mesh.ndim  # none: it has no part of the tensor
     return _region(tuple(tensor.shape), tuple(mesh.shape), tuple(placements), tuple(coordinate))
 
 
@@ -108,8 +114,8 @@ def _box(
     mesh: tuple[int, ...],
     placements: tuple[Any, ...],
     coordinate: tuple[int, ...],
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Size of the shard at a coordinate of the mesh, and where it begins."""
+) -> Box:
+    """The shard at a coordinate of the mesh."""
     return _compute_local_shape_and_global_offset(shape, mesh, list(coordinate), placements)
 
 
@@ -124,14 +130,12 @@ def _begin(
         return 0
     if len(dims) > 1 or math.prod(shape[: min(dims)]) != 1:
         return None
-    (dim,) = dims
+    dim: int = dims.pop()
     return start[dim] * math.prod(shape[dim + 1 :])
 
 
-def boxes(
-    shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(size, start) of every shard, in the order of the mesh; each replicated one once."""
+def boxes(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...]) -> list[Box]:
+    """Every shard, in the order of the mesh; each replicated one once."""
     counts = [n if p.is_shard() else 1 for n, p in zip(mesh, placements, strict=True)]
     places = itertools.product(*map(range, counts))
     return [_box(shape, mesh, placements, place) for place in places]
@@ -162,3 +166,71 @@ def gradient(value: Any, region: Region | None) -> Any:
         value = value.redistribute(placements=region.placements)
     found = value._local_tensor
     return found.wait() if type(found) is AsyncCollectiveTensor else found
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a DTensor."""
+    return type(value) is DTensor
+
+
+def place_of(tensor: Tensor) -> Box:
+    """The part of the whole tensor that this process holds; all of an ordinary one."""
+    shape = tuple(tensor.shape)
+    if type(tensor) is not DTensor:
+        return shape, (0,) * len(shape)
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate() or (0,) * mesh.ndim
+    return _box(shape, tuple(mesh.shape), tuple(tensor.placements), tuple(coordinate))
+
+
+def layout_of(tensor: Any) -> Layout | None:
+    """How a DTensor is sharded, in plain types."""
+    if type(tensor) is not DTensor:
+        return None
+    placements: tuple[Any, ...] = tuple(tensor.placements)
+    dims = tuple(
+        (p.dim, getattr(p, "split_factor", 1)) if p.is_shard() else (-1, 1) for p in placements
+    )
+    return tuple(tensor.device_mesh.shape), dims
+
+
+def placements_of(dims: tuple[tuple[int, int], ...]) -> tuple[Any, ...]:
+    """torch's placements from the second part of a `Layout`."""
+    return tuple(
+        Replicate() if dim < 0
+        else Shard(dim) if factor == 1
+        else _StridedShard(dim, split_factor=factor)
+        for dim, factor in dims
+    )  # fmt: skip
+
+
+def distributed(
+    part: Tensor, like: Tensor, shape: tuple[int, ...], *, by_rows: bool = False
+) -> Tensor:
+    """A DTensor of which ``part`` is the local tensor, on the mesh of ``like``.
+
+    It is divided as ``like``, or ``by_rows``: along its first dimension wherever ``like`` is.
+    """
+    assert isinstance(like, DTensor)
+    placements = tuple(like.placements)
+    if by_rows:
+        placements = tuple(Shard(0) if p.is_shard() else Replicate() for p in placements)
+    stride = torch.empty(shape, device="meta").stride()
+    mesh = like.device_mesh
+    return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)
+
+
+def gathered(value: Any) -> Any:
+    """All of a DTensor on every process (they must all call it); anything else as it is."""
+    return value.full_tensor() if type(value) is DTensor else value
+
+
+def placed_as(shape: tuple[int, ...], layout: Layout, like: Tensor) -> Tensor:
+    """A DTensor of no particular values on the mesh of ``like``, sharded as ``layout`` says."""
+    assert isinstance(like, DTensor)
+    mesh, placements = like.device_mesh, placements_of(layout[1])
+    coordinate = mesh.get_coordinate() or (0,) * mesh.ndim
+    size, _ = _box(tuple(shape), tuple(mesh.shape), placements, tuple(coordinate))
+    part = torch.empty(size, device=mesh.device_type)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)

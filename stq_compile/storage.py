@@ -29,6 +29,7 @@ class PackedStorage:
         codes: uint8 ``[blocks, 16 * width]``; int16 or float32 ``[numel]`` for 16 and 32 bits.
         scales: int16 ``[blocks]``, the bit patterns of the scale words; empty for 16 and 32.
         first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
+        sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
     """
 
@@ -42,6 +43,7 @@ class PackedStorage:
         seed: int = 0,
         stream: int = 0,
         first_block: int = 0,
+        sharded: bool = False,
     ) -> None:
         _check_normalizer(format, normalizer, numel)
         self.numel = numel
@@ -51,6 +53,7 @@ class PackedStorage:
         self.seed = seed
         self.stream = stream
         self.first_block = first_block
+        self.sharded = sharded
         self.eager_writes = 0
         self.version = 0
         self.codes, self.scales = reference.empty_buffers(format, numel)
@@ -155,7 +158,8 @@ class PackedStorage:
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
-        if bool(values.any()):  # zeros use no random number: the next write may have this one
+        # Zeros use no random number: the next write may have this one. But all shards count alike.
+        if self.sharded or bool(values.any()):
             self.eager_writes += 1
         return reference.encode(values, format, noise, unit, self.first_block)
 

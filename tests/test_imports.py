@@ -31,7 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks", "collective", "runtime"),
     ("compiled_step",),
     ("session",),
-    ("checkpoint",),
+    ("saved_state",),
+    ("checkpoint", "dcp"),
     ("backend", "kernels", "report"),
     ("api",),
     ("",),  # stq_compile/__init__.py

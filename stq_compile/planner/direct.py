@@ -45,8 +45,8 @@ Live = Callable[[Operand], Any]
 class _Sample:
     """The sampled elements of several tensors behind one another, and where each one's end.
 
-    ``index`` numbers the sampled blocks as if all shards of the tensors were here, so that noise does
-    not depend on the sharding.
+    ``index`` numbers the sampled blocks as if all shards of the tensors were here, so that noise
+    does not depend on the sharding.
     """
 
     instances: list[Instance]
@@ -56,8 +56,8 @@ class _Sample:
 
 
 Sums = dict[int, dict[str, float]]
-"""By parameter number: ``direct``, the sum of the update's squares, and ``key:direct_w``, the sum of
-the squares of what the error of state ``key`` at ``w`` bits does to it."""
+"""By parameter number: ``direct``, the sum of the update's squares, and ``key:direct_w``, the sum
+of the squares of what the error of state ``key`` at ``w`` bits does to it."""
 
 
 def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding: str) -> Sums:
@@ -76,13 +76,12 @@ def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding
     for sample in _samples(unit, live, look):
         template = _Template(unit, sample.inputs)
         params = [instance.param.source.param for instance in sample.instances]
+        noises = _noises(sample, seed, look, rounding)
         per_tensor = _per_tensor(template.update().square(), sample.counts)
         for param, total in zip(params, per_tensor, strict=True):
             found[param] = {"direct": total}
         for operand in measured_states(unit):
-            state = _StateOf(
-                unit, operand, template, _noises(sample, seed, look, rounding), rounding
-            )
+            state = _StateOf(unit, operand, template, noises, rounding)
             for width in WIDTHS:
                 effect = _per_tensor(state.effect(width), sample.counts)
                 for param, total in zip(params, effect, strict=True):
