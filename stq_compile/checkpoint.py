@@ -20,6 +20,7 @@ Version 1 had no planner; it loads as a checkpoint of a run without one.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -167,14 +168,29 @@ def _read_together(session: Session, state_dict: Mapping[str, Any]) -> Import:
     """`read`, and where parameters are sharded, on all processes or on none."""
     try:
         found = read(session, state_dict)
-    except CheckpointError:
+        _rehearse(session.optimizer, found.state_dict)
+    except Exception as error:
         any_failed(True, session.params())
-        raise
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            entry="an entry", found=f"damaged ({type(error).__name__}: {error})",
+            expected="what this optimizer saves",
+        ) from error  # fmt: skip
     if any_failed(False, session.params()):
         raise CheckpointError(
             entry="the part of another process", found="damaged", expected="what its error says"
         )
     return found
+
+
+def _rehearse(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load into a shallow copy: torch finds some defects only when the states are replaced."""
+    copy = object.__new__(type(optimizer))
+    copy.__dict__.update(optimizer.__dict__)
+    copy._optimizer_load_state_dict_pre_hooks = OrderedDict()
+    copy._optimizer_load_state_dict_post_hooks = OrderedDict()
+    type(optimizer).load_state_dict(copy, state_dict)
 
 
 def _take_header(out: dict[str, Any], header: Any) -> Any:
@@ -259,10 +275,22 @@ def _read_entries(
             found.reencoded.append(where)
         held = local(param)
         entries[key] = wrap(PackedState(storage, held.size(), held.stride()), param)
-    if param is not None:
-        for key, value in entries.items():
+    live = {} if param is None else session.optimizer.state.get(param, {})
+    for key, value in entries.items() if param is not None else ():
+        if isinstance(value, Tensor) and key not in packed:
+            _check_shape(value, param, live.get(key), f"state[{index}].{key}")
             entries[key] = _taken(value, param)
     return entries
+
+
+def _check_shape(value: Tensor, param: Tensor, live: Any, entry: str) -> None:
+    """A state is a scalar, or of its parameter's shape, or of the shape that it has now."""
+    shapes = [(), tuple(param.shape)]
+    if isinstance(live, Tensor):
+        shapes.append(tuple(live.shape))
+    if tuple(value.shape) not in shapes or value.is_complex() or value.device.type == "meta":
+        found = f"{value.dtype}{list(value.shape)} on {value.device}"
+        raise CheckpointError(entry=entry, found=found, expected=f"a shape of {shapes}")
 
 
 def _source(session: Session, param: Tensor, key: str) -> Source:
@@ -270,13 +298,13 @@ def _source(session: Session, param: Tensor, key: str) -> Source:
     return Source(source.param, source.name, key)
 
 
-def _taken(value: Any, param: Tensor) -> Any:
+def _taken(value: Tensor, param: Tensor) -> Tensor:
     """A state of another kind, as the optimizer should have it.
 
     Of a whole tensor for a sharded parameter, this process's part. A bfloat16 one is packed as it
     is: torch would make a float32 copy of every such state before the first could be packed.
     """
-    if not isinstance(value, Tensor) or value.shape != param.shape or not value.ndim:
+    if value.shape != param.shape or not value.ndim:
         return value
     if is_sharded(param) and not is_sharded(value):
         size, start = place_of(param)

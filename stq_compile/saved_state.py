@@ -289,7 +289,7 @@ def _read_pieces(
 ) -> tuple[list[Piece], bool]:
     codes, scales = entry.get("codes"), entry.get("scales")
     sharding, split = entry.get("sharding"), entry.get("split", False)
-    if type(split) is not bool or (split and not format.blocked):
+    if type(split) is not bool or (split and (not format.blocked or sharding is None)):
         raise CheckpointError(entry=f"{where}.split", found=split, expected="True or False")
     shape = tuple(param.shape)
     mesh, placements = _read_sharding(sharding, shape, f"{where}.sharding")
@@ -323,8 +323,8 @@ def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Pie
     like = reference.empty_buffers(format, 0)
     with torch.device("meta"):
         shapes = [tuple(buffer.shape) for buffer in reference.empty_buffers(format, count)]
-    if isinstance(codes, Tensor) and format.width >= 16 and tuple(codes.shape) == box[0]:
-        codes = codes.reshape(-1)
+    if type(codes) is Tensor and format.width >= 16 and tuple(codes.shape) == box[0]:
+        codes = codes.reshape(-1) if codes.layout == torch.strided else codes
     _check_buffer(codes, like[0].dtype, shapes[0], f"{where}.codes")
     _check_buffer(scales, like[1].dtype, shapes[1], f"{where}.scales")
     return Piece(box, codes.detach(), scales.detach())
@@ -332,7 +332,7 @@ def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Pie
 
 def _check_buffer(value: Any, dtype: torch.dtype, shape: tuple[int, ...], entry: str) -> None:
     found: Any = type(value)
-    if isinstance(value, Tensor):
+    if type(value) is Tensor:
         plain = value.layout == torch.strided and value.device.type == "cpu"
         found = (value.dtype, tuple(value.shape)) if plain else (value.layout, value.device)
     if found != (dtype, shape):

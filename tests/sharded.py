@@ -139,14 +139,17 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def save_dcp(model: nn.Module, optimizer: Optimizer, path: str, *, later: bool = False) -> Any:
-    """Save both through torch.distributed.checkpoint; ``later`` gives a future to wait for."""
+def save_dcp(model: nn.Module, optimizer: Optimizer, path: str, later: Any = None) -> Any:
+    """Save both through torch.distributed.checkpoint.
+
+    With ``later``, a process group that nothing else uses, beside what follows: a future to wait for.
+    """
     state = {
         "model": get_model_state_dict(model),
         "optim": get_optimizer_state_dict(model, optimizer),
     }
-    if later:
-        return dcp.async_save(state, checkpoint_id=path)
+    if later is not None:
+        return dcp.async_save(state, checkpoint_id=path, process_group=later)
     return dcp.save(state, checkpoint_id=path)
 
 

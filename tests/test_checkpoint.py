@@ -274,6 +274,10 @@ BROKEN = {
     "state no dict": edit("state", to=3),
     "entries no dict": edit("state", 0, to="x"),
     "groups": edit("param_groups", to=None),
+    "no step": edit("state", 0, to=lambda entries: {k: entries[k] for k in entries if k != "step"}),
+    "a state of another shape": edit("state", 1, "exp_avg", to=torch.zeros(3)),
+    "sharding": edit(*M, "sharding", to=((2,), ((5, 1),))),
+    "split": edit(*M, "split", to=True),
     "stranger": edit("state", to=lambda states: {**states, 77: states[0]}),
 }  # fmt: skip
 

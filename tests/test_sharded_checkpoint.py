@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import stq_compile as stq
 from processes import run_processes
@@ -36,10 +37,12 @@ def saving_run(
 ) -> Any:
     """A run that saves as it goes: every other checkpoint while it goes on."""
     model, compiled = make(shapes(cut), optimizer, mesh_of(world), **OPTIONS)
-    pending = []
+    pending, group = [], dist.new_group(backend="gloo")
     for i, point in enumerate(points):
         run(model, compiled, range(points[i - 1] if i else 0, point))
-        pending.append(save_dcp(model, compiled, f"{folder}/{point}", later=i % 2 == 1))
+        pending.append(
+            save_dcp(model, compiled, f"{folder}/{point}", later=group if i % 2 else None)
+        )
         torch.save(compiled.state_dict(), f"{folder}/{point}-{rank}.pt")
     run(model, compiled, range(points[-1], END))
     for future in pending[1::2]:
