@@ -275,11 +275,12 @@ def _read_entries(
             found.reencoded.append(where)
         held = local(param)
         entries[key] = wrap(PackedState(storage, held.size(), held.stride()), param)
-    live = {} if param is None else session.optimizer.state.get(param, {})
-    for key, value in entries.items() if param is not None else ():
-        if isinstance(value, Tensor) and key not in packed:
-            _check_shape(value, param, live.get(key), f"state[{index}].{key}")
-            entries[key] = _taken(value, param)
+    if param is not None:
+        live = session.optimizer.state.get(param, {})
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and key not in packed:
+                _check_shape(value, param, live.get(key), f"state[{index}].{key}")
+                entries[key] = _taken(value, param)
     return entries
 
 

@@ -142,7 +142,7 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def save_dcp(model: nn.Module, optimizer: Optimizer, path: str, later: Any = None) -> Any:
     """Save both through torch.distributed.checkpoint.
 
-    With ``later``, a process group that nothing else uses, beside what follows: a future to wait for.
+    With ``later``, a process group that nothing else uses, meanwhile: a future to wait for.
     """
     state = {
         "model": get_model_state_dict(model),
