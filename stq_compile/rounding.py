@@ -4,16 +4,19 @@ The bits of element ``e`` of block ``b`` depend on (seed, step, stream, b, e) al
 stream is one state of one parameter. So they are the same on every backend, for every number of
 threads and shards, and nothing has to be saved but the seed and the step.
 
-Within a step they are independent: a hash of (seed, stream, b, e). From step to step the number of
-an element moves on by the golden ratio (a Kronecker sequence): uniform at every step, and evenly
-spread over any few steps in a row. A state is rounded at every step, and its errors add up over
-the steps that it remembers; numbers that are spread evenly round up and down in turn, and the
-error that settles has 0.6 of the variance that independent numbers leave (design/0010).
+A block hashes to a 64-bit key (splitmix64's finalizer: Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014), and the two halves of the key, ``A`` (made odd) and
+``B``, give the numbers of its elements by the multiply-add hash ``A e + B mod 2^32``
+(Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer arithmetic
+without primes", STACS 1996): uniform, and independent in pairs, which is what the variance of a sum
+of rounding errors depends on. It costs one addition per element. `tests/test_rounding.py` states
+and runs the statistical test.
 
-Two levels of the hash: a 64-bit key per block (splitmix64's finalizer: Steele, Lea and Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014), then 32 bits per element by a
-multiply-xorshift hash (the constants of C. Wellons' "lowbias32", bias 0.17) into which the key's
-upper half is mixed midway. `tests/test_rounding.py` states and runs the statistical test.
+From step to step the number of an element moves on by the golden ratio (a Kronecker sequence):
+uniform at every step, and evenly spread over any few steps in a row. A state is rounded at every
+step, and its errors add up over the steps that it remembers; numbers that are spread evenly round
+up and down in turn, and the error that settles has 0.6 of the variance that independent numbers
+leave (design/0010).
 """
 
 from __future__ import annotations
@@ -104,13 +107,7 @@ def bits_of_blocks(key: int, index: Tensor) -> Tensor:
     block_key = _mix64((index + 1) * signed64(GOLDEN) + signed64(key & UPPER))[:, None]
     low, high = block_key & MASK32, _shift64(block_key, 32)
     element = torch.arange(BLOCK, dtype=torch.int64)
-    x = (low + element * 0x9E3779B9) & MASK32
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & MASK32
-    x = x ^ high
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & MASK32
-    return ((x ^ (x >> 16)) + (key & MASK32) * ROTATION) & MASK32
+    return (element * (high | 1) + low + (key & MASK32) * ROTATION) & MASK32
 
 
 def _shift64(x: Tensor, n: int) -> Tensor:

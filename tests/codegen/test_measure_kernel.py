@@ -33,16 +33,16 @@ from zoo import adam, sgd
 SIZES = (1, 127, 128, 129, 1000, 4096 + 17)
 Formats = Mapping[str, Format]
 MOMENTUM = {"momentum_buffer": FORMATS["softsign4"]}
-PAIRS = [("ratio4", "adaptive_log3"), ("midrise2", "adaptive_log8")]
+PAIRS = [("midrise4", "adaptive_log3"), ("midrise2", "adaptive_log8")]
 SLOW_PAIRS = [
     (first, second)
     for first in (
         "midrise2",
         "midrise3",
-        "ratio4",
-        "ratio5",
-        "ratio6",
-        "ratio8",
+        "midrise4",
+        "midrise5",
+        "midrise6",
+        "midrise8",
         "bfloat16",
         "float32",
     )
