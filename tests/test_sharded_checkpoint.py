@@ -97,13 +97,27 @@ def check_same(result: Any, expected: Any) -> None:
     assert result["report"].reencoded == ()
 
 
-def test_a_sharded_run_resumes_on_as_many_processes_and_on_one(tmp_path: Path) -> None:
-    folder, point = str(tmp_path), 5
-    expected = run_processes(2, saving_run, folder, (point,), "adamw", False)
-    assert expected[0]["report"].transitions > 0
-    for result in run_processes(2, resumed_run, folder, point, "adamw", False):
-        check_same(result, expected[0])
-    check_same(resumed_here(folder, point, "adamw", False), expected[0])
+def continuing_run(rank: int, world: int, folder: str) -> Any:
+    """Takes over at step 5 and leaves a checkpoint of step 7."""
+    model, compiled = make(ALIGNED, "adamw", mesh_of(world), **OPTIONS)
+    load_dcp(model, compiled, f"{folder}/5")
+    run(model, compiled, range(5, 7))
+    save_dcp(model, compiled, f"{folder}/7")
+    run(model, compiled, range(7, END))
+    return outcome(model, compiled)
+
+
+def test_from_one_process_to_two_and_back(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    model, compiled = make(ALIGNED, "adamw", **OPTIONS)
+    run(model, compiled, range(5))
+    save_dcp(model, compiled, f"{folder}/5")
+    run(model, compiled, range(5, END))
+    expected = outcome(model, compiled)
+    assert expected["report"].transitions > 0
+    for result in run_processes(2, continuing_run, folder):
+        check_same(result, expected)
+    check_same(resumed_here(folder, 7, "adamw", False), expected)
 
 
 @pytest.mark.slow
