@@ -314,7 +314,10 @@ BROKEN = {
     "codes cut": edit(*M, "codes", to=lambda codes: codes[:-1]),
     "codes of another dtype": edit(*M, "codes", to=lambda codes: codes.float()),
     "codes no tensor": edit(*M, "codes", to=b"123"),
-    "code out of range": edit(*M, "codes", to=lambda codes: torch.full_like(codes, 255)),
+    "code out of range": edit(*M, to=lambda entry: {
+        **entry, "format": "softsign4", "normalizer": None,
+        "codes": torch.full_like(entry["codes"], 255),
+    }),
     "scale nan": edit(*M, "scales", to=lambda scales: torch.full_like(scales, 0x7FC0)),
     "scale negative": edit(*M, "scales", to=lambda scales: torch.full_like(scales, -5)),
     "variance scale inf": edit("state", 0, "exp_avg_sq", "scales", to=lambda s: s * 0 - 0x100),

@@ -197,7 +197,7 @@ def _cut(x: Tensor, format: Format, unit: Tensor | None) -> Tensor:
     """The values as far as the range of the format reaches, not rounded to its levels."""
     if format.kind == "adaptive_log":  # 8 bits have the same range
         return _quantized(x, FORMATS["adaptive_log8"], NEAREST, None)
-    if format.kind != "midrise":
+    if format.kind != "midrise" or format.width not in MIDRISE_CLIP:
         return x
     assert unit is not None
     root = unit.sqrt()
