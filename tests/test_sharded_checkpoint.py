@@ -22,6 +22,7 @@ from sharded import (
     outcome,
     run,
     save_dcp,
+    step,
     widths,
 )
 
@@ -150,6 +151,38 @@ def test_from_4_processes_to_2_to_1_and_back(optimizer: str, tmp_path: Path) -> 
             for result in run_processes(world, resumed_run, folder, 5, optimizer, False):
                 check_same(result, expected)
         check_same(resumed_here(folder, 5, optimizer, False), expected)
+
+
+def across_widths(mesh: Any, folder: str, saved: int, asked: int) -> tuple[set[int], list[float]]:
+    """Save at some bits, load at others: widths after one step, and how far states moved."""
+    model, compiled = make(ALIGNED, "adamw", mesh, precision=saved)
+    run(model, compiled, range(4))
+    save_dcp(model, compiled, f"{folder}/{saved}-{asked}")
+    exact = outcome(model, compiled)["states"]
+    other, loaded = make(ALIGNED, "adamw", mesh, precision=asked)
+    load_dcp(other, loaded, f"{folder}/{saved}-{asked}")
+    found = outcome(other, loaded)["states"]
+    step(other, loaded, 4)
+    rows = stq.report(loaded).rows
+    bits = {row.width for row in rows if len(row.shape) > 1 and "exp_avg" in row.state}
+    return bits, [distance(found[k], v) for k, v in exact.items() if k.endswith("exp_avg")]
+
+
+PAIRS = [(4, 8), (8, 3), (4, 32), (32, 4), (16, 4)]
+
+
+def across_runs(rank: int, world: int, folder: str) -> list[Any]:
+    return [across_widths(mesh_of(world), folder, *pair) for pair in PAIRS]
+
+
+@pytest.mark.slow
+def test_other_widths_than_those_of_the_checkpoint(tmp_path: Path) -> None:
+    results = [*run_processes(2, across_runs, str(tmp_path / "sharded"))]
+    results.append([across_widths(None, str(tmp_path), *pair) for pair in PAIRS])
+    for found in results:
+        for (bits, distances), (_, asked) in zip(found, PAIRS, strict=True):
+            assert bits == {asked}
+            assert max(distances) == 0  # before the first step, what was saved
 
 
 @pytest.mark.slow
