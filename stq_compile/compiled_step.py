@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from stq_compile.capture import Argument, Captured
 from stq_compile.codec import Conversion
+from stq_compile.collective import Sums, add_up
 from stq_compile.compiler import (
     Generated,
     Unit,
@@ -30,10 +31,11 @@ from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import measure_directly
+from stq_compile.planner.direct import measure_directly, perturbations
 from stq_compile.planner.planner import Planner
 from stq_compile.rounding import mixed_step
-from stq_compile.runtime import Bucket, MeasuringBucket, present
+from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live
+from stq_compile.shards import local, wrap
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
 from stq_compile.storage import Codec, PackedStorage
 
@@ -61,12 +63,13 @@ class Owner(Protocol):
     compiles: int
     info: dict[StateKey, StateInfo]
     planner: Planner | None
+    look_bytes: int
 
     @property
     def optimizer(self) -> Optimizer: ...
     def params(self) -> list[Tensor]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def wrap(self, value: Tensor, source: Source) -> PackedState: ...
+    def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
 
@@ -105,7 +108,7 @@ class CompiledStep:
         """The changes of format that `adopt` will make, at the widths in force."""
         found = []
         for operand, info in self._wanted():
-            value = self._live((Role.STATE, operand.source))
+            value = local(self._live((Role.STATE, operand.source)))
             if isinstance(value, PackedState) and value.packed.newborn:
                 continue
             old = value.format if isinstance(value, PackedState) else FLOAT32
@@ -123,7 +126,7 @@ class CompiledStep:
         """Let Dynamo's module hold the packed states, so that the float32 ones are freed."""
         for key, target in self.attributes.items():
             value = self._live(key)
-            if isinstance(value, PackedState):
+            if isinstance(local(value), PackedState):
                 setattr(gm, target, value)
 
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
@@ -148,17 +151,17 @@ class CompiledStep:
     def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
         session = self.session
-        live = [(self._live((Role.STATE, operand.source)), info) for operand, info in wanted]
-        following = {v.packed: info.format for v, info in live if isinstance(v, PackedState)}
+        held = [(local(self._live((Role.STATE, o.source))), info) for o, info in wanted]
+        following = {v.packed: info.format for v, info in held if isinstance(v, PackedState)}
         for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
             where = (Role.STATE, operand.source)
-            value = self._live(where)
+            value = local(self._live(where))
             if not isinstance(value, PackedState):
                 if info.format == FLOAT32:
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
                 assert isinstance(value, Tensor)
-                value = session.wrap(value, operand.source)
+                value = session.unencoded(value, operand.source)
                 self._replace_state(operand.source, value)
             storage = value.packed
             for name, option in session.storage_options(operand.source).items():
@@ -171,20 +174,22 @@ class CompiledStep:
         if not info.format.normalized:
             return None
         key = info.facts.normalizers[source.key]
-        other = self._live((Role.STATE, Source(source.param, source.name, key)))
+        other = local(self._live((Role.STATE, Source(source.param, source.name, key))))
         assert isinstance(other, PackedState)
         return other.packed
 
     def _replace_state(self, source: Source, value: PackedState) -> None:
         """Put a packed state where the float32 one was; the latter is dropped."""
+        param = self.session.params()[source.param]
+        state = wrap(value, param)
         binding = self.bindings[(Role.STATE, source)]
         if isinstance(binding, Argument):
-            self.bindings[(Role.STATE, source)] = Argument(binding.position, value)
+            self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
         else:
-            self.bindings[(Role.STATE, source)] = value
-        entries = self.session.optimizer.state[self.session.params()[source.param]]
+            self.bindings[(Role.STATE, source)] = state
+        entries = self.session.optimizer.state[param]
         key = next((k for k in entries if str(k) == source.key), source.key)
-        entries[key] = value
+        entries[key] = state
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
@@ -237,39 +242,49 @@ class CompiledStep:
                 self.measured = measuring_program(self.planned_program, rounding, session.dump)
             units = generate_measuring(self.measured, session.format_of, session.dump).units
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
-        sums: dict[int, dict[str, float]] = {}
+        sums: Sums = {}
         for bucket in self.measuring:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
+        if calibrating:
+            for param, row in self._measure_directly(args, planner.looks + 1).items():
+                sums[param] |= row
+        sums, session.look_bytes = add_up(sums, session.params())
+        finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
-            planner.look(sums)
+            planner.look(finite)
             if calibrating:
-                self._measure_directly(args)
+                planner.observe(perturbations(finite))
 
-    def _measure_directly(self, args: Sequence[Any]) -> None:
-        """Calibrate on samples; they are too small for a second thread to gain anything."""
-        session, planner = self.session, self.session.planner
-        assert planner is not None
-        found: dict[StateKey, dict[int, float]] = {}
+    def _measure_directly(self, args: Sequence[Any], look: int) -> Sums:
+        """Measure on samples; they are too small for a second thread to gain anything."""
+        session = self.session
+        found: Sums = {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             for unit in self.planned_program.units:
                 found |= measure_directly(
                     unit,
-                    lambda operand: present(self._resolve(operand), args),
-                    planner.looks,
+                    lambda operand: live(operand, self._resolve(operand), args),
+                    look,
                     session.seed,
                     session.options.rounding,
                 )
         finally:
             torch.set_num_threads(threads)
-        planner.observe(found)
+        return found
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
+        state: Tensor
         if format == FLOAT32:
-            return torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
-        like = torch.empty_strided(operand.shape, operand.stride, device="meta")
-        return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
+            state = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
+        else:
+            like = torch.empty_strided(operand.shape, operand.stride, device="meta")
+            options = self.session.storage_options(operand.source)
+            state = PackedState.zeros_like(like, format, **options)
+        if operand.region is None:
+            return state
+        return wrap(state, self.session.params()[operand.source.param])

@@ -90,15 +90,24 @@ def signed64(x: int) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """Where the random bits of one quantization come from; ``key is None`` means nearest."""
+    """Where the random bits of one quantization come from; ``key is None`` means nearest.
+
+    ``index`` says which blocks of the counter are used, int64 ``[blocks]``, where they are not
+    consecutive.
+    """
 
     key: int | None
+    index: Tensor | None = None
 
     def uniform(self, first_block: int, blocks: int) -> Tensor | float:
         """Uniform numbers in [0, 1), float32 ``[blocks, 128]``, or 0.5 for nearest rounding."""
         if self.key is None:
             return 0.5
-        return (random_bits(self.key, first_block, blocks) >> 8).float() * 2.0**-24
+        if self.index is None:
+            bits = random_bits(self.key, first_block, blocks)
+        else:
+            bits = bits_of_blocks(self.key, self.index[first_block : first_block + blocks])
+        return (bits >> 8).float() * 2.0**-24
 
 
 NEAREST = Noise(None)
@@ -106,8 +115,13 @@ NEAREST = Noise(None)
 
 def random_bits(key: int, first_block: int, blocks: int) -> Tensor:
     """Random 32-bit integers, as int64 ``[blocks, 128]``, of blocks from ``first_block`` on."""
-    index = torch.arange(first_block + 1, first_block + blocks + 1, dtype=torch.int64)
-    block_key = _mix64(index * signed64(GOLDEN) + signed64(key & UPPER))[:, None]
+    index = torch.arange(first_block, first_block + blocks, dtype=torch.int64)
+    return bits_of_blocks(key, index)
+
+
+def bits_of_blocks(key: int, index: Tensor) -> Tensor:
+    """`random_bits` of the blocks with the numbers ``index``, int64 ``[blocks]``."""
+    block_key = _mix64((index + 1) * signed64(GOLDEN) + signed64(key & UPPER))[:, None]
     low, high = block_key & MASK32, _shift64(block_key, 32)
     element = torch.arange(BLOCK, dtype=torch.int64)
     return (element * (high | 1) + low + (key & MASK32) * ROTATION) & MASK32

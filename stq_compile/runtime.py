@@ -26,6 +26,7 @@ from stq_compile.formats import BLOCK, Format, block_count
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import slots_of
 from stq_compile.rounding import stream_id, stream_key
+from stq_compile.shards import gradient, local
 from stq_compile.step_graph import Instance, Operand, Role
 from stq_compile.storage import PackedStorage
 
@@ -83,6 +84,7 @@ class Bucket:
         self.table = np.zeros((len(self.instances), fields), dtype=np.int64)
         self.numbers = self.table.view(np.float64)
         self.table[:, len(self.columns)] = [_numel(i) for i in self.instances]
+        self.table[:, len(self.columns) + 1] = [_first_block(p) for p in self.params]
         for column in self.columns:
             self._fill_constant(column)
 
@@ -133,7 +135,7 @@ class Bucket:
         states = column.objects
         if column.from_arguments:
             states = [present(o, args) for o in states]
-        storages: list[PackedStorage] = [state.packed for state in states]
+        storages: list[PackedStorage] = [local(state).packed for state in states]
         versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
             return
@@ -162,7 +164,7 @@ class Bucket:
             column.operands, column.objects, self.params, strict=True
         ):
             found = operand.returned >= 0
-            value = created[operand.returned] if found else present(source, args)
+            value = local(created[operand.returned]) if found else live(operand, source, args)
             if type(value) is PackedState:
                 value = _buffer(value.packed, column.role)
             elif column.role is Role.GRAD:
@@ -200,27 +202,30 @@ class MeasuringBucket(Bucket):
         self.table[:, column] = [
             self.sums.ctypes.data + r * row for r in range(len(self.instances))
         ]  # fmt: skip
-        blocks = [block_count(_numel(i)) for i in self.instances]
-        self.strides = [sampling_stride(n) for n in blocks]
+        self.strides = [sampling_stride(block_count(p.numel)) for p in self.params]
 
     def look(self, number: int) -> dict[int, dict[str, float]]:
         """The sums of every parameter, by its number; look ``number`` decides which blocks.
 
-        A parameter whose gradient is not finite there is left out: its sums would lack the blocks
-        that such elements spoil.
+        ``SPOILED`` is above 0 for a parameter whose gradient is not finite there: its sums lack
+        the blocks that such elements spoil.
         """
-        firsts = [number % stride for stride in self.strides]
         self.table[:, -2] = self.strides
-        self.table[:, -1] = firsts
+        self.table[:, -1] = [number % stride for stride in self.strides]
         self.run(0)
         finite = [True] * len(self.params)
         for column in self.columns:
             if column.role is Role.GRAD:
+                firsts = [
+                    (number - _first_block(param)) % stride
+                    for param, stride in zip(self.params, self.strides, strict=True)
+                ]
                 samples = zip(column.tensors, firsts, self.strides, strict=True)
                 finite = [_is_finite(*sample) for sample in samples]
         rows = zip(self.params, self.sums.tolist(), finite, strict=True)
         return {
-            p.source.param: dict(zip(self.slots, row, strict=True)) for p, row, ok in rows if ok
+            p.source.param: {**dict(zip(self.slots, row, strict=True)), SPOILED: float(not ok)}
+            for p, row, ok in rows
         }
 
 
@@ -231,6 +236,9 @@ def _is_finite(tensor: Tensor, first: int, stride: int) -> bool:
         flat = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[first::stride]
     return math.isfinite(flat.sum())
 
+
+SPOILED = "spoiled"
+"""Name of the sum that counts gradients that are not finite."""
 
 SAMPLED_BLOCKS = 64
 """Blocks of a tensor that a look samples at least, if it has as many."""
@@ -245,13 +253,21 @@ def sampling_stride(blocks: int) -> int:
 def present(source: Any, args: Sequence[Any]) -> Any:
     """The object behind an operand in this call.
 
-    In the call that packed a state, Dynamo still passes the float32 tensor that it saw.
+    Of a sharded tensor it is the local one. In the call that packed a state, Dynamo still passes
+    the float32 tensor that it saw.
     """
     if type(source) is not Argument:
-        return source
-    value = args[source.position]
-    packed = isinstance(source.live, PackedState) and not isinstance(value, PackedState)
-    return source.live if packed else value
+        return local(source)
+    value, live = local(args[source.position]), local(source.live)
+    packed = isinstance(live, PackedState) and not isinstance(value, PackedState)
+    return live if packed else value
+
+
+def live(operand: Operand, source: Any, args: Sequence[Any]) -> Any:
+    """What `present` gives; a gradient that was left partial is added up first."""
+    if operand.role is Role.GRAD and type(source) is Argument:
+        return gradient(args[source.position], operand.region)
+    return present(source, args)
 
 
 def _changed(operand: Operand, what: str, value: Tensor) -> ChangedTensorError:
@@ -269,6 +285,10 @@ def _changed(operand: Operand, what: str, value: Tensor) -> ChangedTensorError:
 
 def _buffer(storage: PackedStorage, role: Role) -> Tensor:
     return storage.scales if role is Role.SCALES else storage.codes
+
+
+def _first_block(param: Operand) -> int:
+    return 0 if param.region is None else param.region.first_block
 
 
 def _numel(instance: Instance) -> int:

@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -40,6 +39,7 @@ from stq_compile.passes.measure import (
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
+from stq_compile.shards import local, region_of, wrap
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 
 
@@ -57,6 +57,8 @@ class Session:
         self.steps = 0
         self.compiles = 0
         self.transitions = 0
+        self.look_bytes = 0
+        self.reencoded: tuple[str, ...] = ()
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
@@ -137,7 +139,7 @@ class Session:
             forgetting = forgotten(unit.facts.recurrences.get(key))
             for instance in unit.instances:
                 source = instance.param.source
-                numel = torch.Size(instance.param.shape).numel()
+                numel = instance.param.numel
                 pinned = self.options.width_of(source.name, key) is not None
                 if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
                     continue
@@ -167,9 +169,8 @@ class Session:
                 key = (operand.source.param, operand.source.key)
                 formats[key] = self.format_of(operand, unit)
                 continue
-            numel = torch.Size(operand.shape).numel()
-            elements += numel
-            fixed += self.format_of(operand, unit).nbytes(numel)
+            elements += operand.numel
+            fixed += self.format_of(operand, unit).nbytes(operand.numel)
         for _, source, name, value in self.states():
             if isinstance(value, Tensor):
                 elements += value.numel()
@@ -177,8 +178,7 @@ class Session:
                 if key in formats and key not in managed:
                     fixed += formats[key].nbytes(value.numel())
                 elif key not in managed:
-                    packed = value.packed if isinstance(value, PackedState) else value
-                    fixed += packed.nbytes
+                    fixed += _whole_bytes(value)
         return fixed, elements
 
     @contextmanager
@@ -204,7 +204,7 @@ class Session:
         key = (operand.source.param, operand.source.key)
         if key in self.plan:
             return self.plan[key]
-        if operand.shape == () or torch.Size(operand.shape).numel() < self.options.min_numel:
+        if operand.shape == () or operand.numel < self.options.min_numel:
             return 32
         if self.options.excludes(operand.source.name):
             return 32
@@ -225,7 +225,7 @@ class Session:
         if normalizer is not None and normalizer not in facts.fragile:
             other = Operand(
                 "", Role.STATE, Source(operand.source.param, operand.source.name, normalizer),
-                operand.shape, operand.stride, operand.dtype,
+                operand.shape, operand.stride, operand.dtype, region=operand.region,
             )  # fmt: skip
             normalizable = self.width_of(other) < 32
         return choose_format(
@@ -262,7 +262,8 @@ class Session:
         self.plan.update(changes)
         units = [step.generate() for step in steps]
         codec = self.codec.prepare([c for step in steps for c in step.conversions()])
-        packed = [v.packed for _, _, _, v in self.states() if isinstance(v, PackedState)]
+        held = [local(value) for _, _, _, value in self.states()]
+        packed = [value.packed for value in held if isinstance(value, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
         before = [(step, dict(vars(step))) for step in steps]
         try:
@@ -293,10 +294,12 @@ class Session:
         self.loaded = False
         for param, source, key, value in list(self.states()):
             info = self.info.get((source.param, key))
-            if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
+            held = local(value)
+            if info is None or not isinstance(held, Tensor) or isinstance(held, PackedState):
                 continue
             if info.format != FLOAT32 and value.shape == param.shape:
-                self.optimizer.state[param][key] = self.wrap(value, info.source)
+                state = self.unencoded(held, info.source)
+                self.optimizer.state[param][key] = wrap(state, param)
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -307,19 +310,31 @@ class Session:
             name = sources[id(param)].name
             for key, value in self.optimizer.state[param].items():
                 wide = self.options.excludes(name) or self.options.width_of(name, str(key)) == 32
-                if isinstance(value, PackedState) and wide:
-                    self.optimizer.state[param][key] = value.dequantize()
+                held = local(value)
+                if isinstance(held, PackedState) and wide:
+                    self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
-    def wrap(self, value: Tensor, source: Source) -> PackedState:
+    def unencoded(self, value: Tensor, source: Source) -> PackedState:
         """A packed state of float32 values that are yet to be encoded."""
         return PackedState.wrap(value.float(), **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
+        region = region_of(self.params()[source.param])
         return {
             "rounding": self.options.rounding,
             "seed": self.seed,
             "stream": stream_id(source.param, source.key),
+            "first_block": 0 if region is None else region.first_block,
+            "sharded": region is not None and region.sharded,
         }
+
+
+def _whole_bytes(state: Tensor) -> int:
+    """Bytes of a state over all shards; what blocks that they cut cost is left to the report."""
+    held = local(state)
+    if not isinstance(held, PackedState):
+        return state.numel() * state.element_size()
+    return held.packed.nbytes if held is state else held.format.nbytes(state.numel())
 
 
 def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:

@@ -87,6 +87,8 @@ class PackedStorage:
     Attributes:
         codes: uint8 ``[blocks, 16 * width]``; int16 or float32 ``[numel]`` for 16 and 32 bits.
         scales: int16 ``[blocks]``, the bit patterns of the scale words; empty for 16 and 32.
+        first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
+        sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
     """
 
@@ -99,6 +101,8 @@ class PackedStorage:
         rounding: Rounding = "stochastic",
         seed: int = 0,
         stream: int = 0,
+        first_block: int = 0,
+        sharded: bool = False,
     ) -> None:
         _check_normalizer(format, normalizer, numel)
         self.numel = numel
@@ -107,6 +111,8 @@ class PackedStorage:
         self.rounding: Rounding = rounding
         self.seed = seed
         self.stream = stream
+        self.first_block = first_block
+        self.sharded = sharded
         self.eager_writes = 0
         self.version = 0
         self.codes, self.scales = reference.empty_buffers(format, numel)
@@ -263,9 +269,11 @@ class PackedStorage:
             if source.format.signed and not format.signed and bool((values < 0).any()):
                 raise NegativeStateError(minimum=float(values.min()), format=format.name)
             root = None if unit is None else unit.tile(start, count, codec)
-            made.put(start, count, codec.encode(values, format, noise, root, start // BLOCK))
+            block = self.first_block + start // BLOCK
+            made.put(start, count, codec.encode(values, format, noise, root, block))
             nonzero = nonzero or bool(values.any())
-        if nonzero:  # zeros use no random number: the next write may have this one
+        # Zeros use no random number: the next write may have this one. But all shards count alike.
+        if self.sharded or nonzero:
             self.eager_writes += 1
         return made
 

@@ -19,7 +19,7 @@ from stq_compile.packed_state import PackedState
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
-from stq_compile.planner.direct import BLOCKS, WIDTHS, measure_directly
+from stq_compile.planner.direct import BLOCKS, WIDTHS, measure_directly, perturbations
 from stq_compile.step_graph import Operand, Role, StepGraph
 from zoo import BETAS, EPS, LR, adam, lion, sgd
 
@@ -57,7 +57,7 @@ class Live:
         return self.values[operand.source.param, names.get(operand.role, operand.source.key)]
 
     def measure(self, look: int = 0, seed: int = 0, rounding: str = "nearest") -> Found:
-        return measure_directly(self.unit, self, look, seed, rounding)
+        return perturbations(measure_directly(self.unit, self, look, seed, rounding))
 
     def wide(self, name: str, number: int = 0) -> Floats:
         value = self.values[number, name]
