@@ -115,7 +115,7 @@ class PackedState(Tensor):
         """Move codes and scales into shared memory; the values do not change."""
         for buffer in (self.packed.codes, self.packed.scales):
             buffer.share_memory_()  # type: ignore[no-untyped-call]  # torch's
-        self.packed.version += 1
+        self.packed.buffers_replaced()
         return self
 
     @property

@@ -90,7 +90,10 @@ class PackedStorage:
         first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
         sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
+        replacements: counts those of all states.
     """
+
+    replacements = 0
 
     def __init__(
         self,
@@ -227,7 +230,12 @@ class PackedStorage:
     def _take(self, made: Buffers, normalizer: PackedStorage | None) -> None:
         self.codes, self.scales, self.format = made.codes, made.scales, made.format
         self.normalizer = normalizer
+        self.buffers_replaced()
+
+    def buffers_replaced(self) -> None:
+        """Let those know who keep the buffers' addresses."""
         self.version += 1
+        PackedStorage.replacements += 1
 
     def kept(self) -> dict[str, Any]:
         """What `restore` takes: references to the buffers, which a change of format replaces."""
@@ -241,7 +249,7 @@ class PackedStorage:
         self.__dict__.update(kept)
         if self.normalizer is not None:
             self.normalizer._dependents.add(self)
-        self.version += 1
+        self.buffers_replaced()
 
     def clone(self) -> PackedStorage:
         """An independent copy, with a copy of its own of the normalizer."""
