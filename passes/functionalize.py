@@ -220,6 +220,7 @@ def _with_created(instance: Instance, created: list[Operand]) -> Instance:
                 shape=() if scalar else param.shape,
                 stride=() if scalar else param.stride,
                 returned=position,
+                region=None if scalar else param.region,
             )
         )
     return Instance((*instance.operands, *operands))

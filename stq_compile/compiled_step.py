@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.capture import Argument, Captured
+from stq_compile.codec import Conversion
+from stq_compile.collective import Sums, add_up
 from stq_compile.compiler import (
     Generated,
     Unit,
@@ -27,13 +30,15 @@ from stq_compile.failures import reporting_defects
 from stq_compile.formats import FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import measure_directly
+from stq_compile.planner.direct import measure_directly, perturbations
 from stq_compile.planner.planner import Planner
 from stq_compile.rounding import mixed_step
-from stq_compile.runtime import Bucket, MeasuringBucket, present
+from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live
+from stq_compile.shards import local, wrap
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import Codec, PackedStorage
 
 StateKey = tuple[int, str]
 """A state: (number of its parameter over all groups, its key)."""
@@ -60,12 +65,13 @@ class Owner(Protocol):
     info: dict[StateKey, StateInfo]
     plan: dict[StateKey, int]
     planner: Planner | None
+    look_bytes: int
 
     @property
     def optimizer(self) -> Optimizer: ...
     def params(self) -> list[Tensor]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState: ...
+    def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
 
@@ -90,6 +96,11 @@ class CompiledStep:
         """The templates, before formats."""
         return self.front[-1].program
 
+    @cached_property
+    def planned_program(self) -> Program:
+        """The templates as the planner sees them."""
+        return with_packed_normalizers(self.program, self.session.options.pins_wide)
+
     def generate(self) -> Generated:
         """Compile kernels for the widths in force; changes nothing."""
         session = self.session
@@ -101,9 +112,21 @@ class CompiledStep:
                 session.dump.folder("generate"),
             )
 
-    def adopt(self, generated: Generated) -> None:
+    def conversions(self) -> list[Conversion]:
+        """The changes of format that `adopt` will make, at the widths in force."""
+        found = []
+        for operand, info in self._wanted():
+            value = local(self._live((Role.STATE, operand.source)))
+            if isinstance(value, PackedState) and value.packed.newborn:
+                continue
+            old = value.format if isinstance(value, PackedState) else FLOAT32
+            numel = torch.Size(operand.shape).numel()
+            found.append(Conversion(operand.source.param, numel, old, info.format))
+        return found
+
+    def adopt(self, generated: Generated, codec: Codec) -> None:
         """Bring the states into the formats generated for, and use these from the next step on."""
-        self._commit(self._wanted())
+        self._commit(self._wanted(), codec)
         self._build_buckets(generated.units)
         self.stages = [*self.front, *generated.stages[1:]]
 
@@ -111,7 +134,7 @@ class CompiledStep:
         """Let Dynamo's module hold the packed states, so that the float32 ones are freed."""
         for key, target in self.attributes.items():
             value = self._live(key)
-            if isinstance(value, PackedState):
+            if isinstance(local(value), PackedState):
                 setattr(gm, target, value)
 
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
@@ -120,57 +143,61 @@ class CompiledStep:
         return binding.live if isinstance(binding, Argument) else binding
 
     def _wanted(self) -> list[tuple[Operand, StateInfo]]:
+        """The states that exist, and the formats that they are to have."""
         session = self.session
         found = []
         for unit in self.program.units:
             for instance in unit.instances:
                 for operand in instance.operands:
-                    if operand.role is Role.STATE and operand.shape != ():
+                    if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
                         format = session.format_of(operand, unit)
                         reason = unit.facts.fragile.get(operand.source.key, "")
                         info = StateInfo(operand.source, format, unit.facts, reason)
                         found.append((operand, info))
         return found
 
-    def _commit(self, wanted: list[tuple[Operand, StateInfo]]) -> None:
+    def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
         session = self.session
+        held = [(local(self._live((Role.STATE, o.source))), info) for o, info in wanted]
+        following = {v.packed: info.format for v, info in held if isinstance(v, PackedState)}
         for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
-            if operand.returned >= 0:
-                continue
             where = (Role.STATE, operand.source)
-            value = self._live(where)
+            value = local(self._live(where))
             if not isinstance(value, PackedState):
                 if info.format == FLOAT32:
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
                 assert isinstance(value, Tensor)
-                value = session.pack(value, operand.source, info.format)
+                value = session.unencoded(value, operand.source)
                 self._replace_state(operand.source, value)
             storage = value.packed
             for name, option in session.storage_options(operand.source).items():
                 setattr(storage, name, option)
-            storage.reencode(info.format, self._normalizer(operand.source, info))
+            normalizer = self._normalizer(operand.source, info)
+            storage.reencode(info.format, normalizer, codec=codec, following=following)
             session.info[(operand.source.param, operand.source.key)] = info
 
     def _normalizer(self, source: Source, info: StateInfo) -> PackedStorage | None:
         if not info.format.normalized:
             return None
         key = info.facts.normalizers[source.key]
-        other = self._live((Role.STATE, Source(source.param, source.name, key)))
+        other = local(self._live((Role.STATE, Source(source.param, source.name, key))))
         assert isinstance(other, PackedState)
         return other.packed
 
     def _replace_state(self, source: Source, value: PackedState) -> None:
         """Put a packed state where the float32 one was; the latter is dropped."""
+        param = self.session.params()[source.param]
+        state = wrap(value, param)
         binding = self.bindings[(Role.STATE, source)]
         if isinstance(binding, Argument):
-            self.bindings[(Role.STATE, source)] = Argument(binding.position, value)
+            self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
         else:
-            self.bindings[(Role.STATE, source)] = value
-        entries = self.session.optimizer.state[self.session.params()[source.param]]
+            self.bindings[(Role.STATE, source)] = state
+        entries = self.session.optimizer.state[param]
         key = next((k for k in entries if str(k) == source.key), source.key)
-        entries[key] = value
+        entries[key] = state
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
@@ -221,48 +248,58 @@ class CompiledStep:
             with reporting_defects(session, self.front[0].program):
                 units = self._measuring_units()
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
-        sums: dict[int, dict[str, float]] = {}
+        sums: Sums = {}
         for bucket in self.measuring:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
+        if calibrating:
+            for param, row in self._measure_directly(args, planner.looks + 1).items():
+                sums[param] |= row
+        sums, session.look_bytes = add_up(sums, session.params())
+        finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
-            planner.look(sums)
+            planner.look(finite)
             if calibrating:
-                self._measure_directly(args)
+                planner.observe(perturbations(finite))
 
     def _measuring_units(self) -> list[Unit]:
         session = self.session
         if self.measured is None:  # it depends on no format: traced once
             rounding = session.options.rounding
             folder = session.dump.folder("measure")
-            self.measured = measuring_program(self.program, rounding, folder)
+            self.measured = measuring_program(self.planned_program, rounding, folder)
         folder = session.dump.folder("generate_measuring")
         return generate_measuring(self.measured, session.format_of, folder).units
 
-    def _measure_directly(self, args: Sequence[Any]) -> None:
-        """Calibrate on samples; they are too small for a second thread to gain anything."""
-        session, planner = self.session, self.session.planner
-        assert planner is not None
-        found: dict[StateKey, dict[int, float]] = {}
+    def _measure_directly(self, args: Sequence[Any], look: int) -> Sums:
+        """Measure on samples; they are too small for a second thread to gain anything."""
+        session = self.session
+        found: Sums = {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in self.program.units:
+            for unit in self.planned_program.units:
                 found |= measure_directly(
                     unit,
-                    lambda operand: present(self._resolve(operand), args),
-                    planner.looks,
+                    lambda operand: live(operand, self._resolve(operand), args),
+                    look,
                     session.seed,
                     session.options.rounding,
                 )
         finally:
             torch.set_num_threads(threads)
-        planner.observe(found)
+        return found
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
+        state: Tensor
         if format == FLOAT32:
-            return torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
-        like = torch.empty_strided(operand.shape, operand.stride, device="meta")
-        return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
+            state = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
+        else:
+            like = torch.empty_strided(operand.shape, operand.stride, device="meta")
+            options = self.session.storage_options(operand.source)
+            state = PackedState.zeros_like(like, format, **options)
+        if operand.region is None:
+            return state
+        return wrap(state, self.session.params()[operand.source.param])

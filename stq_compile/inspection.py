@@ -99,7 +99,7 @@ class Inspection:
         """
         session = self.session if options is None else Session(self.optimizer, options)
         if options is not None:
-            session.plan.update(session.enroll(self.front))
+            session.plan_first(self.front)
         found = [
             (operand, session.format_of(operand, unit) if operand.shape != () else FLOAT32)
             for unit in self.front.units
@@ -149,7 +149,7 @@ def inspect_optimizer(
         except StqError as error:
             found.refused = error
             return found
-        session.plan.update(session.enroll(program))
+        session.plan_first(program)
         _keep(found, program, back(session.format_of, options.rounding), "generate")
     return found
 

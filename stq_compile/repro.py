@@ -16,6 +16,7 @@ from stq_compile.compiler import analyse, generate, generate_measuring, measurin
 from stq_compile.errors import InvalidTargetError
 from stq_compile.graph_text import parse_graph
 from stq_compile.options import Options
+from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.session import Session
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph
 
@@ -48,11 +49,13 @@ def reproduce(
     stand_in = _optimizer(optimizer, [o for o, _ in operands])
     session = Session(stand_in, checked)
     analysed = analyse(program, session.dump.folder("analyse"))[-1].program
-    session.plan.update({**session.enroll(analysed), **widths})
+    session.plan_first(analysed)
+    session.plan.update(widths)
     folder = session.dump.folder
     generate(analysed, session.format_of, checked.rounding, folder("generate"))
     if session.planner is not None:
-        measured = measuring_program(analysed, checked.rounding, folder("measure"))
+        seen = with_packed_normalizers(analysed, checked.pins_wide)
+        measured = measuring_program(seen, checked.rounding, folder("measure"))
         generate_measuring(measured, session.format_of, folder("generate_measuring"))
 
 

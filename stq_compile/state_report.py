@@ -19,13 +19,20 @@ UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 @dataclass(frozen=True)
 class Report:
-    """All states, and their totals in true bits: everything that they occupy is counted."""
+    """All states, and their totals in true bits: everything that they occupy is counted.
+
+    ``reencoded`` names the states that the last checkpoint held for another sharding, whose blocks
+    were not those of this one. ``look_bytes`` is what this process gave to be added up at the
+    planner's last look; none where nothing is sharded.
+    """
 
     optimizer: str
     rows: tuple[Row, ...]
     transitions: int
     compiles: int
     run: Run = field(repr=False)
+    look_bytes: int = 0
+    reencoded: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the run so far as JSON lines, which ``stq report`` shows."""
@@ -45,6 +52,11 @@ class Report:
     def bits_per_element(self) -> float:
         """True bits per element: 8 * state_bytes / elements of the states in float32 training."""
         return 32 * self.state_bytes / self.fp32_bytes if self.fp32_bytes else 0.0
+
+    @property
+    def split_bytes(self) -> int:
+        """Bytes that blocks cost which borders between shards cut in two."""
+        return sum(row.split_bytes for row in self.rows)
 
     @property
     def saved(self) -> float:
@@ -73,6 +85,10 @@ class Report:
             f"{self.bits_per_element:.2f} true bits per element, {self.saved:.1%} saved, "
             f"{self.transitions} changes of width"
         )
+        if self.split_bytes:
+            yield f"{human(self.split_bytes)} of it since shards cut blocks in two"
+        if self.reencoded:
+            yield f"encoded anew when they were loaded: {', '.join(self.reencoded)}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110)
@@ -93,4 +109,12 @@ def human(size: float) -> str:
 def make_report(session: Session) -> Report:
     """The report of a session's optimizer as it stands."""
     run = run_of(session)
-    return Report(run.optimizer, run.rows, session.transitions, session.compiles, run)
+    return Report(
+        run.optimizer,
+        run.rows,
+        session.transitions,
+        session.compiles,
+        run,
+        session.look_bytes,
+        session.reencoded,
+    )

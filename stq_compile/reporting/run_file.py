@@ -30,7 +30,11 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One state of one parameter. ``bytes`` counts codes and scales."""
+    """One state of one parameter. ``bytes`` counts codes and scales.
+
+    A sharded state is counted as a whole, over all shards of one copy; ``split_bytes`` of its bytes
+    would not be there if no border between shards lay inside of a block.
+    """
 
     param: str
     state: str
@@ -40,6 +44,7 @@ class Row:
     bytes: int
     fp32_bytes: int
     reason: str = ""
+    split_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
-from stq_compile.formats import FLOAT32
+from stq_compile.formats import BLOCK, FLOAT32
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.planner.planner import Planner
 from stq_compile.reporting.graph_data import graph_data
 from stq_compile.reporting.run_file import KernelInfo, Row, Run, Template
+from stq_compile.shards import local, split_blocks
 from stq_compile.step_graph import Source
 
 
@@ -65,18 +66,24 @@ def rows_of(live: Live) -> tuple[Row, ...]:
 
 
 def _row(param: str, key: str, value: Tensor, info: StateInfo | None) -> Row:
-    is_packed = isinstance(value, PackedState)
-    format = value.format if isinstance(value, PackedState) else FLOAT32
+    held = local(value)
+    packed = held.packed if isinstance(held, PackedState) else None
+    format = FLOAT32 if packed is None else packed.format
+    nbytes, split = value.numel() * value.element_size(), 0
+    if packed is not None:
+        split = split_blocks(value) * (format.nbytes(BLOCK) if format.blocked else 0)
+        nbytes = packed.nbytes if held is value else format.nbytes(value.numel()) + split
     dtype = str(value.dtype).removeprefix("torch.")
     return Row(
         param,
         key,
         tuple(value.shape),
-        format.name if is_packed else dtype,
-        format.width if is_packed else value.element_size() * 8,
-        value.packed.nbytes if isinstance(value, PackedState) else value.nbytes,
+        dtype if packed is None else format.name,
+        8 * value.element_size() if packed is None else format.width,
+        nbytes,
         4 * value.numel(),
         "" if info is None else info.reason,
+        split,
     )
 
 
