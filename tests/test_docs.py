@@ -137,7 +137,9 @@ PYTHON = [b for b in blocks() if b.language == "python"]
 
 @pytest.mark.parametrize("block", PYTHON, ids=[f"{b.page}:{b.line}" for b in PYTHON])
 def test_python(block: Block, folder: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.Linear(512, 64))
+    model = torch.nn.Sequential(
+        *(torch.nn.Linear(a, b) for a, b in ((16, 300), (300, 300), (300, 8)))
+    )
 
     def make_optimizer() -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.named_parameters(), lr=3e-4)

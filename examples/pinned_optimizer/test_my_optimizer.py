@@ -12,4 +12,4 @@ def test_the_step_is_what_it_was(stq_golden: Any) -> None:
 
 
 def test_the_plan_is_what_it_was(stq_golden: Any) -> None:
-    stq_golden.plan(make_optimizer(), target_bits=4)
+    stq_golden.plan(make_optimizer(), precision={"exp_avg": 4, "exp_avg_sq": 3})
