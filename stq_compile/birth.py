@@ -88,7 +88,9 @@ def init_states(optimizer: Optimizer, min_numel: int) -> list[Tensor]:
     init = getattr(optimizer, "_init_group", None)
     if init is None:
         return []
-    before = {id(p) for p in optimizer.state if optimizer.state[p]}
+    before = {id(p) for p, state in optimizer.state.items() if state}
+    if len(before) == sum(len(group["params"]) for group in optimizer.param_groups):
+        return []
     waiting = [
         group
         for group in optimizer.param_groups

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.capture import Argument, Captured
+from stq_compile.codec import Conversion
 from stq_compile.collective import Sums, add_up
 from stq_compile.compiler import (
     Generated,
@@ -27,6 +29,7 @@ from stq_compile.compiler import (
 from stq_compile.formats import FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly, perturbations
 from stq_compile.planner.planner import Planner
@@ -34,7 +37,7 @@ from stq_compile.rounding import mixed_step
 from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live
 from stq_compile.shards import local, wrap
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import Codec, PackedStorage
 
 StateKey = tuple[int, str]
 """A state: (number of its parameter over all groups, its key)."""
@@ -66,7 +69,7 @@ class Owner(Protocol):
     def optimizer(self) -> Optimizer: ...
     def params(self) -> list[Tensor]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState: ...
+    def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
 
@@ -91,14 +94,31 @@ class CompiledStep:
         """The templates, before formats."""
         return self.front[-1].program
 
+    @cached_property
+    def planned_program(self) -> Program:
+        """The templates as the planner sees them."""
+        return with_packed_normalizers(self.program, self.session.options.pins_wide)
+
     def generate(self) -> Generated:
         """Compile kernels for the widths in force; changes nothing."""
         session = self.session
         return generate(self.program, session.format_of, session.options.rounding, session.dump)
 
-    def adopt(self, generated: Generated) -> None:
+    def conversions(self) -> list[Conversion]:
+        """The changes of format that `adopt` will make, at the widths in force."""
+        found = []
+        for operand, info in self._wanted():
+            value = local(self._live((Role.STATE, operand.source)))
+            if isinstance(value, PackedState) and value.packed.newborn:
+                continue
+            old = value.format if isinstance(value, PackedState) else FLOAT32
+            numel = torch.Size(operand.shape).numel()
+            found.append(Conversion(operand.source.param, numel, old, info.format))
+        return found
+
+    def adopt(self, generated: Generated, codec: Codec) -> None:
         """Bring the states into the formats generated for, and use these from the next step on."""
-        self._commit(self._wanted())
+        self._commit(self._wanted(), codec)
         self._build_buckets(generated.units)
         self.stages = [*self.front, *generated.stages[1:]]
 
@@ -115,24 +135,25 @@ class CompiledStep:
         return binding.live if isinstance(binding, Argument) else binding
 
     def _wanted(self) -> list[tuple[Operand, StateInfo]]:
+        """The states that exist, and the formats that they are to have."""
         session = self.session
         found = []
         for unit in self.program.units:
             for instance in unit.instances:
                 for operand in instance.operands:
-                    if operand.role is Role.STATE and operand.shape != ():
+                    if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
                         format = session.format_of(operand, unit)
                         reason = unit.facts.fragile.get(operand.source.key, "")
                         info = StateInfo(operand.source, format, unit.facts, reason)
                         found.append((operand, info))
         return found
 
-    def _commit(self, wanted: list[tuple[Operand, StateInfo]]) -> None:
+    def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
         session = self.session
+        held = [(local(self._live((Role.STATE, o.source))), info) for o, info in wanted]
+        following = {v.packed: info.format for v, info in held if isinstance(v, PackedState)}
         for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
-            if operand.returned >= 0:
-                continue
             where = (Role.STATE, operand.source)
             value = local(self._live(where))
             if not isinstance(value, PackedState):
@@ -140,12 +161,13 @@ class CompiledStep:
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
                 assert isinstance(value, Tensor)
-                value = session.pack(value, operand.source, info.format)
+                value = session.unencoded(value, operand.source)
                 self._replace_state(operand.source, value)
             storage = value.packed
             for name, option in session.storage_options(operand.source).items():
                 setattr(storage, name, option)
-            storage.reencode(info.format, self._normalizer(operand.source, info))
+            normalizer = self._normalizer(operand.source, info)
+            storage.reencode(info.format, normalizer, codec=codec, following=following)
             session.info[(operand.source.param, operand.source.key)] = info
 
     def _normalizer(self, source: Source, info: StateInfo) -> PackedStorage | None:
@@ -217,7 +239,7 @@ class CompiledStep:
         if self.measuring is None:
             if self.measured is None:  # it depends on no format: traced once
                 rounding = session.options.rounding
-                self.measured = measuring_program(self.program, rounding, session.dump)
+                self.measured = measuring_program(self.planned_program, rounding, session.dump)
             units = generate_measuring(self.measured, session.format_of, session.dump).units
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
         sums: Sums = {}
@@ -242,7 +264,7 @@ class CompiledStep:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in self.program.units:
+            for unit in self.planned_program.units:
                 found |= measure_directly(
                     unit,
                     lambda operand: live(operand, self._resolve(operand), args),

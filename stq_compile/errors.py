@@ -24,6 +24,22 @@ def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
     return cls(**fields)
 
 
+class StqWarning(UserWarning):
+    """Base of all warnings: what is going on, what it costs, and what to do."""
+
+    message = "{detail}"
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(self.message.format(**fields))
+
+
+class KernelCacheWarning(StqWarning):
+    message = (
+        "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "
+        "some seconds each time; set {variable} to a folder of your own."
+    )
+
+
 class UnknownOptionError(StqError):
     message = "unknown option {name!r}; the options are: {valid}"
 
@@ -187,9 +203,10 @@ class KernelBuildError(StqError):
 
 class InfeasibleBudgetError(StqError):
     message = (
-        "a budget of {budget} bytes cannot hold {states} states: at the smallest widths allowed "
-        "they take {needed} bytes. Raise target_bits, or lift the pins (precision), exclude and "
-        "min_numel that keep states wide."
+        "a budget of {budget} bytes cannot hold all states: {fixed} bytes go to states that are "
+        "pinned, excluded, smaller than min_numel or kept exact, and the {states} others take "
+        "{needed} bytes at the smallest widths allowed (8 bits for a sum over all steps). Raise "
+        "target_bits, or lift the pins (precision), exclude and min_numel."
     )
 
 

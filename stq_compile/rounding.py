@@ -66,6 +66,23 @@ def stream_key(stream: int) -> int:
     return mix64(stream * GOLDEN + 1)
 
 
+def kernel_arguments(key: int) -> tuple[int, int]:
+    """Mixed step and stream key with which a kernel draws what `step_key`'s result ``key`` draws.
+
+    A kernel hashes the two itself, and the hash can be undone.
+    """
+    return key & MASK32, _unmixed(key & UPPER)
+
+
+def _unmixed(x: int) -> int:
+    """The inverse of `mix64`."""
+    x = x ^ (x >> 31) ^ (x >> 62)
+    x = (x * pow(0x94D049BB133111EB, -1, 1 << 64)) & MASK64
+    x = x ^ (x >> 27) ^ (x >> 54)
+    x = (x * pow(0xBF58476D1CE4E5B9, -1, 1 << 64)) & MASK64
+    return x ^ (x >> 30) ^ (x >> 60)
+
+
 def signed64(x: int) -> int:
     """The same 64 bits as a signed integer, as tensors hold them."""
     return x - (1 << 64) if x >> 63 else x

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import capture, param_sources
 from stq_compile.checks import check_dtypes, check_program
+from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
 from stq_compile.errors import (
@@ -29,7 +30,12 @@ from stq_compile.errors import (
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.passes.measure import formats_of, measured_states
+from stq_compile.passes.measure import (
+    forgotten,
+    formats_of,
+    measured_states,
+    sustained,
+)
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
@@ -57,6 +63,7 @@ class Session:
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
         self.info: dict[StateKey, StateInfo] = {}
+        self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
 
     @property
@@ -75,7 +82,7 @@ class Session:
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
         with self._attempt():
-            changes = self._enroll(program)
+            changes = self._enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
             self._transition(changes, [*self.compiled, step])
             self.transitions += len(known)
@@ -127,8 +134,9 @@ class Session:
             return
         for state in measured_states(unit):
             key = state.source.key
-            formats = {**formats_of(unit, key), 32: FLOAT32}
+            formats = self._candidates(unit, key)
             prior = prior_errors(unit, key)
+            forgetting = forgotten(unit.facts.recurrences.get(key))
             for instance in unit.instances:
                 source = instance.param.source
                 numel = instance.param.numel
@@ -136,7 +144,16 @@ class Session:
                 if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
                     continue
                 nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
-                yield Managed((source.param, key), source.name, key, numel, nbytes, prior)
+                yield Managed(
+                    (source.param, key), source.name, key, numel, nbytes, prior, forgetting
+                )
+
+    def _candidates(self, unit: StepGraph, key: str) -> dict[int, Format]:
+        """The formats that the planner may choose for a state: those on the ladder that last."""
+        formats = {**formats_of(unit, key), 32: FLOAT32}
+        on_ladder = {w: f for w, f in formats.items() if w in self.options.ladder}
+        lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
+        return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
 
     def _sizes(
         self, managed: Collection[StateKey], program: Program | None = None
@@ -244,13 +261,14 @@ class Session:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
         self.plan.update(changes)
         units = [step.generate() for step in steps]
+        codec = self.codec.prepare([c for step in steps for c in step.conversions()])
         held = [local(value) for _, _, _, value in self.states()]
         packed = [value.packed for value in held if isinstance(value, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
         before = [(step, dict(vars(step))) for step in steps]
         try:
             for step, generated in zip(steps, units, strict=True):
-                step.adopt(generated)
+                step.adopt(generated, codec)
         except BaseException:
             for storage, buffers in kept:
                 storage.restore(buffers)
@@ -270,7 +288,7 @@ class Session:
                 yield param, sources[id(param)], str(key), value
 
     def pack_loaded(self) -> None:
-        """Pack the float32 states whose format is known, if a checkpoint was loaded."""
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
         if not self.loaded:
             return
         self.loaded = False
@@ -280,7 +298,7 @@ class Session:
             if info is None or not isinstance(held, Tensor) or isinstance(held, PackedState):
                 continue
             if info.format != FLOAT32 and value.shape == param.shape:
-                state = self.pack(held, info.source, info.format)
+                state = self.unencoded(held, info.source)
                 self.optimizer.state[param][key] = wrap(state, param)
 
     def unpack_wide(self, born: list[Tensor]) -> None:
@@ -296,13 +314,9 @@ class Session:
                 if isinstance(held, PackedState) and wide:
                     self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
-        """A packed state of float32 values.
-
-        One in units of its normalizer keeps them as they are until that is packed.
-        """
-        plain = FLOAT32 if format.normalized else format
-        return PackedState.pack(value.float(), plain, **self.storage_options(source))
+    def unencoded(self, value: Tensor, source: Source) -> PackedState:
+        """A packed state of float32 values that are yet to be encoded."""
+        return PackedState.wrap(value.float(), **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
         region = region_of(self.params()[source.param])

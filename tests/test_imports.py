@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("codegen", "codegen.*"),
     ("planner", "planner.*"),
     ("compiler",),
-    ("checks", "collective", "runtime"),
+    ("checks", "codec", "collective", "runtime"),
     ("compiled_step",),
     ("session",),
     ("saved_state",),

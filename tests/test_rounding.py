@@ -35,6 +35,7 @@ from stq_compile.rounding import (
     GOLDEN,
     NEAREST,
     Noise,
+    kernel_arguments,
     mix64,
     random_bits,
     signed64,
@@ -135,6 +136,16 @@ def test_keys_of_seeds_steps_and_streams_differ() -> None:
     keys = {step_key(*k) for k in itertools.product(range(10), steps, streams)}
     assert len(keys) == 10 * len(steps) * len(streams)
     assert all(0 <= key < 2**64 for key in keys)
+
+
+@CASES
+@given(seed=st.integers(0, 2**32), step=st.integers(0, 2**50), stream=st.integers(0, 2**50))
+def test_a_kernel_draws_what_a_key_draws(seed: int, step: int, stream: int) -> None:
+    """A kernel hashes the step and the stream itself, as `step_key` does."""
+    key = step_key(seed, step, stream)
+    step_argument, stream_argument = kernel_arguments(key)
+    upper = mix64((step_argument & rounding.UPPER) ^ stream_argument) & rounding.UPPER
+    assert upper | (step_argument & rounding.MASK32) == key
 
 
 @CASES
