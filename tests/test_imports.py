@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backend", "kernels", "report"),
     ("api",),
     ("",),  # stq_compile/__init__.py
+    ("benchmarks", "benchmarks.*"),
     ("cli",),
 )
 
