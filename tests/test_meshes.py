@@ -23,6 +23,8 @@ from processes import run_processes
 from sharded import outcome, widths
 from stq_compile.shards import local
 
+pytestmark = pytest.mark.timeout(1800)
+
 STEPS = 16
 BATCH = 32
 OPTIONS = {"interval": 5, "min_numel": 1000}
