@@ -36,6 +36,7 @@ from stq_compile.layout import unpack
 from stq_compile.packed_state import memory_order
 from stq_compile.shards import (
     Box,
+    Layout,
     boxes,
     distributed,
     gathered,
@@ -105,9 +106,8 @@ def is_split(state: Tensor) -> bool:
     assert layout is not None
     shape, (mesh, placements) = tuple(state.shape), _mesh_of(layout)
     rows = (block_count(state.numel()),)
-    by_rows = placements_of(tuple((0 if dim >= 0 else -1, 1) for dim, _ in layout[1]))
     for box, (size, start) in zip(
-        boxes(shape, mesh, placements), boxes(rows, mesh, by_rows), strict=True
+        boxes(shape, mesh, placements), boxes(rows, *_mesh_of(by_rows(state))), strict=True
     ):
         found = stretch(box, shape)
         blocks = block_count(math.prod(box[0]))
@@ -116,6 +116,13 @@ def is_split(state: Tensor) -> bool:
         if blocks and found != start[0] * BLOCK:
             return True
     return False
+
+
+def by_rows(state: Tensor) -> Layout:
+    """The layout of a tensor that is divided along its first dimension wherever ``state`` is."""
+    layout = layout_of(state)
+    assert layout is not None
+    return layout[0], tuple((0 if dim >= 0 else -1, 1) for dim, _ in layout[1])
 
 
 def rows_of(state: Tensor) -> int:
@@ -295,8 +302,7 @@ def _read_pieces(
     mesh, placements = _read_sharding(sharding, shape, f"{where}.sharding")
     whole: Box = (shape, (0,) * len(shape))
     if is_sharded(codes):
-        same = sharding == layout_of(param) and format.width > 0
-        if same and codes.device_mesh == param.device_mesh:  # type: ignore[union-attr,attr-defined]
+        if _is_own(codes, param, format, sharding if split else None):
             box = place_of(param)
             count = block_count(math.prod(box[0])) if split else None
             parts = [local(codes)[:count], local(scales)[:count]]
@@ -316,6 +322,20 @@ def _read_pieces(
         part = slice(i * rows, i * rows + block_count(math.prod(box[0])))
         pieces.append(Piece(box, codes[part].detach(), scales[part].detach()))
     return pieces, False
+
+
+def _is_own(codes: Any, param: Tensor, format: Format, sharding: Any) -> bool:
+    """Whether the local tensor of codes is this process's part of the state, no more and no less.
+
+    ``sharding`` is given for split codes: they are in the order of the shards that were saved.
+    """
+    if not is_sharded(param) or codes.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        return False
+    if sharding is not None:
+        return bool(sharding == layout_of(param))
+    if not format.blocked:
+        return format.width > 0 and layout_of(codes) == layout_of(param)
+    return layout_of(codes) == by_rows(param) and not is_split(param)
 
 
 def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Piece:
