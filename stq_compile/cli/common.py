@@ -82,6 +82,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
                 given["subject"] = Subject(given.pop("target"), picked)
             function(**given)
 
+    run.__doc__ = _paragraphs(inspect.getdoc(function) or "")
     first = [
         inspect.Parameter("target", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Target)
     ]
@@ -99,6 +100,11 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     )
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
+
+
+def _paragraphs(text: str) -> str:
+    """Without the line breaks of the source: typer keeps them, and wraps besides."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 class Subject:
