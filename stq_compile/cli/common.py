@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterator, Mapping
@@ -159,8 +160,12 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
     """Errors as one line on standard error. Exit code 2 for what the user can mend, else 1."""
     try:
         yield
+        sys.stdout.flush()
     except (typer.Exit, typer.Abort):
         raise
+    except BrokenPipeError:  # as in `stq trace AdamW | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
     except Exception as error:
         if traceback:
             tracebacks.print_exc()
