@@ -17,7 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from schemas import SCHEMAS, check
-from stq_compile import doctor
+from stq_compile import architectures, doctor
+from stq_compile.benchmarks import growth, measure
 from stq_compile.cli import app
 from stq_compile.cli.common import Subject
 from stq_compile.cli.flags import FLAGS, options_from
@@ -288,6 +289,32 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "c++ compiler" in text
 
 
+def test_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a few small shapes; the picture and the text show what the JSON holds."""
+    monkeypatch.setitem(architectures.MODELS, "gpt2", lambda: {"w": (96, 64), "b": (64,)})
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda: 3.2e10)
+    monkeypatch.setattr(growth, "PARAMETERS", (8192,))
+    monkeypatch.setattr(growth, "TENSORS", (2, 4))
+    found = read("bench", "--optimizer", "sgd", "--rounds", "2", "--growth")
+    names = [t["name"] for t in found["timings"]]
+    assert names == ["torch fused", "torch foreach", "stq 4", "stq 8", "stq 3", "stq auto"]
+    assert found["timings"][0]["ratio"] == 1
+    assert found["growth"]["us per further tensor, by tensors"][0]["size"] == 4
+    picture = tmp_path / "bench.png"
+    code, text, _ = run("bench", "--optimizer", "sgd", "--rounds", "2", "--picture", str(picture))
+    assert code == 0
+    assert all(name in text for name in names)
+    assert "sgd on gpt2: 0.0 M parameters" in text
+    assert picture.exists()
+
+
+@pytest.mark.parametrize("arguments", [("--model", "gpt9"), ("--optimizer", "adam9")])
+def test_bench_names_what_there_is(arguments: tuple[str, str]) -> None:
+    code, _, errors = run("bench", *arguments)
+    assert code == 2
+    assert "it is none of" in errors
+
+
 def test_doctor_says_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise RuntimeError("no such luck\nat all")
@@ -450,7 +477,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 MEASURED = """
 import resource, sys, time
-from stq_compile import doctor
+from stq_compile import architectures, doctor
+from stq_compile.benchmarks import growth, measure
 from stq_compile.cli import app
 try:
     app()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typer
 
-from stq_compile.cli import diff, doctor, facts, kernels, passes, plan, report, repro, trace
+from stq_compile.cli import bench, diff, doctor, facts, kernels, passes, plan, report, repro, trace
 
 app = typer.Typer(
     name="stq",
@@ -23,5 +23,5 @@ app = typer.Typer(
         "doctor; a failure in repro), 2 wrong input or an optimizer that cannot be compiled."
     ),
 )
-for family in (trace, passes, diff, facts, kernels, plan, report, doctor, repro):
+for family in (trace, passes, diff, facts, kernels, plan, report, doctor, bench, repro):
     app.add_typer(family.app)
