@@ -132,7 +132,8 @@ def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
     session = session_of(optimizer)
     if session is None:
         raise NotCompiledError(optimizer=type(optimizer).__name__)
-    session.recording.loss(session.steps, float(loss))
+    value = loss.item() if isinstance(loss, torch.Tensor) else float(loss)
+    session.recording.loss(session.steps, value)
 
 
 def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str, Any]:
@@ -194,7 +195,7 @@ class _Driver:
                 self._opt_called = True  # type: ignore[attr-defined]
             result = driver.run(self)
             if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
-                driver.session.recording.loss(driver.session.steps, float(loss))
+                log(self, loss)
             return result if closure is None else loss
 
         hooked: Any = Optimizer.profile_hook_step(step)

@@ -149,6 +149,7 @@ def inspect_optimizer(
         except StqError as error:
             found.refused = error
             return found
+        session.check_precision(program)
         session.plan_first(program)
         _keep(found, program, back(session.format_of, options.rounding), "generate")
     return found

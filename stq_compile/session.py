@@ -90,7 +90,7 @@ class Session:
             stages = analyse(captured.program, self.dump.folder("analyse"))
         program = stages[-1].program
         check_program(program)
-        self._check_precision(program)
+        self.check_precision(program)
         step = CompiledStep(self, captured, stages)
         with self._attempt():
             changes = self.enroll(step.planned_program)
@@ -119,7 +119,7 @@ class Session:
         if self.recording.streams:
             self.recording.update(run_of(self))
 
-    def _check_precision(self, program: Program) -> None:
+    def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
         operands = [o for u in program.units for i in u.instances for o in i.operands]
         states = {key for _, _, key, _ in self.states()}

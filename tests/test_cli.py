@@ -394,6 +394,7 @@ def test_shapes_from_a_file_and_arguments(tmp_path: Path) -> None:
         (("diff", "SGD", "nothing"), "no such pass"),
         (("kernels", "LBFGS"), "line search"),
         (("kernels", "AdamW", "--precision", "7"), "the widths are"),
+        (("facts", "AdamW", "--precision", "exp_avgg=4"), "matches no state of any parameter"),
         (("kernels", "AdamW", "--target-bits", "4", "--tolerance", "0.1"), "contradict"),
         (("plan", "AdamW", "--target-bits", "0.5"), "budget"),
         (("report", "nowhere.jsonl"), "not readable"),
@@ -462,6 +463,16 @@ def test_every_verb_has_a_schema_and_an_example() -> None:
 def test_shells_can_complete() -> None:
     done = stq("", _STQ_COMPLETE="complete_bash", COMP_WORDS="stq tr", COMP_CWORD="1")
     assert done.stdout.strip() == "trace"
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    line = "stq trace AdamW --model vit-b --json | head -c 10; echo ${PIPESTATUS[0]}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert (done.stdout.splitlines()[-1], done.stderr) == ('{"optimize0', "")
 
 
 MEASURED = """
