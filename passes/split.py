@@ -55,12 +55,12 @@ def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
         graph.output(tuple(env[out] for out, _ in kept))
         instance = Instance(tuple(operands), tuple(position for _, position in kept))
         units.append(StepGraph(f"{unit.name}_{param}", graph, (instance,)))
-    _check_outputs(unit, optimizer, sum(len(u.instances[0].returns) for u in units))
+    _check_outputs(unit, optimizer)
     return units
 
 
-def _check_outputs(unit: StepGraph, optimizer: str, kept: int) -> None:
-    """Every returned value must be a new state of one parameter."""
+def _check_outputs(unit: StepGraph, optimizer: str) -> None:
+    """A returned value must be new: a state of one parameter, or a number (`numbers`)."""
     for out in unit.outputs:
         base = out
         while isinstance(base, fx.Node) and base.target in VIEWS:
@@ -71,13 +71,6 @@ def _check_outputs(unit: StepGraph, optimizer: str, kept: int) -> None:
                 found=f"a view of {base.name}, where a state of its own is expected",
                 location=location_of(out),
             )
-    if kept != len(unit.outputs):
-        raise UnsupportedOutputError(
-            optimizer=optimizer,
-            found="a number or tensor that belongs to no single parameter, such as a step counter "
-            "kept as a Python number",
-            location=next((location_of(o) for o in unit.outputs if isinstance(o, fx.Node)), ""),
-        )
 
 
 def _owners(unit: StepGraph, optimizer: str) -> dict[fx.Node, int | None]:

@@ -120,7 +120,12 @@ NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _as_tensor(example: Any) -> Tensor:
-    """A Python number that Dynamo made an input, as a 0-dim tensor."""
+    """A Python number that Dynamo made an input, as a 0-dim tensor.
+
+    A symbolic number's present value is its hint; to convert it would be a guard on that value.
+    """
+    if isinstance(example, (torch.SymInt, torch.SymFloat)):
+        example = example.node.hint
     if isinstance(example, NUMBERS):
         return torch.tensor(float(example), dtype=torch.float64)
     tensor: Tensor = example

@@ -26,6 +26,7 @@ from stq_compile.compiler import (
 from stq_compile.formats import FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly
 from stq_compile.planner.planner import Planner
@@ -82,6 +83,7 @@ class CompiledStep:
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
+        self.shared = shared_results(captured.program.units[0])
 
     @property
     def program(self) -> Program:
@@ -190,7 +192,8 @@ class CompiledStep:
 
     def __call__(self, *args: Tensor) -> tuple[Any, ...]:
         session = self.session
-        created = {o.returned: self._create(o) for o in self.created}
+        created: dict[int, Any] = {o.returned: self._create(o) for o in self.created}
+        shared = self._shared_results(args)
         step = mixed_step(session.seed, session.steps)
         for bucket in self.buckets:
             bucket.fill(args, created)
@@ -203,7 +206,15 @@ class CompiledStep:
         session.steps += 1
         if looks:
             session.replan()
-        return tuple(created[i] for i in sorted(created))
+        results = created | shared
+        return tuple(results[i] for i in sorted(results))
+
+    def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
+        """The step's new numbers, by output position; from its inputs before they change."""
+        if self.shared is None:
+            return {}
+        inputs = [present(self._resolve(operand), args) for operand in self.shared.operands]
+        return dict(zip(self.shared.positions, self.shared.module(*inputs), strict=True))
 
     def _look(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
         """Measure the states as they are before the step, for the planner."""

@@ -24,6 +24,18 @@ def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
     return cls(**fields)
 
 
+class StqWarning(UserWarning):
+    """Base of all warnings that stq_compile gives."""
+
+
+class EagerStepWarning(StqWarning):
+    message = (
+        "{optimizer}: its step runs eagerly, on packed states, because it cannot be compiled. "
+        "Results are right and states stay packed between steps, but every step decodes and "
+        "encodes them in plain torch, which takes several times as long. {reason}"
+    )
+
+
 class UnknownOptionError(StqError):
     message = "unknown option {name!r}; the options are: {valid}"
 
@@ -135,6 +147,13 @@ class UnsupportedOutputError(StqError):
 class ChangedTensorError(StqError):
     message = (
         "{source}: its {what} changed since the step was compiled: {found}, compiled for {expected}"
+    )
+
+
+class TooManyGraphsError(StqError):
+    message = (
+        "{optimizer}: its step was captured {graphs} times in {steps} steps, and needs yet another "
+        "graph: something in it changes again and again (a Python number, a branch, a shape)"
     )
 
 

@@ -39,6 +39,7 @@ class Report:
     rows: tuple[Row, ...]
     transitions: int
     compiles: int
+    note: str = ""
 
     @property
     def state_bytes(self) -> int:
@@ -82,6 +83,8 @@ class Report:
             f"{self.bits_per_element:.2f} true bits per element, {self.saved:.1%} saved, "
             f"{self.transitions} changes of width"
         )
+        if self.note:
+            yield self.note
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110)
@@ -107,7 +110,11 @@ def make_report(session: Session) -> Report:
         if isinstance(value, Tensor)
     ]
     return Report(
-        type(session.optimizer).__name__, tuple(rows), session.transitions, session.compiles
+        type(session.optimizer).__name__,
+        tuple(rows),
+        session.transitions,
+        session.compiles,
+        f"Steps run eagerly: {session.eager_reason}" if session.eager_reason else "",
     )
 
 

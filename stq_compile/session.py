@@ -34,7 +34,12 @@ from stq_compile.passes.measure import formats_of, measured_states
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
+from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
+
+MOST_GRAPHS, GRAPH_WINDOW = 4, 100
+"""How many graphs `stq.compile` captures in how many steps; a step that needs yet another one
+runs eagerly, since what changes so often will change again."""
 
 
 class Session:
@@ -50,6 +55,8 @@ class Session:
         self.hooks: list[RemovableHandle] = []
         self.steps = 0
         self.compiles = 0
+        self.compiled_at: list[int] = []
+        self.eager_reason = ""
         self.transitions = 0
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
@@ -80,7 +87,14 @@ class Session:
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
+        self.compiled_at.append(self.steps)
         return step
+
+    @property
+    def out_of_graphs(self) -> bool:
+        """Whether so many graphs were captured lately that another would only be one more."""
+        recent = [step for step in self.compiled_at if step > self.steps - GRAPH_WINDOW]
+        return len(recent) >= MOST_GRAPHS
 
     def _check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
@@ -182,21 +196,26 @@ class Session:
         with self._attempt():
             self.change_widths(planner.decide(self.steps, *self._sizes(planner.managed)))
 
-    def width_of(self, operand: Operand) -> int:
-        """The width that the plan, or else the options, give a state."""
-        key = (operand.source.param, operand.source.key)
+    def width_of_state(self, source: Source, numel: int) -> int:
+        """The width that plan or options give a state of ``numel`` elements, 0 for a 0-dim one."""
+        key = (source.param, source.key)
         if key in self.plan:
             return self.plan[key]
-        if operand.shape == () or torch.Size(operand.shape).numel() < self.options.min_numel:
+        if numel < max(self.options.min_numel, 1) or self.options.excludes(source.name):
             return 32
-        if self.options.excludes(operand.source.name):
-            return 32
-        if operand.returned >= 0:
+        pinned = self.options.width_of(source.name, source.key)
+        return self.options.unplanned_width if pinned is None else pinned
+
+    def width_of(self, operand: Operand) -> int:
+        """The width of an operand; of a state that the step will create, whose key is unknown."""
+        numel = torch.Size(operand.shape).numel() if operand.shape != () else 0
+        known = (operand.source.param, operand.source.key) in self.plan
+        wide = numel < self.options.min_numel or self.options.excludes(operand.source.name)
+        if operand.returned >= 0 and not known and not wide and operand.shape != ():
             if self.options.target_bits is not None:
                 return self.created_width
             return self.options.width_of_created(operand.source.name)
-        pinned = self.options.width_of(operand.source.name, operand.source.key)
-        return self.options.unplanned_width if pinned is None else pinned
+        return self.width_of_state(operand.source, numel)
 
     def format_of(self, operand: Operand, unit: StepGraph) -> Format:
         """The format of a state: its width, and what the graph proved about it."""
@@ -261,24 +280,35 @@ class Session:
         """All parameters, in the order of `Source.param`."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]:
-        """Every state: (parameter, its source, key, value)."""
+    def leaves(self) -> Iterator[tuple[Leaf, Source]]:
+        """Every tensor among the states, and its source.
+
+        What belongs to no parameter of the optimizer is numbered after the parameters.
+        """
         sources = param_sources(self.optimizer)
-        for param, state in self.optimizer.state.items():
-            for key, value in state.items():
-                yield param, sources[id(param)], str(key), value
+        for leaf in leaves(self.optimizer):
+            owner = sources.get(id(leaf.owner))
+            if owner is None:
+                name = leaf.owner if isinstance(leaf.owner, str) else type(leaf.owner).__name__
+                owner = sources[id(leaf.owner)] = Source(len(sources), name)
+            yield leaf, Source(owner.param, owner.name, leaf.key)
+
+    def states(self) -> Iterator[tuple[Tensor, Source, str, Tensor]]:
+        """Every tensor among the states: (parameter, its source, key, value)."""
+        for leaf, source in self.leaves():
+            yield leaf.owner, source, leaf.key, leaf.value
 
     def pack_loaded(self) -> None:
         """Pack the float32 states whose format is known, if a checkpoint was loaded."""
         if not self.loaded:
             return
         self.loaded = False
-        for param, source, key, value in list(self.states()):
-            info = self.info.get((source.param, key))
-            if info is None or not isinstance(value, Tensor) or isinstance(value, PackedState):
+        for leaf, source in list(self.leaves()):
+            info = self.info.get((source.param, leaf.key))
+            if info is None or isinstance(leaf.value, PackedState):
                 continue
-            if info.format != FLOAT32 and value.shape == param.shape:
-                self.optimizer.state[param][key] = self.pack(value, info.source, info.format)
+            if info.format != FLOAT32:
+                leaf.put(self.pack(leaf.value, info.source, info.format))
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""

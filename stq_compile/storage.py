@@ -29,6 +29,8 @@ class PackedStorage:
         codes: uint8 ``[blocks, 16 * width]``; int16 or float32 ``[numel]`` for 16 and 32 bits.
         scales: int16 ``[blocks]``, the bit patterns of the scale words; empty for 16 and 32.
         version: counts the replacements of the buffers, so that tables of pointers know.
+        working: float32 ``[numel]``, while an eager step works on decoded values; they are then
+            the state, and the codes are behind.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class PackedStorage:
         self.stream = stream
         self.eager_writes = 0
         self.version = 0
+        self.working: Tensor | None = None
         self.codes, self.scales = reference.empty_buffers(format, numel)
         self._dependents: weakref.WeakSet[PackedStorage] = weakref.WeakSet()
         if normalizer is not None:
@@ -62,6 +65,8 @@ class PackedStorage:
 
     def read(self) -> Tensor:
         """The values, float32 ``[numel]``, in a new tensor."""
+        if self.working is not None:
+            return self.working.clone()
         unit = None if self.normalizer is None else self.normalizer.read()
         return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
 
@@ -71,6 +76,15 @@ class PackedStorage:
         values = self._checked(values, format)
         codes, scales = self._encoded(values, format, _values(self.normalizer))
         self._replace(codes, scales, format, self.normalizer)
+
+    def rewrite(self, values: Tensor, format: Format) -> None:
+        """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
+        _check_normalizer(format, None, self.numel)
+        codes, scales = self._encoded(self._checked(values, format), format, None)
+        former = self.normalizer
+        self._replace(codes, scales, format, None)
+        if former is not None:
+            former._dependents.discard(self)
 
     def reencode(self, format: Format, normalizer: PackedStorage | None = None) -> None:
         """Change the format and keep the values, up to the new format's rounding.
@@ -168,7 +182,12 @@ class PackedStorage:
         return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_dependents"}
+        state = {k: v for k, v in self.__dict__.items() if k != "_dependents"}
+        if self.working is not None:
+            codes, scales = reference.encode(self.working, FLOAT32, NEAREST)
+            plain = {"format": FLOAT32, "codes": codes, "scales": scales, "normalizer": None}
+            state |= {**plain, "working": None}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
