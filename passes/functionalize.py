@@ -26,6 +26,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from stq_compile.errors import UnsupportedOperatorError
+from stq_compile.passes.partition import (
+    Supports,
+    by_geometry,
+    why_instance_unfused,
+    why_unfused,
+)
 from stq_compile.step_graph import (
     Instance,
     Operand,
@@ -79,19 +85,42 @@ DECOMPOSITIONS = {
 """Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind or rounds
 otherwise than the eager kernels do: these round as eager does, operation by operation."""
 
+NOT_FUNCTIONALIZED = ("square_",)
+"""Methods for which ``torch.func.functionalize`` has no rule."""
+
 COPY = torch.ops.aten.copy_.default
 
 
-def functionalize(program: Program) -> Program:
-    """Functionalize and decompose every unit that still updates its inputs in place."""
-    return Program(
-        program.optimizer, tuple(_functionalize(unit, program.optimizer) for unit in program.units)
-    )
+def functionalize(program: Program, why_not: Supports = lambda node: "") -> Program:
+    """Functionalize and decompose every unit that still updates its inputs in place.
+
+    Those that are no kernel are divided by shape, and traced for each (`partition`).
+    """
+    units = [part for unit in program.units for part in _parts(unit, program.optimizer, why_not)]
+    return Program(program.optimizer, tuple(units))
+
+
+def _parts(unit: StepGraph, optimizer: str, why_not: Supports) -> list[StepGraph]:
+    if unit.writes is not None:
+        return [unit]
+    whole = _functionalize(unit, optimizer)
+    misfits = {i for i, row in enumerate(whole.instances) if why_instance_unfused(row)}
+    parts = []
+    if why_unfused(whole, why_not):
+        misfits = set(range(len(whole.instances)))
+    elif len(misfits) < len(whole.instances):
+        fitting = tuple(row for i, row in enumerate(whole.instances) if i not in misfits)
+        parts.append(whole.replace(instances=fitting))
+    if misfits:
+        rows = tuple(row for i, row in enumerate(unit.instances) if i in misfits)
+        for part in by_geometry(unit.replace(instances=rows)):
+            traced = _functionalize(part, optimizer)
+            reason = why_unfused(traced, why_not) or why_instance_unfused(traced.instances[0])
+            parts.append(traced.replace(unfused=reason))
+    return parts
 
 
 def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
-    if unit.writes is not None:
-        return unit
     module = fx.GraphModule({}, unit.graph)
     inputs = fake_inputs(unit)
 
@@ -104,14 +133,14 @@ def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
         decomposition_table=DECOMPOSITIONS,
         _allow_non_fake_inputs=True,
     )(*inputs)
-    return _collect_writes(unit, traced.graph)
+    return _collect_writes(unit, traced.graph, fold_constants(traced))
 
 
 class _Interpreter(fx.Interpreter):
     """Reading a hyperparameter (``lr.item()``) gives the symbolic float that stands for it.
 
-    An operator that cannot run here (a matrix product: stand-ins have one dimension) is refused
-    with its line.
+    An in-place operator that torch does not functionalize (``square_``) becomes the ordinary one
+    and a copy. What cannot run here at all is refused with its line.
     """
 
     def __init__(self, module: fx.GraphModule, optimizer: str, unit: StepGraph) -> None:
@@ -133,6 +162,9 @@ class _Interpreter(fx.Interpreter):
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "item" and isinstance(args[0], torch.SymFloat):
             return args[0]
+        if target in NOT_FUNCTIONALIZED:
+            value = getattr(args[0], target.removesuffix("_"))(*args[1:], **kwargs)
+            return args[0].copy_(value)
         return super().call_method(target, args, kwargs)
 
 
@@ -160,10 +192,34 @@ def fake_inputs(unit: StepGraph) -> list[Any]:
     return inputs
 
 
-def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
+def fold_constants(module: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """Values of the nodes that depend on nothing but tensors made of numbers in the step's code."""
+    known: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(module, str(node.target))
+        elif node.op == "call_function" and node.all_input_nodes:
+            if all(a in known for a in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = node.target(*args, **kwargs)
+    return known
+
+
+def _literal(graph: fx.Graph, value: Any) -> Any:
+    """A constant as an argument: a number if it has no dimension."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 0:
+        return value.item()
+    return graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype})
+
+
+def _collect_writes(
+    unit: StepGraph, traced: fx.Graph, constants: dict[fx.Node, Tensor]
+) -> StepGraph:
     """Turn the trailing ``copy_`` into inputs, as functionalization leaves them, into outputs."""
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[fx.Node, Any] = {}
     written: dict[str, fx.Node] = {}
     returned: tuple[Any, ...] = ()
     names = iter(unit.placeholders)
@@ -172,6 +228,8 @@ def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
             original = next(names)
             env[node] = graph.placeholder(original.name)
             env[node].meta = {**node.meta, "example": original.meta["example"]}
+        elif node in constants:
+            env[node] = _literal(graph, constants[node])
         elif node.target is COPY and node.args[0].op == "placeholder":
             written[env[node.args[0]].name] = env[node.args[1]]
             env[node] = env[node.args[1]]
@@ -184,7 +242,8 @@ def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
     written |= {operand.name: value for operand, value in created}
     graph.output(tuple(written.values()))
     graph.eliminate_dead_code()
-    instances = tuple(_with_created(i, [o for o, _ in created]) for i in unit.instances)
+    param, new = unit.instances[0].param, [operand for operand, _ in created]
+    instances = tuple(_with_created(i, new, param) for i in unit.instances)
     return unit.replace(graph=graph, instances=instances, writes=tuple(written))
 
 
@@ -208,17 +267,18 @@ def _created_states(
     return created
 
 
-def _with_created(instance: Instance, created: list[Operand]) -> Instance:
+def _with_created(instance: Instance, created: list[Operand], traced: Operand) -> Instance:
+    """``traced``: the parameter that the graph was traced with; other shapes are its own."""
     param = instance.param
     operands = []
     for operand, position in zip(created, instance.returns, strict=True):
-        scalar = operand.shape == ()
+        like_param = operand.shape != () and operand.shape == traced.shape
         operands.append(
             replace(
                 operand,
                 source=Source(param.source.param, param.source.name, operand.source.key),
-                shape=() if scalar else param.shape,
-                stride=() if scalar else param.stride,
+                shape=param.shape if like_param else operand.shape,
+                stride=param.stride if like_param else operand.stride,
                 returned=position,
             )
         )

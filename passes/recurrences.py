@@ -39,6 +39,8 @@ def find_recurrences(program: Program) -> Program:
 
 
 def _find(unit: StepGraph) -> StepGraph:
+    if unit.unfused:
+        return unit
     scalars = _scalar_expressions(unit)
     values = _scalar_values(unit)
     results = dict(zip(unit.writes or (), unit.outputs, strict=True))

@@ -28,6 +28,7 @@ from stq_compile.errors import (
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
+    RandomStepError,
     SharedScalarError,
     StqError,
     TooManyGraphsError,
@@ -35,8 +36,6 @@ from stq_compile.errors import (
     UnsupportedOperatorError,
     UnsupportedOptimizerError,
     UnsupportedOutputError,
-    UnsupportedParameterError,
-    UnsupportedStateError,
 )
 from stq_compile.options import Options
 from stq_compile.planner.history import History
@@ -58,8 +57,7 @@ RUN_EAGERLY = (
     UnknownInputError,
     UnsupportedOperatorError,
     UnsupportedOutputError,
-    UnsupportedParameterError,
-    UnsupportedStateError,
+    RandomStepError,
 )
 """Why a step is not compiled, but runs eagerly on packed states."""
 

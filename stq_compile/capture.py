@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.errors import UnknownInputError
+from stq_compile.state_tree import leaves
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
 
 
@@ -160,13 +161,10 @@ def _known_tensors(optimizer: Optimizer) -> dict[int, tuple[Role, Source]]:
         for key, value in group.items():
             if isinstance(value, Tensor):
                 known[id(value)] = (Role.SCALAR, Source(-1, "", f"param_groups[{g}][{key!r}]"))
-    for param, state in optimizer.state.items():
-        owner = sources.get(id(param))
-        if owner is None:
-            continue
-        for key, value in state.items():
-            if isinstance(value, Tensor) and id(value) not in known:  # a parameter stays one
-                known[id(value)] = (Role.STATE, Source(owner.param, owner.name, str(key)))
+    for leaf in leaves(optimizer):
+        owner = sources.get(id(leaf.owner))
+        if owner is not None and id(leaf.value) not in known:  # a parameter stays one
+            known[id(leaf.value)] = (Role.STATE, Source(owner.param, owner.name, leaf.key))
     return known
 
 

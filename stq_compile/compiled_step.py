@@ -6,7 +6,7 @@ kernels run on; which width a state has is the `Session`'s to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,17 +23,20 @@ from stq_compile.compiler import (
     generate_measuring,
     measuring_program,
 )
-from stq_compile.formats import FLOAT32, Format
+from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly
 from stq_compile.planner.planner import Planner
+from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
 from stq_compile.runtime import Bucket, MeasuringBucket, present
+from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
 from stq_compile.storage import PackedStorage
+from stq_compile.working_set import can_be_packed, format_for
 
 StateKey = tuple[int, str]
 """A state: (number of its parameter over all groups, its key)."""
@@ -41,12 +44,17 @@ StateKey = tuple[int, str]
 
 @dataclass
 class StateInfo:
-    """What the compiler knows about one state of one parameter."""
+    """What the compiler knows about one state of one parameter.
+
+    ``by_value``: its format may be another of the same width, as its values ask for: those of a
+    region, of whose states the graph proves little.
+    """
 
     source: Source
     format: Format
     facts: Facts
     reason: str = ""
+    by_value: bool = False
 
 
 class Owner(Protocol):
@@ -62,8 +70,9 @@ class Owner(Protocol):
 
     @property
     def optimizer(self) -> Optimizer: ...
-    def params(self) -> list[Tensor]: ...
+    def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
+    def width_of(self, operand: Operand) -> int: ...
     def pack(self, value: Tensor, source: Source, format: Format) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
@@ -80,6 +89,7 @@ class CompiledStep:
         self.front = stages
         self.stages = stages
         self.buckets: list[Bucket] = []
+        self.regions: list[Region] = []
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
@@ -122,25 +132,31 @@ class CompiledStep:
                     if operand.role is Role.STATE and operand.shape != ():
                         format = session.format_of(operand, unit)
                         reason = unit.facts.fragile.get(operand.source.key, "")
-                        info = StateInfo(operand.source, format, unit.facts, reason)
+                        info = StateInfo(
+                            operand.source, format, unit.facts, reason, bool(unit.unfused)
+                        )
                         found.append((operand, info))
         return found
 
     def _commit(self, wanted: list[tuple[Operand, StateInfo]]) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
         session = self.session
+        places = {(source.param, leaf.key): leaf.put for leaf, source in session.leaves()}
         for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
             if operand.returned >= 0:
                 continue
             where = (Role.STATE, operand.source)
             value = self._live(where)
+            if info.by_value and isinstance(value, Tensor):
+                info.format = _format_now(value, info.format)
             if not isinstance(value, PackedState):
-                if info.format == FLOAT32:
+                assert isinstance(value, Tensor)
+                if info.format == FLOAT32 or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
-                assert isinstance(value, Tensor)
                 value = session.pack(value, operand.source, info.format)
                 self._replace_state(operand.source, value)
+                places[(operand.source.param, operand.source.key)](value)
             storage = value.packed
             for name, option in session.storage_options(operand.source).items():
                 setattr(storage, name, option)
@@ -156,18 +172,19 @@ class CompiledStep:
         return other.packed
 
     def _replace_state(self, source: Source, value: PackedState) -> None:
-        """Put a packed state where the float32 one was; the latter is dropped."""
+        """Let the step hold a packed state where it held the float32 one."""
         binding = self.bindings[(Role.STATE, source)]
         if isinstance(binding, Argument):
             self.bindings[(Role.STATE, source)] = Argument(binding.position, value)
         else:
             self.bindings[(Role.STATE, source)] = value
-        entries = self.session.optimizer.state[self.session.params()[source.param]]
-        key = next((k for k in entries if str(k) == source.key), source.key)
-        entries[key] = value
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
+        width_of = self.session.width_of
+        self.regions = [
+            Region(unit, self._resolve, width_of) for unit in self.program.units if unit.unfused
+        ]
         self.measuring = None
         self.created = [
             operand
@@ -177,12 +194,18 @@ class CompiledStep:
             if operand.returned >= 0
         ]
         self._formats = {
-            o.returned: self.session.format_of(o, u)
-            for u in self.program.units
-            for i in u.instances
-            for o in i.operands
-            if o.returned >= 0 and o.shape != ()
+            o.returned: self._format_at_birth(o, u) for u, o in self._created_by() if o.shape != ()
         }
+
+    def _created_by(self) -> Iterator[tuple[StepGraph, Operand]]:
+        for unit in self.program.units:
+            for instance in unit.instances:
+                yield from ((unit, o) for o in instance.operands if o.returned >= 0)
+
+    def _format_at_birth(self, operand: Operand, unit: StepGraph) -> Format:
+        """A region's states get their format when they are first written, from their values."""
+        format = self.session.format_of(operand, unit)
+        return CONSTANT if unit.unfused and format != FLOAT32 else format
 
     def _resolve(self, operand: Operand) -> Any:
         if operand.returned >= 0 or operand.role is Role.SUMS:
@@ -197,10 +220,15 @@ class CompiledStep:
         step = mixed_step(session.seed, session.steps)
         for bucket in self.buckets:
             bucket.fill(args, created)
-        looks = session.planner is not None and session.planner.due(session.steps + 1)
+        for region in self.regions:
+            region.fill(args, created)
+        planner = session.planner if self.buckets else None
+        looks = planner is not None and planner.due(session.steps + 1)
         if looks:
             self._look(args, created)
         written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
+        for region in self.regions:
+            region.launch()
         tracked = [tensor for tensor in written if not tensor.is_inference()]
         torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
         session.steps += 1
@@ -244,7 +272,7 @@ class CompiledStep:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in self.program.units:
+            for unit in (u for u in self.program.units if not u.unfused):
                 found |= measure_directly(
                     unit,
                     lambda operand: present(self._resolve(operand), args),
@@ -262,3 +290,12 @@ class CompiledStep:
             return torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
         like = torch.empty_strided(operand.shape, operand.stride, device="meta")
         return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
+
+
+def _format_now(value: Tensor, format: Format) -> Format:
+    """The format of a region's state: what it is in, if that has the width asked for."""
+    if isinstance(value, PackedState):
+        if value.format == CONSTANT or value.format.width == format.width:
+            return value.format
+        value = value.dequantize()
+    return format if format == FLOAT32 else format_for(value, format.width)

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from stq_compile.errors import EagerStepWarning, StqError
 from stq_compile.formats import FLOAT32
-from stq_compile.packed_state import PackedState, is_dense
+from stq_compile.packed_state import PackedState
 from stq_compile.rounding import stream_id
 from stq_compile.session import Session
 from stq_compile.state_tree import Leaf
-from stq_compile.working_set import WorkingSet, format_for
+from stq_compile.working_set import WorkingSet, can_be_packed, format_for
 
 LEFT_ALONE = "The optimizer is left as it was"
 """How errors end that leave the optimizer to run without stq_compile; here it runs with it."""
@@ -74,7 +74,7 @@ def pack_states(session: Session) -> None:
             leaf.put(packed[id(value)])
         elif isinstance(value, PackedState):
             _settle(session, leaf, value, number, width)
-        elif width < FLOAT32.width and _can_be_packed(value) and not _shares(value, memory):
+        elif width < FLOAT32.width and can_be_packed(value) and not _shares(value, memory):
             format = format_for(value, width)
             state = PackedState.pack(value, format, **_storage_options(session, number, leaf.key))
             state.packed.eager_writes = session.steps  # other random numbers than last time
@@ -100,17 +100,6 @@ def _storage_options(session: Session, number: int, key: str) -> dict[str, Any]:
         "seed": session.seed,
         "stream": stream_id(number, key),
     }
-
-
-def _can_be_packed(value: Tensor) -> bool:
-    return (
-        type(value) is Tensor
-        and value.dtype == torch.float32
-        and value.device.type == "cpu"
-        and value.layout == torch.strided
-        and not value.requires_grad
-        and is_dense(value)
-    )
 
 
 def _shares(value: Tensor, memory: set[int]) -> bool:

@@ -100,26 +100,18 @@ class UnsupportedOptimizerError(StqError):
     message = "{optimizer} cannot be compiled: {reason}. It is left as it was."
 
 
-class UnsupportedParameterError(StqError):
+class RandomStepError(StqError):
     message = (
-        "{optimizer}, {source}: {reason}. Exclude the parameter from this optimizer or change "
-        "its dtype or layout; the optimizer is left as it was."
-    )
-
-
-class UnsupportedStateError(StqError):
-    message = (
-        "{optimizer}, state {state!r} of {source}: {reason}\n  read at {location}\n"
-        "Give it precision 32 (precision={{{state!r}: 32}}) to leave it as it is; "
-        "the optimizer is left as it was."
+        "{optimizer}: the step draws random numbers ({operator}), and a compiled step would draw "
+        "them in another order\n  at {location}\nThe optimizer is left as it was."
     )
 
 
 class UnsupportedOperatorError(StqError):
     message = (
-        "{optimizer}, {source}: no kernel for the operator {operator} ({reason})\n"
+        "{optimizer}, {source}: the operator {operator} cannot be traced ({reason})\n"
         "  at {location}\n"
-        "The optimizer is left as it was; use it without stq_compile, or rewrite that line."
+        "The optimizer is left as it was; rewrite that line to have its step compiled."
     )
 
 

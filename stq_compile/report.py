@@ -114,8 +114,24 @@ def make_report(session: Session) -> Report:
         tuple(rows),
         session.transitions,
         session.compiles,
-        f"Steps run eagerly: {session.eager_reason}" if session.eager_reason else "",
+        _note(session),
     )
+
+
+def _note(session: Session) -> str:
+    """What does not run in kernels, and why."""
+    lines = [f"Steps run eagerly: {session.eager_reason}"] if session.eager_reason else []
+    reasons = {
+        unit.unfused: len(unit.instances)
+        for step in session.compiled
+        for unit in step.program.units
+        if unit.unfused
+    }
+    lines += [
+        f"Outside of kernels, operator by operator ({count} parameters): {reason}"
+        for reason, count in reasons.items()
+    ]
+    return "\n".join(lines)
 
 
 def _row(param: str, key: str, value: Tensor, info: Any) -> Row:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import capture, param_sources
-from stq_compile.checks import check_dtypes, check_program
+from stq_compile.checks import check_program
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
 from stq_compile.errors import (
@@ -73,7 +73,6 @@ class Session:
     def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         captured = capture(gm, self.optimizer)
-        check_dtypes(captured.program)
         stages = analyse(captured.program, self.dump)
         program = stages[-1].program
         check_program(program)

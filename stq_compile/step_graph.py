@@ -142,7 +142,8 @@ class StepGraph:
 
     ``writes`` is None while the graph updates its inputs in place; a functional graph returns a
     tuple, and ``writes[i]`` names the placeholder that output ``i`` replaces. ``formats`` holds the
-    format behind each codes placeholder, ``regions`` the region of each node.
+    format behind each codes placeholder, ``regions`` the region of each node. ``unfused`` says why
+    the graph is no kernel (`passes.partition`); it is empty for one that is.
     """
 
     name: str
@@ -152,6 +153,7 @@ class StepGraph:
     facts: Facts = Facts()
     formats: Mapping[str, Format] = field(default_factory=dict)
     regions: Mapping[str, str] = field(default_factory=dict)
+    unfused: str = ""
 
     @property
     def operands(self) -> tuple[Operand, ...]:

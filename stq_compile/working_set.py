@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
-from stq_compile.packed_state import PackedState, is_view, run_dense
+from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
 from stq_compile.storage import PackedStorage
 
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
@@ -119,3 +119,15 @@ def format_for(values: Tensor, width: int) -> Format:
     if width == FLOAT32.width:
         return FLOAT32
     return choose_format(width, nonnegative=not bool((values < 0).any()), normalizable=False)
+
+
+def can_be_packed(value: Tensor) -> bool:
+    """Whether an ordinary tensor may become a packed state."""
+    return (
+        type(value) is Tensor
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.requires_grad
+        and is_dense(value)
+    )

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner", "planner.*"),
     ("compiler",),
     ("checks", "runtime"),
+    ("regions",),
     ("compiled_step",),
     ("session",),
     ("checkpoint", "eager"),
