@@ -23,7 +23,7 @@ from torch._inductor import inductor_prims
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or_true
 
 from stq_compile.errors import UnsupportedOperatorError
 from stq_compile.passes.partition import (
@@ -57,7 +57,7 @@ def _times(a: Tensor, factor: Any) -> Tensor:
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
-    if abs(weight) < 0.5:
+    if guard_or_true(abs(weight) < 0.5):  # of a weight that depends on data nothing is known
         return _fma(end - start, weight, start)
     return end - (end - start) * (1 - weight)  # type: ignore[no-any-return]
 
@@ -198,10 +198,9 @@ def fold_constants(module: fx.GraphModule) -> dict[fx.Node, Tensor]:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             known[node] = getattr(module, str(node.target))
-        elif node.op == "call_function" and node.all_input_nodes:
-            if all(a in known for a in node.all_input_nodes):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                known[node] = node.target(*args, **kwargs)
+        elif node.op == "call_function" and known.keys() >= set(node.all_input_nodes) != set():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
     return known
 
 

@@ -54,7 +54,7 @@ def why_unfused(unit: StepGraph, why_not: Supports) -> str:
 def why_instance_unfused(instance: Instance) -> str:
     """Why the tensors of one parameter do not fit a kernel: it walks them in memory order."""
     params = [o for o in instance.operands if o.role is Role.PARAM]
-    if len(params) > 1:
+    if len(params) != 1:
         return f"it updates {len(params)} parameters together"
     param = params[0]
     for operand in instance.operands:

@@ -22,7 +22,6 @@ from stq_compile.eager import announce, run_eagerly
 from stq_compile.errors import (
     AlreadyCompiledError,
     ChangedTensorError,
-    CoupledParametersError,
     GraphBreakError,
     InternalError,
     InvalidOptionError,
@@ -49,7 +48,6 @@ REFUSED_OPTIONS = {
 }
 
 RUN_EAGERLY = (
-    CoupledParametersError,
     GraphBreakError,
     InternalError,
     SharedScalarError,

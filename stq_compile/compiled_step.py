@@ -93,7 +93,9 @@ class CompiledStep:
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
-        self.shared = shared_results(captured.program.units[0])
+        rows = [instance for unit in self.program.units for instance in unit.instances]
+        kept = {position for row in rows for position in row.returns}
+        self.shared = shared_results(captured.program.units[0], kept)
 
     @property
     def program(self) -> Program:

@@ -115,13 +115,6 @@ class UnsupportedOperatorError(StqError):
     )
 
 
-class CoupledParametersError(StqError):
-    message = (
-        "{optimizer}: the update of {first} reads values of {second}, so their updates cannot "
-        "become one kernel each\n  at {location}\nThe optimizer is left as it was."
-    )
-
-
 class SharedScalarError(StqError):
     message = (
         "{optimizer}: the step changes {source}, which all parameters share\n  at {location}\n"

@@ -98,7 +98,12 @@ class Instance:
 
     @property
     def param(self) -> Operand:
-        return next(o for o in self.operands if o.role is Role.PARAM)
+        """The parameter, or what stands for it in a graph that leaves it alone."""
+        for role in (Role.PARAM, Role.GRAD, Role.STATE):
+            for operand in self.operands:
+                if operand.role is role:
+                    return operand
+        raise InvalidGraphError(stage="instance", reason="no tensor of a parameter", graph=self)
 
 
 @dataclass(frozen=True)
