@@ -12,6 +12,7 @@ present value, and both branches are the same function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,18 @@ def _times(a: Tensor, factor: Any) -> Tensor:
     return a if not isinstance(factor, torch.SymFloat) and factor == 1 else a.mul(factor)
 
 
+def _in_float32(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Half-precision tensors are computed on in float32 and rounded once, as eager kernels do."""
+
+    def compute(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.dtype not in (torch.bfloat16, torch.float16):
+            return formula(first, *args, **kwargs)
+        wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+        return formula(first.float(), *wide, **kwargs).to(first.dtype)
+
+    return compute
+
+
 def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     if guard_or_true(abs(weight) < 0.5):  # of a weight that depends on data nothing is known
         return _fma(end - start, weight, start)
@@ -77,9 +90,9 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 DECOMPOSITIONS = {
     **core_aten_decompositions(),
-    torch.ops.aten.lerp.Scalar: _lerp,
-    torch.ops.aten.addcmul.default: _addcmul,
-    torch.ops.aten.addcdiv.default: _addcdiv,
+    torch.ops.aten.lerp.Scalar: _in_float32(_lerp),
+    torch.ops.aten.addcmul.default: _in_float32(_addcmul),
+    torch.ops.aten.addcdiv.default: _in_float32(_addcdiv),
     torch.ops.aten.copy.default: _copy,
 }
 """Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind or rounds
@@ -87,6 +100,18 @@ otherwise than the eager kernels do: these round as eager does, operation by ope
 
 NOT_FUNCTIONALIZED = ("square_",)
 """Methods for which ``torch.func.functionalize`` has no rule."""
+
+aten = torch.ops.aten
+UNDEFINED = (
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_permuted.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+)
+OVERWRITE = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
+"""Factories of undefined values, and operators that ask them for nothing but their geometry."""
 
 COPY = torch.ops.aten.copy_.default
 
@@ -133,14 +158,24 @@ def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
         decomposition_table=DECOMPOSITIONS,
         _allow_non_fake_inputs=True,
     )(*inputs)
-    return _collect_writes(unit, traced.graph, fold_constants(traced))
+    made = _collect_writes(unit, traced.graph, fold_constants(traced))
+    for node in made.calls:
+        if node.target in UNDEFINED and any(u.target not in OVERWRITE for u in node.users):
+            raise UnsupportedOperatorError(
+                optimizer=optimizer,
+                source=unit.instances[0].param.source,
+                operator=node.target,
+                reason="what it leaves undefined is read before it is seen to be written",
+                location=location_of(node),
+            )
+    return made
 
 
 class _Interpreter(fx.Interpreter):
     """Reading a hyperparameter (``lr.item()``) gives the symbolic float that stands for it.
 
-    An in-place operator that torch does not functionalize (``square_``) becomes the ordinary one
-    and a copy. What cannot run here at all is refused with its line.
+    An in-place operator that torch does not functionalize (``square_``, and any with ``out=``)
+    becomes the ordinary one and a copy. What cannot run here at all is refused with its line.
     """
 
     def __init__(self, module: fx.GraphModule, optimizer: str, unit: StepGraph) -> None:
@@ -158,6 +193,16 @@ class _Interpreter(fx.Interpreter):
                 reason=str(error).strip().split("\n")[0],
                 location=location_of(n),
             ) from error
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = kwargs.get("out")
+        if out is None:
+            return super().call_function(target, args, kwargs)
+        rest = {k: v for k, v in kwargs.items() if k != "out"}
+        value = super().call_function(target, args, rest)
+        if isinstance(out, Tensor):
+            return out.copy_(value)
+        return type(value)(o.copy_(v) for o, v in zip(out, value, strict=True))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "item" and isinstance(args[0], torch.SymFloat):

@@ -78,10 +78,10 @@ def _copied(unit: StepGraph, optimizer: str) -> set[fx.Node]:
                 shared.add(node)
         elif node.op != "output" and all(a in shared for a in node.all_input_nodes):
             shared.add(node)
-            if is_in_place(node):
-                written.append(node)
+        if is_in_place(node) and node.all_input_nodes[0] in shared:
+            written.append(node)
     for node in written:
-        base = node
+        base = node.all_input_nodes[0]
         while base.op != "placeholder" and base in shared and base.all_input_nodes:
             changed = is_in_place(base) or base.target in VIEWS
             if not changed:

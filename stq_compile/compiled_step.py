@@ -93,8 +93,7 @@ class CompiledStep:
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
-        rows = [instance for unit in self.program.units for instance in unit.instances]
-        kept = {position for row in rows for position in row.returns}
+        kept = {operand.returned for _, operand in self._created_by()}
         self.shared = shared_results(captured.program.units[0], kept)
 
     @property

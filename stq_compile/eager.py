@@ -21,7 +21,7 @@ from stq_compile.packed_state import PackedState
 from stq_compile.rounding import stream_id
 from stq_compile.session import Session
 from stq_compile.state_tree import Leaf
-from stq_compile.working_set import WorkingSet, can_be_packed, format_for
+from stq_compile.working_set import WorkingSet, can_be_packed, format_for, is_like
 
 LEFT_ALONE = "The optimizer is left as it was"
 """How errors end that leave the optimizer to run without stq_compile; here it runs with it."""
@@ -75,6 +75,8 @@ def pack_states(session: Session) -> None:
         elif isinstance(value, PackedState):
             _settle(session, leaf, value, number, width)
         elif width < FLOAT32.width and can_be_packed(value) and not _shares(value, memory):
+            if is_like(value, leaf.owner):
+                width = session.keep_as_weights(number, leaf.key, width)
             format = format_for(value, width)
             state = PackedState.pack(value, format, **_storage_options(session, number, leaf.key))
             state.packed.eager_writes = session.steps  # other random numbers than last time
@@ -89,6 +91,8 @@ def _settle(session: Session, leaf: Leaf, state: PackedState, number: int, width
         leaf.put(state.dequantize())
         return
     if storage.format == FLOAT32:  # written before the optimizer had stored it
+        if is_like(state, leaf.owner):
+            width = session.keep_as_weights(number, leaf.key, width)
         storage.rewrite(storage.read(), format_for(storage.codes, width))
     for name, option in _storage_options(session, number, leaf.key).items():
         setattr(storage, name, option)

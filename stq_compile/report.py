@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor
 
+from stq_compile.compiled_step import StateKey
 from stq_compile.formats import FLOAT32
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
@@ -105,7 +105,7 @@ def human(size: float) -> str:
 def make_report(session: Session) -> Report:
     """The report of a session's optimizer as it stands."""
     rows = [
-        _row(source.name, key, value, session.info.get((source.param, key)))
+        _row(source.name, key, value, _reason(session, (source.param, key)))
         for _, source, key, value in session.states()
         if isinstance(value, Tensor)
     ]
@@ -134,7 +134,15 @@ def _note(session: Session) -> str:
     return "\n".join(lines)
 
 
-def _row(param: str, key: str, value: Tensor, info: Any) -> Row:
+def _reason(session: Session, key: StateKey) -> str:
+    """Why a state is wider than was asked for."""
+    if key in session.weights:
+        return "a copy of the weights"
+    info = session.info.get(key)
+    return "" if info is None else info.reason
+
+
+def _row(param: str, key: str, value: Tensor, reason: str) -> Row:
     is_packed = isinstance(value, PackedState)
     format = value.format if isinstance(value, PackedState) else FLOAT32
     dtype = str(value.dtype).removeprefix("torch.")
@@ -146,5 +154,5 @@ def _row(param: str, key: str, value: Tensor, info: Any) -> Row:
         format.width if is_packed else value.element_size() * 8,
         value.packed.nbytes if isinstance(value, PackedState) else value.nbytes,
         4 * value.numel(),
-        "" if info is None else info.reason,
+        reason,
     )

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stq_compile.capture import capture, param_sources
+from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.checks import check_program
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
@@ -27,7 +27,7 @@ from stq_compile.errors import (
     UnmatchedPrecisionError,
     UnsupportedWidthError,
 )
-from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import formats_of, measured_states
@@ -36,10 +36,14 @@ from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
+from stq_compile.working_set import can_be_packed, is_like
 
 MOST_GRAPHS, GRAPH_WINDOW = 4, 100
 """How many graphs `stq.compile` captures in how many steps; a step that needs yet another one
 runs eagerly, since what changes so often will change again."""
+
+WEIGHTS_WIDTH = BFLOAT16.width
+"""The least width of a state that is a copy of its parameter (`working_set.is_like`)."""
 
 
 class Session:
@@ -56,6 +60,7 @@ class Session:
         self.steps = 0
         self.compiles = 0
         self.compiled_at: list[int] = []
+        self.weights: set[StateKey] = set()
         self.eager_reason = ""
         self.transitions = 0
         self.plan: dict[StateKey, int] = {}
@@ -78,6 +83,7 @@ class Session:
         check_program(program)
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
+        self._find_weights(captured)
         with self._attempt():
             changes = self._enroll(program)
             known = self.plan.keys() & changes.keys()
@@ -94,6 +100,16 @@ class Session:
         """Whether so many graphs were captured lately that another would only be one more."""
         recent = [step for step in self.compiled_at if step > self.steps - GRAPH_WINDOW]
         return len(recent) >= MOST_GRAPHS
+
+    def _find_weights(self, captured: Captured) -> None:
+        """Of the states that are not packed yet, find those that are copies of their parameter."""
+        params = self.params()
+        for (role, source), binding in captured.bindings.items():
+            value = binding.live if isinstance(binding, Argument) else binding
+            if role is not Role.STATE or not isinstance(value, Tensor) or not can_be_packed(value):
+                continue
+            if is_like(value, params[source.param]):
+                self.weights.add((source.param, source.key))
 
     def _check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
@@ -203,7 +219,13 @@ class Session:
         if numel < max(self.options.min_numel, 1) or self.options.excludes(source.name):
             return 32
         pinned = self.options.width_of(source.name, source.key)
-        return self.options.unplanned_width if pinned is None else pinned
+        width = self.options.unplanned_width if pinned is None else pinned
+        return max(width, WEIGHTS_WIDTH) if key in self.weights else width
+
+    def keep_as_weights(self, number: int, key: str, width: int) -> int:
+        """Remember that a state is a copy of its parameter; its width from now on."""
+        self.weights.add((number, key))
+        return max(width, WEIGHTS_WIDTH)
 
     def width_of(self, operand: Operand) -> int:
         """The width of an operand; of a state that the step will create, whose key is unknown."""

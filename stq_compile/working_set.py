@@ -121,6 +121,24 @@ def format_for(values: Tensor, width: int) -> Format:
     return choose_format(width, nonnegative=not bool((values < 0).any()), normalizable=False)
 
 
+LIKE_WEIGHTS = 0.9
+"""Cosine from which on a state counts as a copy of its parameter."""
+
+
+def is_like(value: Tensor, param: Any) -> bool:
+    """Whether a state is a copy of the weights, or an average of them: slow weights, starting
+    points, the iterate of a schedule-free optimizer.
+
+    A block's rounding error is a fraction of its largest weight, and a step moves weights by much
+    less than that; such a state needs 16 bits to follow (design/0011).
+    """
+    if not isinstance(param, Tensor) or value.shape != param.shape:
+        return False
+    a, b = value.detach().flatten().double(), param.detach().flatten().double()
+    scale = float(a.norm() * b.norm())
+    return scale > 0 and float(a @ b) > LIKE_WEIGHTS * scale
+
+
 def can_be_packed(value: Tensor) -> bool:
     """Whether an ordinary tensor may become a packed state."""
     return (

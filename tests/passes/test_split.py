@@ -90,11 +90,12 @@ def test_coupling_through_a_foreign_state_is_seen() -> None:
     assert len(unit.placeholders) == 4
 
 
-def test_a_tensor_made_from_nothing_and_written_belongs_to_who_uses_it() -> None:
+@pytest.mark.parametrize("from_grad", [False, True])
+def test_a_tensor_made_from_nothing_and_written_belongs_to_who_uses_it(from_grad: bool) -> None:
     s = Sketch()
     p = s.param()
     zeros = s.call(torch.zeros, 3, 5)
-    s.call("add_", zeros, 1.0)
+    s.call("add_", zeros, s.grad() if from_grad else 1.0)
     s.call("add_", p, zeros)
     (unit,) = split(program(s.inplace(zeros))).units
     assert len(unit.calls) == 3
