@@ -12,7 +12,7 @@ present value, and both branches are the same function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -141,11 +141,14 @@ def _parts(unit: StepGraph, optimizer: str, why_not: Supports) -> list[StepGraph
         for part in by_geometry(unit.replace(instances=rows)):
             traced = _functionalize(part, optimizer)
             reason = why_unfused(traced, why_not) or why_instance_unfused(traced.instances[0])
-            parts.append(traced.replace(unfused=reason))
+            plain = _functionalize(part, optimizer, {}) if reason else None
+            parts.append(traced.replace(unfused=reason, plain=plain))
     return parts
 
 
-def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
+def _functionalize(
+    unit: StepGraph, optimizer: str, decompositions: Mapping[Any, Any] = DECOMPOSITIONS
+) -> StepGraph:
     module = fx.GraphModule({}, unit.graph)
     inputs = fake_inputs(unit)
 
@@ -155,7 +158,7 @@ def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
 
     traced = make_fx(
         torch.func.functionalize(run, remove="mutations_and_views"),
-        decomposition_table=DECOMPOSITIONS,
+        decomposition_table=decompositions,
         _allow_non_fake_inputs=True,
     )(*inputs)
     made = _collect_writes(unit, traced.graph, fold_constants(traced))

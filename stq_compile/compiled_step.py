@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,9 +71,9 @@ class Owner(Protocol):
 
     @property
     def optimizer(self) -> Optimizer: ...
+    def params(self) -> list[Tensor]: ...
     def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def width_of(self, operand: Operand) -> int: ...
     def pack(self, value: Tensor, source: Source, format: Format) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
@@ -182,9 +183,10 @@ class CompiledStep:
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
-        width_of = self.session.width_of
         self.regions = [
-            Region(unit, self._resolve, width_of) for unit in self.program.units if unit.unfused
+            Region(unit, self._resolve, partial(self._width_of, unit))
+            for unit in self.program.units
+            if unit.unfused
         ]
         self.measuring = None
         self.created = [
@@ -198,6 +200,9 @@ class CompiledStep:
             o.returned: self._format_at_birth(o, u) for u, o in self._created_by() if o.shape != ()
         }
 
+    def _width_of(self, unit: StepGraph, operand: Operand) -> int:
+        return self.session.format_of(operand, unit).width
+
     def _created_by(self) -> Iterator[tuple[StepGraph, Operand]]:
         for unit in self.program.units:
             for instance in unit.instances:
@@ -206,6 +211,8 @@ class CompiledStep:
     def _format_at_birth(self, operand: Operand, unit: StepGraph) -> Format:
         """A region's states get their format when they are first written, from their values."""
         format = self.session.format_of(operand, unit)
+        if operand.dtype != torch.float32:
+            return FLOAT32
         return CONSTANT if unit.unfused and format != FLOAT32 else format
 
     def _resolve(self, operand: Operand) -> Any:
@@ -243,7 +250,18 @@ class CompiledStep:
         if self.shared is None:
             return {}
         inputs = [present(self._resolve(operand), args) for operand in self.shared.operands]
-        return dict(zip(self.shared.positions, self.shared.module(*inputs), strict=True))
+        found = dict(zip(self.shared.positions, self.shared.module(*inputs), strict=True))
+        return {position: self._packed_at_birth(v, position) for position, v in found.items()}
+
+    def _packed_at_birth(self, value: Any, position: int) -> Any:
+        """A state that was made from nothing and is of no parameter's graph yet, packed."""
+        options = self.session.options
+        width = options.width_of_created("")
+        large = isinstance(value, Tensor) and value.numel() >= max(options.min_numel, 2)
+        if not large or width == FLOAT32.width or not can_be_packed(value):
+            return value
+        source = Source(len(self.session.params()), "", f"created_{position}")
+        return self.session.pack(value, source, format_for(value, width))
 
     def _look(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
         """Measure the states as they are before the step, for the planner."""

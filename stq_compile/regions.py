@@ -27,6 +27,8 @@ class Region:
     def __init__(
         self, unit: StepGraph, resolve: Resolve, width_of: Callable[[Operand], int]
     ) -> None:
+        """``width_of``: of states that get their format when they are first written."""
+        unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of

@@ -102,13 +102,14 @@ class Session:
         return len(recent) >= MOST_GRAPHS
 
     def _find_weights(self, captured: Captured) -> None:
-        """Of the states that are not packed yet, find those that are copies of their parameter."""
+        """Of the states not packed yet, find those that are copies of their parameter."""
         params = self.params()
         for (role, source), binding in captured.bindings.items():
             value = binding.live if isinstance(binding, Argument) else binding
-            if role is not Role.STATE or not isinstance(value, Tensor) or not can_be_packed(value):
+            if role is not Role.STATE or not isinstance(value, Tensor):
                 continue
-            if is_like(value, params[source.param]):
+            wide = isinstance(value, PackedState) and value.format == BFLOAT16  # created as a copy
+            if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
 
     def _check_precision(self, program: Program) -> None:
@@ -251,8 +252,11 @@ class Session:
                 operand.shape, operand.stride, operand.dtype,
             )  # fmt: skip
             normalizable = self.width_of(other) < 32
+        width = self.width_of(operand)
+        if width < FLOAT32.width and key in facts.copies:
+            width = max(width, WEIGHTS_WIDTH)
         return choose_format(
-            self.width_of(operand),
+            width,
             nonnegative=key in facts.nonnegative,
             normalizable=normalizable,
             where=f"{type(self.optimizer).__name__}, {operand.source}",
