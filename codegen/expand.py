@@ -6,25 +6,23 @@ that a kernel's codes equal the reference's bit for bit where its inputs do.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from stq_compile.codegen.ir import Builder, Value
 from stq_compile.formats import (
+    BEND_COEFFICIENTS,
     EXP2_COEFFICIENTS,
-    LOG2_COEFFICIENTS,
-    MAX_RANGE,
     MEAN_PULL,
     MIDRISE_CLIP,
-    MIDRISE_LIMIT,
+    MIDRISE_SLACK,
+    OCTAVE,
     RANGE_STEP,
     TAIL_DEVIATIONS,
     Format,
 )
-
-INFINITY_BITS = 0x7F800000
+from stq_compile.reference import INFINITY_BITS, LOWEST_BITS, ONE_BITS
 
 
 @dataclass(frozen=True)
@@ -50,23 +48,27 @@ def decode_block(
     b: Builder, code: Value, word: Value, format: Format, normalizer: Value | None
 ) -> Value:
     """The value of a code under a scale word."""
-    if format.kind in ("softsign", "ratio"):
+    if format.kind == "softsign":
         top = format.top_code // 2
         signed = b.op("to_float", b.op("int_sub", code, top))
         level = b.op("quotient", signed, b.op("sub", 2.0 * top, b.op("abs", signed)), name="div")
-        value = b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
-        return value if normalizer is None else b.op("mul", value, b.op("sqrt", normalizer))
+        return b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
     if format.kind == "adaptive_log":
         octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", word, 31)))
         ratio = b.op("mul", octave_range, 1.0 / format.top_code)
-        below = b.op("to_float", b.op("int_sub", code, format.top_code))
-        octaves = b.op("mul", below, ratio)
         scale = b.op("from_bits", b.op("shift_left", b.op("shift_right", word, 5), 20))
-        return b.op("mul", scale, exp2(b, octaves))
+        if format.width <= 4:
+            below = b.op("to_float", b.op("int_sub", code, format.top_code))
+            return b.op("mul", scale, exp2(b, b.op("mul", below, ratio)))
+        high = b.op("int_sub", b.op("shift_right", code, 4), format.top_code >> 4)
+        high = b.op("to_float", b.op("shift_left", high, 4))
+        low = b.op("to_float", b.op("int_sub", b.op("int_and", code, 15), 15))
+        coarse = b.op("mul", scale, exp2(b, b.op("mul", high, ratio)))
+        return b.product(coarse, exp2(b, b.op("mul", low, ratio)))
     assert normalizer is not None
     step = b.op("from_bits", b.op("shift_left", word, 16))
     level = b.op("mul", b.op("sub", b.op("to_float", code), format.top_code / 2), step)
-    return b.op("mul", level, b.op("sqrt", normalizer))
+    return b.op("mul", level, root(b, normalizer))
 
 
 def encode(
@@ -83,10 +85,6 @@ def encode(
     noise = 0.5 * 2**24 if state.key is None else b.read("random24", state.key)
     if format.kind == "softsign":
         code, word = _encode_softsign(b, x, format, noise)
-    elif format.kind == "ratio":
-        assert normalizer is not None
-        ratio = b.op("mul", x, reciprocal(b, b.op("sqrt", normalizer)))
-        code, word = _encode_softsign(b, _bounded(b, ratio), format, noise)
     elif format.kind == "adaptive_log":
         code, word = _encode_adaptive_log(b, x, format, noise)
     else:
@@ -101,11 +99,23 @@ def octave_range_of(b: Builder, step: Value) -> Value:
 
 def log2(b: Builder, x: Value) -> Value:
     bits = b.op("bits_of", x)
-    exponent = b.op("shift_right", b.op("int_sub", bits, 0x3F3504F3), 23)
-    mantissa = b.op("from_bits", b.op("int_sub", bits, b.op("shift_left", exponent, 23)))
-    f = b.op("sub", mantissa, 1.0)
-    p = _polynomial(b, f, LOG2_COEFFICIENTS)
-    return b.op("fma", f, p, b.op("to_float", exponent))
+    return octaves(b, bits, b.op("int_sub", bits, ONE_BITS), None)
+
+
+def octaves(b: Builder, bits: Value, distance: Value, unit_bits: Value | None) -> Value:
+    """`reference.octaves`; without ``unit_bits`` the unit is 1, which has no bend."""
+    line = b.op("to_float", distance)
+    if unit_bits is None:
+        line = b.op("mul", line, OCTAVE)
+    else:
+        line = b.op("fma", line, OCTAVE, b.op("neg", b.op("mul", *_bend(b, unit_bits))))
+    return b.op("fma", *_bend(b, bits), line)
+
+
+def _bend(b: Builder, bits: Value) -> tuple[Value, Value]:
+    mantissa = b.op("from_bits", b.op("int_or", b.op("int_and", bits, 0x7FFFFF), ONE_BITS))
+    x = b.op("sub", mantissa, 1.5)
+    return _polynomial(b, x, BEND_COEFFICIENTS), b.op("fma", x, x, -0.25)
 
 
 def exp2(b: Builder, x: Value) -> Value:
@@ -123,12 +133,12 @@ def _polynomial(b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
     return p
 
 
-def _magnitude(b: Builder, x: Value) -> Value:
+def magnitude_bits(b: Builder, x: Value) -> Value:
     return b.op("int_and", b.op("bits_of", x), 0x7FFFFFFF)
 
 
 def absmax(b: Builder, x: Value) -> Value:
-    magnitude = b.op("int_select", b.read("valid"), _magnitude(b, x), 0)
+    magnitude = b.op("int_select", b.read("valid"), magnitude_bits(b, x), 0)
     return b.reduce("block_max", magnitude, name="absmax")
 
 
@@ -144,7 +154,17 @@ def scale_up(b: Builder, absmax: Value, drop: int) -> Value:
     return b.op("int_select", finite, bounded, kept)
 
 
+def root(b: Builder, x: Value) -> Value:
+    """The square root, of a product factor by factor, so that tables stay tables."""
+    if id(x) in b.factors:
+        return b.product(*(b.op("sqrt", factor) for factor in b.factors[id(x)]))
+    return b.op("sqrt", x)
+
+
 def reciprocal(b: Builder, scale: Value) -> Value:
+    """1 / scale, or 0; of a product factor by factor."""
+    if id(scale) in b.factors:
+        return b.product(*(reciprocal(b, factor) for factor in b.factors[id(scale)]))
     return b.op("select", b.op("gt", scale, 0.0), b.op("div", 1.0, scale), 0.0)
 
 
@@ -169,12 +189,15 @@ def _encode_adaptive_log(
     b: Builder, x: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     levels = float(format.top_code)
+    magnitude = magnitude_bits(b, x)
     top = scale_up(b, absmax(b, x), 20)
-    inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", top, 20)))
-    octaves, step = adaptive_range(b, b.op("mul", x, inverse))
+    scale_bits = b.op("shift_left", top, 20)
+    distance = b.op("int_max", b.op("int_sub", magnitude, scale_bits), LOWEST_BITS)
+    step = adaptive_range(b, distance)
     octave_range = octave_range_of(b, step)
     ratio = b.op("div", levels, octave_range)
-    bounded = b.op("max", octaves, b.op("neg", octave_range))
+    below = octaves(b, magnitude, distance, scale_bits)
+    bounded = b.op("max", below, b.op("neg", octave_range))
     t = b.op("fma", bounded, ratio, levels)
     if isinstance(noise, Value):
         f = b.op("sub", t, b.op("floor", t))
@@ -186,40 +209,36 @@ def _encode_adaptive_log(
     return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
 
 
-def adaptive_range(b: Builder, magnitude: Value) -> tuple[Value, Value]:
+def adaptive_range(b: Builder, distance: Value) -> Value:
     """`reference.adaptive_range`."""
-    octaves = b.op("max", log2(b, magnitude), -MAX_RANGE)
-    counted = b.op("select", b.read("valid"), octaves, 0.0)
+    counted = b.op("to_float", b.op("int_select", b.read("valid"), distance, 0))
     share = b.op("div", 1.0, b.read("valid_count"))
     mean = b.op("mul", b.reduce("block_sum", counted), share)
     square = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
     variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
     spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS, b.op("neg", mean))
-    step = b.op("sub", b.op("ceil", b.op("mul", spread, 1.0 / RANGE_STEP)), 1.0)
-    return octaves, b.op("min", b.op("max", step, 0.0), 31.0)
+    step = b.op("sub", b.op("ceil", b.op("mul", spread, OCTAVE / RANGE_STEP)), 1.0)
+    return b.op("min", b.op("max", step, 0.0), 31.0)
 
 
 def _encode_midrise(
     b: Builder, x: Value, normalizer: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     half = format.top_code / 2
-    unit = b.op("sqrt", normalizer)
-    u = b.op("select", b.op("gt", unit, 0.0), b.op("div", x, unit), 0.0)
-    u = _bounded(b, u)
-    u = b.op("select", b.read("valid"), u, 0.0)
-    share = b.op("div", 1.0, b.read("valid_count"))
-    rms = b.op("sqrt", b.op("mul", b.reduce("block_sum", b.op("mul", u, u)), share))
-    scaled = b.op("mul", rms, MIDRISE_CLIP[format.width] / half)
-    word = scale_up(b, _magnitude(b, scaled), 16)
+    u = b.op("mul", x, reciprocal(b, root(b, normalizer)))
+    if format.width in MIDRISE_CLIP:
+        counted = b.op("select", b.read("valid"), u, 0.0)
+        share = b.op("div", 1.0, b.read("valid_count"))
+        mean = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
+        reach = b.op("mul", b.op("sqrt", mean), MIDRISE_CLIP[format.width] / half)
+    else:
+        reach = b.op("mul", b.op("from_bits", absmax(b, u)), MIDRISE_SLACK / half)
+    word = scale_up(b, magnitude_bits(b, reach), 16)
     inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
-    t = b.op("fma", u, inverse, half)
-    code = b.op("max", b.op("fma", noise, 2.0**-24, t), 0.0)
+    code = b.op("fma", noise, 2.0**-24, b.op("fma", u, inverse, half))
+    if format.width in MIDRISE_CLIP:
+        code = b.op("max", code, 0.0)
     return b.op("min", code, float(format.top_code)), word
-
-
-def _bounded(b: Builder, u: Value) -> Value:
-    bounded = b.op("max", b.op("min", u, MIDRISE_LIMIT), -MIDRISE_LIMIT)
-    return b.op("select", b.op("lt", b.op("abs", u), math.inf), bounded, u)
 
 
 def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:

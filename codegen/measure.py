@@ -13,6 +13,7 @@ from stq_compile.codegen.expand import (
     adaptive_range,
     exp2,
     log2,
+    magnitude_bits,
     octave_range_of,
     reciprocal,
     scale_up,
@@ -26,6 +27,7 @@ from stq_compile.error_law import (
     TINY,
 )
 from stq_compile.formats import MIDRISE_CLIP, Format
+from stq_compile.reference import LOWEST_BITS
 
 
 def settled_error(
@@ -41,12 +43,6 @@ def settled_error(
     law = _Law(b, persistence, rounding)
     if format.kind == "softsign":
         return _softsign(b, new, old, format, law)
-    if format.kind == "ratio":
-        assert normalizer is not None
-        unit = b.op("sqrt", normalizer)
-        inverse = reciprocal(b, unit)
-        error = _softsign(b, b.op("mul", new, inverse), b.op("mul", old, inverse), format, law)
-        return b.op("mul", unit, error)
     if format.kind == "adaptive_log":
         return _adaptive_log(b, new, old, format, law)
     if format.kind == "midrise":
@@ -94,8 +90,8 @@ def _softsign(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> 
 
 def _adaptive_log(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:
     scale, magnitude, increment = _relative(b, new, old, 20)
-    _, step = adaptive_range(b, magnitude)
-    octave_range = octave_range_of(b, step)
+    below = b.op("int_sub", magnitude_bits(b, new), b.op("bits_of", scale))
+    octave_range = octave_range_of(b, adaptive_range(b, b.op("int_max", below, LOWEST_BITS)))
     moved = b.op("div", increment, b.op("max", magnitude, TINY))
     distance = b.op("mul", octave_range, math.log(2) / format.top_code)
     variance = law.variance(distance, b.op("min", moved, FARTHEST), 1.0)
@@ -113,11 +109,15 @@ def _midrise(
     unit = b.op("sqrt", normalizer)
     inverse = reciprocal(b, unit)
     value = b.op("select", b.read("valid"), b.op("mul", new, inverse), 0.0)
-    share = b.op("div", 1.0, b.read("valid_count"))
-    square = b.reduce("block_sum", b.op("mul", value, value))
-    rms = b.op("sqrt", b.op("mul", square, share))
     half = format.top_code / 2
-    step = b.op("max", b.op("mul", rms, MIDRISE_CLIP[format.width] / half), TINY)
+    if format.width in MIDRISE_CLIP:
+        share = b.op("div", 1.0, b.read("valid_count"))
+        square = b.reduce("block_sum", b.op("mul", value, value))
+        rms = b.op("sqrt", b.op("mul", square, share))
+        reach = b.op("mul", rms, MIDRISE_CLIP[format.width])
+    else:
+        reach = b.op("from_bits", absmax(b, value))
+    step = b.op("max", b.op("mul", reach, 1.0 / half), TINY)
     moved = b.op("abs", b.op("mul", b.op("sub", new, old), inverse))
     size = b.op("abs", value)
     clipped = b.op("max", b.op("sub", size, b.op("mul", step, half)), 0.0)

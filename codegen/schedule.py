@@ -19,13 +19,23 @@ from stq_compile.codegen.ir import OPCODES, REDUCTIONS, Kernel, Space, Value
 class Phase:
     """Operations between two reductions."""
 
-    uniform: list[Value] = field(default_factory=list)  # once per block: scales, tables
+    blocks: list[Value] = field(default_factory=list)  # for all blocks of a tile: scales, ranges
+    tables: list[Value] = field(default_factory=list)  # once per block
     planes: list[Value] = field(default_factory=list)  # once per plane
     after: list[Value] = field(default_factory=list)  # reductions' results, packing, scale words
 
 
+INLINE = ("iota", "valid")
+"""Reads that are a constant in most kernels: written out wherever they are used."""
+
 MADE_ANYWHERE = ("random24", "random", "valid", "valid_count", "iota")
 """Reads that touch no memory."""
+
+
+def _movable(v: Value) -> bool:
+    """Whether an operation may run at any time."""
+    pure = v.opcode in OPCODES or v.opcode in MADE_ANYWHERE
+    return pure and v.space is not Space.TENSOR
 
 
 class Schedule:
@@ -48,29 +58,57 @@ class Schedule:
         return self._phase[id(v)] - (v.opcode in REDUCTIONS)
 
     def _sink(self) -> None:
-        """Move an operation of at most one argument per block to the phase that needs it.
+        """Move operations to the phase that needs them, where that makes no more values cross.
 
-        That never adds a value that crosses phases, and most often removes one: random numbers
-        are made where they are used, not kept.
+        A value that would cross is made later, with everything that leads to it alone, if what
+        that needs crosses anyway (random numbers need nothing); a single operation also if one
+        other value crosses instead.
         """
-        needed: dict[int, int] = {}
-        for v in reversed(self.kernel.body):
-            inputs = [a for a in v.args if isinstance(a, Value) and a.space is not Space.TENSOR]
-            elements = [a for a in inputs if a.space is Space.ELEMENT]
-            pure = v.opcode in OPCODES or v.opcode in MADE_ANYWHERE
-            few = len(elements) <= 1 if v.space is Space.ELEMENT else len(inputs) <= 1
-            if v.space is not Space.TENSOR and pure and few and id(v) in needed:
-                self._phase[id(v)] = max(self._phase[id(v)], needed[id(v)])
+        self._users: dict[int, list[Value]] = {id(v): [] for v in self.kernel.body}
+        for v in self.kernel.body:
             for a in v.args:
                 if isinstance(a, Value):
-                    needed[id(a)] = min(needed.get(id(a), self._loop(v)), self._loop(v))
+                    self._users[id(a)].append(v)
+        for v in reversed(self.kernel.body):
+            if _movable(v) and self._users[id(v)]:
+                target = self._needed(v)
+                if target > self._loop(v):
+                    self._sink_cone(v, target)
+
+    def _needed(self, v: Value) -> int:
+        return min(self._loop(u) for u in self._users[id(v)])
+
+    def _sink_cone(self, v: Value, target: int) -> None:
+        """Move ``v`` and what leads to it alone to phase ``target``, if that pays."""
+        cone, border, stack = {id(v): v}, dict[int, Value](), [v]
+        while stack:
+            for a in stack.pop().args:
+                if not isinstance(a, Value) or a.space < v.space or id(a) in cone:
+                    continue
+                users = self._users[id(a)]
+                if _movable(a) and all(id(u) in cone or self._loop(u) >= target for u in users):
+                    cone[id(a)] = a
+                    stack.append(a)
+                else:
+                    border[id(a)] = a
+        crossing = [
+            a
+            for a in border.values()
+            if a.opcode not in INLINE
+            and id(a) not in cone
+            and all(self._loop(u) <= self._loop(a) or id(u) in cone for u in self._users[id(a)])
+        ]
+        if len(crossing) < (2 if len(cone) == 1 else 1):
+            for u in cone.values():
+                self._phase[id(u)] = target
 
     def _classify(self) -> None:
         for v in self.kernel.body:
             for a in v.args:
-                if not isinstance(a, Value) or a.space is Space.TENSOR or a.opcode == "iota":
+                if not isinstance(a, Value) or a.space is Space.TENSOR or a.opcode in INLINE:
                     continue
-                if self._loop(v) > self._loop(a):
+                table = a.space is Space.TABLE and v.space is not Space.TABLE
+                if self._loop(v) > self._loop(a) or table:
                     self.crossing.add(id(a))
                 elif v.opcode == "pack":
                     self.gathered.add(id(a))
@@ -85,8 +123,10 @@ class Schedule:
                 phase.after.append(v)
             elif v.opcode in ("pack", "store_word", "accumulate"):
                 phase.after.append(v)
+            elif v.opcode in INLINE:
+                continue
             elif v.space is Space.ELEMENT:
                 phase.planes.append(v)
             elif v.space in (Space.BLOCK, Space.TABLE):
-                phase.uniform.append(v)
+                (phase.blocks if v.space is Space.BLOCK else phase.tables).append(v)
         return phases

@@ -1,4 +1,4 @@
-"""Decoding by table: what depends on a code of at most 4 bits is computed once per code.
+"""Decoding by table: what depends on at most 4 bits of a code is computed once per value of them.
 
 A block at ``w`` bits has ``2^w <= 16`` distinct codes, one register of floats. Every float that is
 a function of one such code and of block values is evaluated on ``iota`` in the ``TABLE`` space and
@@ -16,13 +16,19 @@ MAX_WIDTH = 4
 
 def tabulate(kernel: Kernel) -> Kernel:
     """The kernel with decoding arithmetic moved into tables; arguments are not changed."""
-    roots = [v for v in kernel.body if v.opcode == "unpack" and v.width <= MAX_WIDTH]
+    roots, widths = list[Value](), dict[int, int]()
     for v in kernel.body:
-        code = v.args[0] if v.opcode == "pack" and v.width <= MAX_WIDTH else None
-        if isinstance(code, Value):
+        code = {"unpack": v, "pack": v.args[0] if v.args else None}.get(v.opcode)
+        if isinstance(code, Value) and v.width <= MAX_WIDTH:
             roots.append(code)
+            widths[id(code)] = v.width
+        elif isinstance(code, Value):
+            for part, width in _parts(kernel, code, v.width):
+                roots.append(part)
+                widths[id(part)] = width
     iota = Value("iota", "iota", (), Space.TABLE, Type.INT)
     body, replaced = [iota], dict[int, Value]()
+    codes: dict[int, Value] = {}  # by width: the code of each entry, over and over
     dependents = {id(root): _dependents(kernel, root) for root in roots}
     owner = {id(v): root for root in roots for v in dependents[id(root)]}
     tables: dict[int, Value] = {}
@@ -35,8 +41,15 @@ def tabulate(kernel: Kernel) -> Kernel:
             replaced[id(v)] = clone
             body.append(clone)
             continue
+        width = widths[id(root)]
+        if width not in codes:
+            args = (iota, float((1 << width) - 1))
+            codes[width] = Value(
+                f"code_of_{width}_bits", "int_and", args, Space.TABLE, Type.INT, origin=root.origin
+            )
+            body.append(codes[width])
         inner = tuple(
-            (iota if a is root else tables.get(id(a), replaced.get(id(a), a)))
+            (codes[width] if a is root else tables.get(id(a), replaced.get(id(a), a)))
             if isinstance(a, Value)
             else a
             for a in v.args
@@ -54,23 +67,40 @@ def tabulate(kernel: Kernel) -> Kernel:
     return Kernel(kernel.name, kernel.operands, body, kernel.summary)
 
 
+def _parts(kernel: Kernel, code: Value, width: int) -> list[tuple[Value, int]]:
+    """What is computed from the low 4 bits of a wider code, and from the bits above."""
+    found = []
+    for v in kernel.body:
+        if v.args and v.args[0] is code and v.opcode == "int_and" and v.args[1] == 15:
+            found.append((v, MAX_WIDTH))
+        elif v.args and v.args[0] is code and v.opcode == "shift_right" and v.args[1] == 4:
+            found.append((v, width - MAX_WIDTH))
+    return found
+
+
 def _dependents(kernel: Kernel, root: Value) -> list[Value]:
     """Pure element values that are a function of ``root`` and of block and tensor values."""
     found = {id(root)}
     values = []
     for v in kernel.body:
-        elements = [a for a in v.args if isinstance(a, Value) and a.space is Space.ELEMENT]
-        if v.opcode in OPCODES and elements and all(id(a) in found for a in elements):
+        elements = _element_args(v)
+        if v.opcode in OPCODES and elements and elements <= found:
             found.add(id(v))
             values.append(v)
-    # A value that is needed per element but is not a float ends the table one step earlier.
+    # A value that is needed per element but is not a float ends the table one step earlier, and so
+    # for what is computed from it.
     while True:
         owner = {id(v): id(root) for v in values}
         outside = _used_outside(kernel, owner)
-        kept = [v for v in values if v.type is Type.FLOAT or id(v) not in outside]
+        known = {id(root), *(id(v) for v in values if v.type is Type.FLOAT or id(v) not in outside)}
+        kept = [v for v in values if id(v) in known and _element_args(v) <= known]
         if len(kept) == len(values):
             return values
         values = kept
+
+
+def _element_args(v: Value) -> set[int]:
+    return {id(a) for a in v.args if isinstance(a, Value) and a.space is Space.ELEMENT}
 
 
 def _used_outside(kernel: Kernel, owner: dict[int, int]) -> set[int]:

@@ -55,7 +55,7 @@ def first_step() -> float:
     """Seconds of the first step in a new process with an empty cache."""
     code = "import measure_step as m; print(m.seconds(m.packed(m.parameters(m.gpt2_shapes()))))"
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = {**os.environ, "STQ_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
         here = os.path.dirname(os.path.abspath(__file__))
         output = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=here,

@@ -20,6 +20,7 @@ reach of a flip: sqrt(pi/2) = 1.25 times what Gaussian noise of that size flips,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +52,12 @@ ROUGH = frozenset(
 )
 """Operators whose derivative is zero almost everywhere and whose result still depends on errors."""
 
+NARROWEST_SUM = 8
+"""Fewest bits, in blocks, of a state that is a sum over all steps. What it gains is added at every
+step and never decays. If the largest element of a block stands at the top level, as one of 128
+that are rounded at random does where levels are coarser than scales, the next step raises the scale
+by one of its steps, for ever: exponential growth (design/0008)."""
+
 SUMS = "sums"
 
 
@@ -72,6 +79,28 @@ def measured_states(unit: StepGraph) -> list[Operand]:
     ]
 
 
+def with_packed_normalizers(program: Program, is_wide: Callable[[str, str], bool]) -> Program:
+    """The templates as a planner is to see them: normalizers that stay in float32 are none.
+
+    A normalized format needs a packed unit. Where ``is_wide`` (of a parameter's name and a state's
+    key) says that the unit is pinned at 32 bits, the states that it would divide are raw; a
+    template is divided if that is so for some of its parameters only.
+    """
+    units = []
+    for unit in program.units:
+        groups: dict[frozenset[str], list[Instance]] = {}
+        for instance in unit.instances:
+            name = instance.param.source.name
+            raw = {k for k, other in unit.facts.normalizers.items() if is_wide(name, other)}
+            groups.setdefault(frozenset(raw), []).append(instance)
+        for raw_keys, instances in groups.items():
+            kept = {k: n for k, n in unit.facts.normalizers.items() if k not in raw_keys}
+            facts = replace(unit.facts, normalizers=kept)
+            name = f"{unit.name}_raw" if raw_keys else unit.name
+            units.append(unit.replace(name=name, facts=facts, instances=tuple(instances)))
+    return Program(program.optimizer, tuple(units))
+
+
 def formats_of(unit: StepGraph, key: str) -> dict[int, Format]:
     """The format that a state has at each width."""
     normalizer = unit.facts.normalizers.get(key)
@@ -83,6 +112,13 @@ def formats_of(unit: StepGraph, key: str) -> dict[int, Format]:
         )
         for width in LADDER
     }
+
+
+def sustained(unit: StepGraph, key: str, format: Format) -> bool:
+    """Whether a state can be kept in a format for ever: sums run away at few bits."""
+    recurrence = unit.facts.recurrences.get(key)
+    adds_up = recurrence is not None and recurrence.kind == "sum"
+    return not (adds_up and format.blocked and format.width < NARROWEST_SUM)
 
 
 def is_smooth(unit: StepGraph, state: str) -> bool:
@@ -108,6 +144,12 @@ def amplification(recurrence: Recurrence | None) -> float:
     if recurrence is None or recurrence.kind in ("unknown", "maximum"):
         return HORIZON
     return recurrence.amplification
+
+
+def forgotten(recurrence: Recurrence | None) -> float:
+    """The share of an error's square that a step leaves; 0 for a sum, whose law sees it shrink."""
+    persistent = amplification(recurrence)
+    return 0.0 if math.isinf(persistent) else 1 - 1 / persistent
 
 
 def measure(program: Program, rounding: Rounding) -> Program:

@@ -40,6 +40,7 @@ from stq_compile.options import Options
 from stq_compile.planner.history import History
 from stq_compile.report import Report, make_report
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
+from stq_compile.shards import local
 from stq_compile.symbolic_math import symbolic_math
 
 REFUSED_OPTIONS = {
@@ -250,7 +251,8 @@ class _Driver:
             for param in born if session.steps == before else ():  # else the step was made
                 del optimizer.state[param]
             translated = _translated(error, type(optimizer).__name__)
-            if session.steps == before and isinstance(translated, RUN_EAGERLY):
+            sharded = any(local(p) is not p for p in session.params())
+            if session.steps == before and isinstance(translated, RUN_EAGERLY) and not sharded:
                 announce(session, translated)
                 self.for_good = not isinstance(translated, TooManyGraphsError)
                 return self._eagerly(optimizer)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from stq_compile.formats import CONSTANT
 from stq_compile.packed_state import PackedState, is_dense
+from stq_compile.shards import local, wrap
 
 aten = torch.ops.aten
 _ZERO = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
@@ -24,7 +25,11 @@ _FULL = {aten.full_like.default, aten.full.default, aten.new_full.default}
 
 
 class Birth(TorchDispatchMode):
-    """Answers constant factories of ``min_numel`` or more float32 CPU elements with packed ones."""
+    """Answers constant factories of ``min_numel`` or more float32 CPU elements with packed ones.
+
+    Of a sharded tensor the elements of the whole one count, and the packed state is the local
+    tensor of a DTensor.
+    """
 
     def __init__(self, min_numel: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -44,19 +49,22 @@ class Birth(TorchDispatchMode):
 
 def newborn(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], min_numel: int
-) -> PackedState | None:
+) -> Tensor | None:
     """The packed constant that a call of a factory is answered with; None if it is none."""
     value = _constant_of(func, args)
     if value is None:
         return None
     shape = torch.empty(0, device="meta")
-    like = args[0] if isinstance(args[0], Tensor) else shape
+    outer = args[0] if isinstance(args[0], Tensor) else shape
+    like = local(outer)
     with _disable_current_modes():
         meta_args = (like.to("meta"), *args[1:]) if isinstance(args[0], Tensor) else args
         meta = func(*meta_args, **{**kwargs, "device": "meta"})
     device = kwargs.get("device") or (like.device if like is not shape else "cpu")
+    sharded = like is not outer
     if (
-        meta.numel() < min_numel
+        (outer if sharded else meta).numel() < min_numel
+        or (sharded and meta.shape != like.shape)  # as large as the whole tensor
         or meta.dtype != torch.float32
         or torch.device(device).type != "cpu"
         or not is_dense(meta)
@@ -64,7 +72,7 @@ def newborn(
         return None
     state = PackedState.zeros_like(meta, CONSTANT)
     state.packed.fill(value)
-    return state
+    return wrap(state, outer)
 
 
 def _constant_of(func: Any, args: tuple[Any, ...]) -> float | None:
@@ -88,7 +96,9 @@ def init_states(optimizer: Optimizer, min_numel: int) -> list[Tensor]:
     init = getattr(optimizer, "_init_group", None)
     if init is None:
         return []
-    before = {id(p) for p in optimizer.state if optimizer.state[p]}
+    before = {id(p) for p, state in optimizer.state.items() if state}
+    if len(before) == sum(len(group["params"]) for group in optimizer.param_groups):
+        return []
     waiting = [
         group
         for group in optimizer.param_groups

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.errors import UnknownInputError
+from stq_compile.shards import local, region_of
 from stq_compile.state_tree import leaves
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
 
@@ -82,7 +83,7 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
             continue
         new = graph.placeholder(_readable(role, source))
         number = not isinstance(example, Tensor)
-        example = _as_tensor(example)
+        outer, example = example, local(_as_tensor(example))
         new.meta["example"] = _stand_in(example)
         env[node] = placeholders[key] = new
         operands.append(
@@ -96,10 +97,11 @@ def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
                 example.device,
                 next((location_of(user) for user in node.users), ""),
                 number=number,
+                region=region_of(outer),
             )
         )
         if role is Role.STATE and isinstance(binding, Argument):
-            binding = Argument(binding.position, example)
+            binding = Argument(binding.position, outer)
         bindings[key] = binding
         if node.op == "get_attr":
             attributes[key] = str(node.target)

@@ -20,6 +20,7 @@ Version 1 had no planner; it loads as a checkpoint of a run without one.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,18 +29,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stq_compile import reference
-from stq_compile.errors import CheckpointError, StqError
-from stq_compile.formats import FORMATS, WIDTHS, Format
-from stq_compile.layout import unpack
-from stq_compile.packed_state import PackedState
+from stq_compile import saved_state
+from stq_compile.capture import param_sources
+from stq_compile.collective import any_failed
+from stq_compile.errors import CheckpointError
+from stq_compile.formats import BFLOAT16, WIDTHS
+from stq_compile.packed_state import PackedState, is_dense, memory_order
 from stq_compile.planner import saved_plan
 from stq_compile.planner.planner import Planner
+from stq_compile.saved_state import whole_number
 from stq_compile.session import Session
+from stq_compile.shards import is_sharded, local, place_of, wrap
+from stq_compile.step_graph import Source
 from stq_compile.storage import PackedStorage
 
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 HEADER = "stq"
 StateFormat = Literal["packed", "fp32"]
 
@@ -53,7 +58,7 @@ def attach(session: Session) -> None:
         return export(session, state_dict, session.checkpoint_format)
 
     def load(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        pending[:] = [read(session, state_dict)]
+        pending[:] = [_read_together(session, state_dict)]
         return pending[0].state_dict
 
     def loaded(_: Optimizer) -> None:
@@ -79,7 +84,7 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
         for index, entries in state_dict["state"].items()
     }  # fmt: skip
     if format == "packed":
-        out[HEADER] = {
+        header = {
             "version": VERSION,
             "seed": session.seed,
             "steps": session.steps,
@@ -88,32 +93,27 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
             "transitions": session.transitions,
             "planner": None if session.planner is None else session.planner.state_dict(),
         }
+        out[HEADER] = header
+        groups = list(state_dict["param_groups"])
+        out["param_groups"] = [{**groups[0], HEADER: (header,)}, *groups[1:]]
     return out
 
 
 def _export_value(value: Any, entries: Mapping[str, Any], format: StateFormat) -> Any:
-    if not isinstance(value, PackedState):
+    held = local(value)
+    if not isinstance(held, PackedState):
         return value
     if format == "fp32":
-        return value.dequantize()
-    storage = value.packed
+        return wrap(held.dequantize(), value)
     normalizer = next(
         (
             key
-            for key, other in entries.items()
-            if isinstance(other, PackedState) and other.packed is storage.normalizer
+            for key, other in ((key, local(other)) for key, other in entries.items())
+            if isinstance(other, PackedState) and other.packed is held.packed.normalizer
         ),
         None,
     )
-    return {
-        "format": storage.format.name,
-        "size": list(value.size()),
-        "stride": list(value.stride()),
-        "normalizer": normalizer,
-        "eager_writes": storage.eager_writes,
-        "codes": storage.codes,
-        "scales": storage.scales,
-    }
+    return saved_state.save(value, normalizer)
 
 
 def _plain(precision: Any) -> Any:
@@ -130,9 +130,11 @@ class Import:
     transitions: int = 0
     plan: dict[tuple[int, str], int] = field(default_factory=dict)
     planner: Mapping[str, Any] | None = None
+    reencoded: list[str] = field(default_factory=list)
 
     def apply(self, session: Session) -> None:
         """Let the session continue where the checkpoint was made."""
+        session.reencoded = tuple(self.reencoded)
         if self.seed is None:
             return
         session.seed, session.steps, session.plan = self.seed, self.steps, self.plan
@@ -152,15 +154,60 @@ def read(session: Session, state_dict: Mapping[str, Any]) -> Import:
     out = dict(state_dict)
     header = out.pop(HEADER, None)
     params = _saved_params(session.optimizer, out)
+    header = _take_header(out, header)
+    found = Import(out)
     states = _mapping(out.get("state"), "state")
     out["state"] = {
-        index: _read_entries(session, index, entries, params.get(index))
+        index: _read_entries(session, index, entries, params.get(index), found)
         for index, entries in states.items()
     }
-    found = Import(out)
     if header is not None:
         _read_header(session, found, _mapping(header, HEADER))
     return found
+
+
+def _read_together(session: Session, state_dict: Mapping[str, Any]) -> Import:
+    """`read`, and where parameters are sharded, on all processes or on none."""
+    try:
+        found = read(session, state_dict)
+        _rehearse(session.optimizer, found.state_dict)
+    except Exception as error:
+        any_failed(True, session.params())
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            entry="an entry", found=f"damaged ({type(error).__name__}: {error})",
+            expected="what this optimizer saves",
+        ) from error  # fmt: skip
+    if any_failed(False, session.params()):
+        raise CheckpointError(
+            entry="the part of another process", found="damaged", expected="what its error says"
+        )
+    return found
+
+
+def _rehearse(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load into a shallow copy: torch finds some defects only when the states are replaced."""
+    copy = object.__new__(type(optimizer))
+    copy.__dict__.update(optimizer.__dict__)
+    copy._optimizer_load_state_dict_pre_hooks = OrderedDict()
+    copy._optimizer_load_state_dict_post_hooks = OrderedDict()
+    type(optimizer).load_state_dict(copy, state_dict)
+
+
+def _take_header(out: dict[str, Any], header: Any) -> Any:
+    """The header, which stands in the first group too: what torch.distributed.checkpoint keeps."""
+    groups = []
+    for group in out["param_groups"]:
+        group = dict(_mapping(group, "param_groups"))
+        own = group.pop(HEADER, None)
+        if header is None and own is not None:
+            if not isinstance(own, (tuple, list)) or len(own) != 1:
+                raise CheckpointError(entry=HEADER, found=type(own).__name__, expected="(header,)")
+            header = own[0]
+        groups.append(group)
+    out["param_groups"] = groups
+    return header
 
 
 def _saved_params(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
@@ -179,9 +226,9 @@ def _read_header(session: Session, found: Import, header: Mapping[str, Any]) -> 
     version = header.get("version")
     if version not in READABLE:
         raise CheckpointError(entry=f"{HEADER}.version", found=version, expected=VERSION)
-    found.seed = _whole(header.get("seed"), f"{HEADER}.seed")
-    found.steps = _whole(header.get("steps"), f"{HEADER}.steps")
-    found.transitions = _whole(header.get("transitions", 0), f"{HEADER}.transitions")
+    found.seed = whole_number(header.get("seed"), f"{HEADER}.seed")
+    found.steps = whole_number(header.get("steps"), f"{HEADER}.steps")
+    found.transitions = whole_number(header.get("transitions", 0), f"{HEADER}.transitions")
     plan = _read_plan(header.get("plan"))
     planner = header.get("planner")
     if planner is not None:
@@ -203,119 +250,79 @@ def _read_plan(rows: Any) -> dict[tuple[int, str], int]:
             raise CheckpointError(
                 entry=entry, found=repr(row), expected="[parameter, state, width]"
             ) from error
-        if _whole(width, entry) not in WIDTHS:
+        if whole_number(width, entry) not in WIDTHS:
             raise CheckpointError(entry=entry, found=width, expected=f"one of {WIDTHS}")
-        plan[(_whole(param, entry), str(key))] = width
+        plan[(whole_number(param, entry), str(key))] = width
     return plan
 
 
-def _read_entries(session: Session, index: Any, saved: Any, param: Tensor | None) -> dict[str, Any]:
+def _read_entries(
+    session: Session, index: Any, saved: Any, param: Tensor | None, found: Import
+) -> dict[str, Any]:
     """The states of one parameter; normalizers first, since others are in units of them."""
     entries: dict[str, Any] = dict(_mapping(saved, f"state[{index}]"))
     packed = {k: v for k, v in entries.items() if isinstance(v, Mapping) and "codes" in v}
+    states: dict[str, saved_state.Saved] = {}
     storages: dict[str, PackedStorage] = {}
     for key in sorted(packed, key=lambda k: packed[k].get("normalizer") is not None):
         where = f"state[{index}].{key}"
         if param is None:
             raise CheckpointError(entry=where, found="no such parameter", expected="a parameter")
-        storage = _read_storage(session, packed[key], param, where, storages)
+        states[key] = state = saved_state.read(packed[key], param, where, states)
+        divisor = packed[key]["normalizer"]
+        options = session.storage_options(_source(session, param, str(key)))
+        storage, exact = saved_state.place(state, param, options, storages.get(divisor))
         storages[key] = storage
-        entries[key] = PackedState(storage, param.size(), param.stride())
+        if not exact:
+            found.reencoded.append(where)
+        held = local(param)
+        entries[key] = wrap(PackedState(storage, held.size(), held.stride()), param)
+    if param is not None:
+        live = session.optimizer.state.get(param, {})
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and key not in packed:
+                _check_shape(value, param, live.get(key), f"state[{index}].{key}")
+                entries[key] = _taken(value, param)
     return entries
 
 
-def _read_storage(
-    session: Session,
-    entry: Mapping[str, Any],
-    param: Tensor,
-    where: str,
-    storages: Mapping[str, PackedStorage],
-) -> PackedStorage:
-    for name, expected in (("size", list(param.size())), ("stride", list(param.stride()))):
-        if entry.get(name) != expected:
-            raise CheckpointError(entry=f"{where}.{name}", found=entry.get(name), expected=expected)
-    format = FORMATS.get(str(entry.get("format")))
-    if format is None:
-        raise CheckpointError(
-            entry=f"{where}.format", found=entry.get("format"), expected=", ".join(FORMATS)
-        )
-    normalizer = entry.get("normalizer")
-    if (normalizer is not None) != format.normalized or (
-        normalizer is not None and normalizer not in storages
-    ):
-        raise CheckpointError(
-            entry=f"{where}.normalizer",
-            found=normalizer,
-            expected="a packed state of the parameter" if format.normalized else None,
-        )
-    codes, scales = _read_buffers(entry, format, param.numel(), where)
-    try:
-        storage = PackedStorage(
-            param.numel(),
-            format,
-            normalizer=None if normalizer is None else storages[str(normalizer)],
-            rounding=session.options.rounding,
-            seed=session.seed,
-        )
-    except StqError as error:
-        raise CheckpointError(entry=where, found=str(error), expected="a valid state") from error
-    storage.codes, storage.scales = codes, scales
-    storage.eager_writes = _whole(entry.get("eager_writes"), f"{where}.eager_writes")
-    return storage
+def _check_shape(value: Tensor, param: Tensor, live: Any, entry: str) -> None:
+    """A state is a scalar, or of its parameter's shape, or of the shape that it has now."""
+    shapes = [(), tuple(param.shape)]
+    if isinstance(live, Tensor):
+        shapes.append(tuple(live.shape))
+    if tuple(value.shape) not in shapes or value.is_complex() or value.device.type == "meta":
+        found = f"{value.dtype}{list(value.shape)} on {value.device}"
+        raise CheckpointError(entry=entry, found=found, expected=f"a shape of {shapes}")
 
 
-def _read_buffers(
-    entry: Mapping[str, Any], format: Format, numel: int, where: str
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales, copied, since a step writes into them."""
-    buffers = []
-    empty = reference.empty_buffers(format, 0)
-    shapes = _buffer_shapes(format, numel)
-    for name, like, shape in zip(("codes", "scales"), empty, shapes, strict=True):
-        value = entry.get(name)
-        found = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else type(value)
-        if found != (like.dtype, shape):
-            raise CheckpointError(
-                entry=f"{where}.{name}", found=found, expected=(like.dtype, shape)
-            )
-        assert isinstance(value, Tensor)
-        buffers.append(value.detach().clone())
-    codes, scales = buffers
-    if format.blocked:
-        _check_codes(codes, scales, format, where)
-    return codes, scales
+def _source(session: Session, param: Tensor, key: str) -> Source:
+    source = param_sources(session.optimizer)[id(param)]
+    return Source(source.param, source.name, key)
 
 
-def _buffer_shapes(format: Format, numel: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    with torch.device("meta"):
-        codes, scales = reference.empty_buffers(format, numel)
-    return tuple(codes.shape), tuple(scales.shape)
+def _taken(value: Tensor, param: Tensor) -> Tensor:
+    """A state of another kind, as the optimizer should have it.
 
-
-def _check_codes(codes: Tensor, scales: Tensor, format: Format, where: str) -> None:
-    words = scales.to(torch.int32) & 0xFFFF
-    limit = 0x7F7 << 5 | 31 if format.kind == "adaptive_log" else 0x7F7F
-    if words.numel() and int(words.max()) > limit:
-        raise CheckpointError(
-            entry=f"{where}.scales",
-            found="a negative, infinite or NaN scale",
-            expected="finite scales",
-        )
-    for start in range(0, codes.shape[0], reference.CHUNK_BLOCKS):
-        chunk = unpack(codes[start : start + reference.CHUNK_BLOCKS], format.width)
-        if int(chunk.max()) > format.top_code:
-            raise CheckpointError(
-                entry=f"{where}.codes", found=int(chunk.max()), expected=f"<= {format.top_code}"
-            )
+    Of a whole tensor for a sharded parameter, this process's part. A bfloat16 one is packed as it
+    is: torch would make a float32 copy of every such state before the first could be packed.
+    """
+    if value.shape != param.shape or not value.ndim:
+        return value
+    if is_sharded(param) and not is_sharded(value):
+        size, start = place_of(param)
+        for dim, (n, s) in enumerate(zip(size, start, strict=True)):
+            value = value.narrow(dim, s, n)
+        value = wrap(value.contiguous(), param)
+    held = local(value)
+    if held.dtype != torch.bfloat16 or not is_dense(held) or held.stride() != local(param).stride():
+        return value
+    storage = PackedStorage(held.numel(), BFLOAT16)
+    storage.codes = memory_order(held).view(torch.int16).clone()
+    return wrap(PackedState(storage, held.size(), held.stride()), value)
 
 
 def _mapping(value: Any, entry: str) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
         raise CheckpointError(entry=entry, found=type(value).__name__, expected="a dict")
-    return value
-
-
-def _whole(value: Any, entry: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(entry=entry, found=repr(value), expected="a whole number")
     return value

@@ -5,15 +5,19 @@ from __future__ import annotations
 from torch import Tag
 from torch._ops import OpOverload
 
-from stq_compile.errors import RandomStepError, UnsupportedDeviceError
+from stq_compile.errors import RandomStepError, ShardedRegionError, UnsupportedDeviceError
 from stq_compile.step_graph import Program, Role, location_of
 
 
 def check_program(program: Program) -> None:
-    """Devices of every instance of an analysed program, and that nothing in it is random."""
+    """Devices and shards of an analysed program, and that nothing in it is random."""
     for unit in program.units:
         for instance in unit.instances:
             for operand in instance.operands:
+                if unit.unfused and operand.region is not None and operand.region.sharded:
+                    raise ShardedRegionError(
+                        optimizer=program.optimizer, source=operand.source, reason=unit.unfused
+                    )
                 if operand.role in (Role.PARAM, Role.GRAD) and operand.device.type != "cpu":
                     raise UnsupportedDeviceError(
                         source=operand.source, device=operand.device, valid="cpu"

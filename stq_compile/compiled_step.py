@@ -6,9 +6,9 @@ kernels run on; which width a state has is the `Session`'s to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.capture import Argument, Captured
+from stq_compile.codec import Conversion
+from stq_compile.collective import Sums, add_up
 from stq_compile.compiler import (
     Generated,
     Unit,
@@ -27,16 +29,18 @@ from stq_compile.compiler import (
 from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import measure_directly
+from stq_compile.planner.direct import measure_directly, perturbations
 from stq_compile.planner.planner import Planner
 from stq_compile.regions import Region
-from stq_compile.rounding import mixed_step
-from stq_compile.runtime import Bucket, MeasuringBucket, present
+from stq_compile.rounding import mixed_step, stream_id
+from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
+from stq_compile.shards import local, wrap
 from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
 
 StateKey = tuple[int, str]
@@ -45,17 +49,12 @@ StateKey = tuple[int, str]
 
 @dataclass
 class StateInfo:
-    """What the compiler knows about one state of one parameter.
-
-    ``by_value``: its format may be another of the same width, as its values ask for: those of a
-    region, of whose states the graph proves little.
-    """
+    """What the compiler knows about one state of one parameter."""
 
     source: Source
     format: Format
     facts: Facts
     reason: str = ""
-    by_value: bool = False
 
 
 class Owner(Protocol):
@@ -68,13 +67,14 @@ class Owner(Protocol):
     compiles: int
     info: dict[StateKey, StateInfo]
     planner: Planner | None
+    look_bytes: int
 
     @property
     def optimizer(self) -> Optimizer: ...
     def params(self) -> list[Tensor]: ...
     def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState: ...
+    def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
 
@@ -102,14 +102,31 @@ class CompiledStep:
         """The templates, before formats."""
         return self.front[-1].program
 
+    @cached_property
+    def planned_program(self) -> Program:
+        """The templates as the planner sees them."""
+        return with_packed_normalizers(self.program, self.session.options.pins_wide)
+
     def generate(self) -> Generated:
         """Compile kernels for the widths in force; changes nothing."""
         session = self.session
         return generate(self.program, session.format_of, session.options.rounding, session.dump)
 
-    def adopt(self, generated: Generated) -> None:
+    def conversions(self) -> list[Conversion]:
+        """The changes of format that `adopt` will make, at the widths in force."""
+        found = []
+        for operand, info in self._wanted():
+            value = local(self._live((Role.STATE, operand.source)))
+            if isinstance(value, PackedState) and value.packed.newborn:
+                continue
+            old = value.format if isinstance(value, PackedState) else FLOAT32
+            numel = torch.Size(operand.shape).numel()
+            found.append(Conversion(operand.source.param, numel, old, info.format))
+        return found
+
+    def adopt(self, generated: Generated, codec: Codec) -> None:
         """Bring the states into the formats generated for, and use these from the next step on."""
-        self._commit(self._wanted())
+        self._commit(self._wanted(), codec)
         self._build_buckets(generated.units)
         self.stages = [*self.front, *generated.stages[1:]]
 
@@ -117,7 +134,7 @@ class CompiledStep:
         """Let Dynamo's module hold the packed states, so that the float32 ones are freed."""
         for key, target in self.attributes.items():
             value = self._live(key)
-            if isinstance(value, PackedState):
+            if isinstance(local(value), PackedState):
                 setattr(gm, target, value)
 
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
@@ -126,60 +143,64 @@ class CompiledStep:
         return binding.live if isinstance(binding, Argument) else binding
 
     def _wanted(self) -> list[tuple[Operand, StateInfo]]:
+        """The states that exist, and the formats that they are to have."""
         session = self.session
         found = []
         for unit in self.program.units:
             for instance in unit.instances:
                 for operand in instance.operands:
-                    if operand.role is Role.STATE and operand.shape != ():
+                    if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
                         format = session.format_of(operand, unit)
                         reason = unit.facts.fragile.get(operand.source.key, "")
-                        info = StateInfo(
-                            operand.source, format, unit.facts, reason, bool(unit.unfused)
-                        )
+                        if unit.unfused:
+                            format = _format_now(self._live((Role.STATE, operand.source)), format)
+                        info = StateInfo(operand.source, format, unit.facts, reason)
                         found.append((operand, info))
         return found
 
-    def _commit(self, wanted: list[tuple[Operand, StateInfo]]) -> None:
+    def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
         session = self.session
+        held = [(local(self._live((Role.STATE, o.source))), info) for o, info in wanted]
+        following = {v.packed: info.format for v, info in held if isinstance(v, PackedState)}
         places = {(source.param, leaf.key): leaf.put for leaf, source in session.leaves()}
         for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
-            if operand.returned >= 0:
-                continue
             where = (Role.STATE, operand.source)
-            value = self._live(where)
-            if info.by_value and isinstance(value, Tensor):
-                info.format = _format_now(value, info.format)
+            value = local(self._live(where))
             if not isinstance(value, PackedState):
                 assert isinstance(value, Tensor)
                 if info.format == FLOAT32 or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
-                value = session.pack(value, operand.source, info.format)
-                self._replace_state(operand.source, value)
-                places[(operand.source.param, operand.source.key)](value)
+                value = session.unencoded(value, operand.source)
+                put = places[(operand.source.param, operand.source.key)]
+                self._replace_state(operand.source, value, put)
             storage = value.packed
             for name, option in session.storage_options(operand.source).items():
                 setattr(storage, name, option)
-            storage.reencode(info.format, self._normalizer(operand.source, info))
+            normalizer = self._normalizer(operand.source, info)
+            storage.reencode(info.format, normalizer, codec=codec, following=following)
             session.info[(operand.source.param, operand.source.key)] = info
 
     def _normalizer(self, source: Source, info: StateInfo) -> PackedStorage | None:
         if not info.format.normalized:
             return None
         key = info.facts.normalizers[source.key]
-        other = self._live((Role.STATE, Source(source.param, source.name, key)))
+        other = local(self._live((Role.STATE, Source(source.param, source.name, key))))
         assert isinstance(other, PackedState)
         return other.packed
 
-    def _replace_state(self, source: Source, value: PackedState) -> None:
-        """Let the step hold a packed state where it held the float32 one."""
+    def _replace_state(
+        self, source: Source, value: PackedState, put: Callable[[Tensor], None]
+    ) -> None:
+        """Let the step hold a packed state where it held the float32 one, and the optimizer."""
+        state = wrap(value, self.session.params()[source.param])
         binding = self.bindings[(Role.STATE, source)]
         if isinstance(binding, Argument):
-            self.bindings[(Role.STATE, source)] = Argument(binding.position, value)
+            self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
         else:
-            self.bindings[(Role.STATE, source)] = value
+            self.bindings[(Role.STATE, source)] = state
+        put(state)
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
@@ -260,8 +281,10 @@ class CompiledStep:
         large = isinstance(value, Tensor) and value.numel() >= max(options.min_numel, 2)
         if not large or width == FLOAT32.width or not can_be_packed(value):
             return value
-        source = Source(len(self.session.params()), "", f"created_{position}")
-        return self.session.pack(value, source, format_for(value, width))
+        stream = stream_id(len(self.session.params()), f"created_{position}")
+        rounding, seed = options.rounding, self.session.seed
+        format = format_for(value, width)
+        return PackedState.pack(value, format, rounding=rounding, seed=seed, stream=stream)
 
     def _look(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
         """Measure the states as they are before the step, for the planner."""
@@ -270,51 +293,65 @@ class CompiledStep:
         if self.measuring is None:
             if self.measured is None:  # it depends on no format: traced once
                 rounding = session.options.rounding
-                self.measured = measuring_program(self.program, rounding, session.dump)
+                self.measured = measuring_program(self.planned_program, rounding, session.dump)
             units = generate_measuring(self.measured, session.format_of, session.dump).units
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
-        sums: dict[int, dict[str, float]] = {}
+        sums: Sums = {}
         for bucket in self.measuring:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
+        if calibrating:
+            for param, row in self._measure_directly(args, planner.looks + 1).items():
+                sums[param] |= row
+        sums, session.look_bytes = add_up(sums, session.params())
+        finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
-            planner.look(sums)
+            planner.look(finite)
             if calibrating:
-                self._measure_directly(args)
+                planner.observe(perturbations(finite))
 
-    def _measure_directly(self, args: Sequence[Any]) -> None:
-        """Calibrate on samples; they are too small for a second thread to gain anything."""
-        session, planner = self.session, self.session.planner
-        assert planner is not None
-        found: dict[StateKey, dict[int, float]] = {}
+    def _measure_directly(self, args: Sequence[Any], look: int) -> Sums:
+        """Measure on samples; they are too small for a second thread to gain anything."""
+        session = self.session
+        found: Sums = {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in (u for u in self.program.units if not u.unfused):
+            for unit in (u for u in self.planned_program.units if not u.unfused):
                 found |= measure_directly(
                     unit,
-                    lambda operand: present(self._resolve(operand), args),
-                    planner.looks,
+                    lambda operand: live(operand, self._resolve(operand), args),
+                    look,
                     session.seed,
                     session.options.rounding,
                 )
         finally:
             torch.set_num_threads(threads)
-        planner.observe(found)
+        return found
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
+        state: Tensor
         if format == FLOAT32:
-            return torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
-        like = torch.empty_strided(operand.shape, operand.stride, device="meta")
-        return PackedState.zeros_like(like, format, **self.session.storage_options(operand.source))
+            state = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
+        else:
+            like = torch.empty_strided(operand.shape, operand.stride, device="meta")
+            options = self.session.storage_options(operand.source)
+            state = PackedState.zeros_like(like, format, **options)
+        if operand.region is None:
+            return state
+        return wrap(state, self.session.params()[operand.source.param])
 
 
-def _format_now(value: Tensor, format: Format) -> Format:
-    """The format of a region's state: what it is in, if that has the width asked for."""
+def _format_now(value: Any, format: Format) -> Format:
+    """The format of a region's state: what it is in, if that has the width asked for.
+
+    The graph of a region proves little, so the sign is that of the values.
+    """
     if isinstance(value, PackedState):
-        if value.format == CONSTANT or value.format.width == format.width:
+        waiting = value.format == CONSTANT or value.format.width == format.width
+        if waiting and value.format != FLOAT32:
             return value.format
         value = value.dequantize()
     return format if format == FLOAT32 else format_for(value, format.width)

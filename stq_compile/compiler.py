@@ -103,11 +103,16 @@ def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Gen
     stages = run_passes(program, passes, dump=dump, first=len(FRONT) + 1)
     graphs = [unit for unit in stages[-1].program.units if not unit.unfused]
     kernels = [lower_kernel(graph) for graph in graphs]
-    names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
-    with ThreadPoolExecutor() as pool:  # the C++ compiler runs in processes of its own
-        compiled = list(pool.map(build, names, sources))
+    compiled = compile_kernels(kernels)
     units = [Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)]
     return Generated(stages, units)
+
+
+def compile_kernels(kernels: Sequence[Kernel]) -> list[CompiledKernel]:
+    """Emit and build, several at a time: the C++ compiler runs in processes of its own."""
+    names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(build, names, sources))
 
 
 def lower_kernel(graph: StepGraph, target: Target = CPU) -> Kernel:

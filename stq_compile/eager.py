@@ -33,8 +33,8 @@ def announce(session: Session, error: StqError) -> None:
         return
     session.eager_reason = str(error).split(LEFT_ALONE)[0].strip()
     optimizer = type(session.optimizer).__name__
-    message = EagerStepWarning.message.format(optimizer=optimizer, reason=session.eager_reason)
-    warnings.warn(EagerStepWarning(message), stacklevel=2)
+    warning = EagerStepWarning(optimizer=optimizer, reason=session.eager_reason)
+    warnings.warn(warning, stacklevel=2)
 
 
 def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

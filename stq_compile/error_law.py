@@ -22,9 +22,8 @@ up coherently, to ``D^2 / 12 (1 - a)^2``.
 Levels, with ``x`` the value in units of the block's scale:
 
     softsign      D = (1 + x)^2 / 2K             (K levels a side)
-    ratio         the same, of the value in units of the root of the normalizer
     adaptive_log  D = x R ln 2 / L               and what lies below the range is lifted to its end
-    midrise       D = step, in units of the root of the normalizer; and the clip
+    midrise       D = step, in units of the root of the normalizer; and the clip, where there is one
     bfloat16      D = 2^-7.5 x                   (2^-8 to 2^-7)
 
 `tests/test_error_law.py` compares the law with what `stq_compile.reference` does to simulated
@@ -101,11 +100,6 @@ def settled_error(
     law = _Law(persistence, rounding)
     if format.kind == "softsign":
         error = _softsign(x, before, format, law)
-    elif format.kind == "ratio":
-        assert normalizer is not None
-        unit = _blocks(normalizer).sqrt()
-        inverse = torch.where(unit > 0, 1 / unit, 0.0)
-        error = unit * _softsign(x * inverse, before * inverse, format, law)
     elif format.kind == "adaptive_log":
         error = _adaptive_log(x, before, valid, format, law)
     elif format.kind == "midrise":
@@ -148,7 +142,8 @@ def _softsign(x: Tensor, before: Tensor, format: Format, law: _Law) -> Tensor:
 def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law: _Law) -> Tensor:
     scale = _scale(x, 20)
     magnitude, increment = _relative(x, before, scale)
-    _, step = reference.adaptive_range(magnitude, valid)
+    distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
+    step = reference.adaptive_range(distance.clamp_min(reference.LOWEST_BITS), valid)
     octave_range = (step + 1) * RANGE_STEP
     moved = (increment / magnitude.clamp_min(TINY)).clamp_max(FARTHEST)
     distance = (octave_range * (math.log(2) / format.top_code)).expand_as(x)
@@ -167,8 +162,12 @@ def _midrise(
     value = torch.where(valid, x * inverse, 0.0)
     count = valid.sum(1, keepdim=True).clamp_min(1)
     half = format.top_code / 2
-    rms = (value.square().sum(1, keepdim=True) / count).sqrt()
-    step = (rms * (MIDRISE_CLIP[format.width] / half)).clamp_min(TINY).expand_as(x)
+    if format.width in MIDRISE_CLIP:
+        rms = (value.square().sum(1, keepdim=True) / count).sqrt()
+        reach = rms * MIDRISE_CLIP[format.width]
+    else:
+        reach = value.abs().amax(1, keepdim=True)
+    step = (reach / half).clamp_min(TINY).expand_as(x)
     moved = ((x - before) * inverse).abs()
     clipped = (value.abs() - half * step).clamp_min(0.0)
     variance = law.variance(step, moved, value.abs()) + clipped.square()

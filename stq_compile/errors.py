@@ -25,7 +25,12 @@ def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
 
 
 class StqWarning(UserWarning):
-    """Base of all warnings that stq_compile gives."""
+    """Base of all warnings: what is going on, what it costs, and what to do."""
+
+    message = "{detail}"
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(self.message.format(**fields))
 
 
 class EagerStepWarning(StqWarning):
@@ -33,6 +38,13 @@ class EagerStepWarning(StqWarning):
         "{optimizer}: its step runs eagerly, on packed states, because it cannot be compiled. "
         "Results are right and states stay packed between steps, but every step decodes and "
         "encodes them in plain torch, which takes several times as long. {reason}"
+    )
+
+
+class KernelCacheWarning(StqWarning):
+    message = (
+        "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "
+        "some seconds each time; set {variable} to a folder of your own."
     )
 
 
@@ -98,6 +110,13 @@ class OptimizerNotFoundError(StqError):
 
 class UnsupportedOptimizerError(StqError):
     message = "{optimizer} cannot be compiled: {reason}. It is left as it was."
+
+
+class ShardedRegionError(StqError):
+    message = (
+        "{optimizer}, {source}: its update is not element by element ({reason}), and the parameter "
+        "is sharded: no process has what it would need. The optimizer is left as it was."
+    )
 
 
 class RandomStepError(StqError):
@@ -191,9 +210,10 @@ class KernelBuildError(StqError):
 
 class InfeasibleBudgetError(StqError):
     message = (
-        "a budget of {budget} bytes cannot hold {states} states: at the smallest widths allowed "
-        "they take {needed} bytes. Raise target_bits, or lift the pins (precision), exclude and "
-        "min_numel that keep states wide."
+        "a budget of {budget} bytes cannot hold all states: {fixed} bytes go to states that are "
+        "pinned, excluded, smaller than min_numel or kept exact, and the {states} others take "
+        "{needed} bytes at the smallest widths allowed (8 bits for a sum over all steps). Raise "
+        "target_bits, or lift the pins (precision), exclude and min_numel."
     )
 
 

@@ -1,12 +1,10 @@
 """The registry of number formats: what a width means for a signed or non-negative state.
 
-A block is 128 consecutive elements that share one 16-bit scale word. Five kinds of code:
+A block is 128 consecutive elements that share one 16-bit scale word. Four kinds of code:
 
 ``softsign``      signed, unit scale; levels ``+-k / (2K - k)``, ``k = 0..K = 2^(w-1) - 1``
-``ratio``         signed, in units of a normalizer ``d`` (a state that divides this one in the
-                  update); the levels of ``softsign``, times ``d``
-``midrise``       signed, in units of a normalizer too, for the fewest bits; levels
-                  ``(code - (2^w - 1)/2) * step * d``
+``midrise``       signed, in units of a normalizer ``d`` (a state whose root divides this one in the
+                  update); evenly spaced levels ``(code - (2^w - 1)/2) * step * d``
 ``adaptive_log``  non-negative; levels ``s * 2^(-R * (1 - code/L))``, ``L = 2^w - 1``; the block
                   carries its largest element ``s`` and its range ``R`` in octaves
 ``bfloat16``, ``float32``  plain casts, no blocks
@@ -26,7 +24,7 @@ BLOCK = 128
 LANES = 16
 PLANES = BLOCK // LANES
 
-Kind = Literal["softsign", "ratio", "midrise", "adaptive_log", "bfloat16", "float32", "constant"]
+Kind = Literal["softsign", "midrise", "adaptive_log", "bfloat16", "float32", "constant"]
 
 FIELDS: dict[int, tuple[int, ...]] = {
     2: (2,),
@@ -52,21 +50,25 @@ MEAN_PULL = 1.0 / 6.0
 with probability ``f - c f (1 - f)``, ``c`` this times the distance in octaves, one at most."""
 
 MIDRISE_CLIP = {2: 1.6, 3: 2.6}
-"""Clip of the normalized value in units of its root mean square, from trials on small GPTs."""
+"""Clip of the normalized value in units of its root mean square, from trials on small GPTs; wider
+codes reach to the largest value of the block."""
 
-MIDRISE_LIMIT = 2.0**60
-"""Bound of a normalized value: 128 squares stay finite, and so does it times its unit."""
+MIDRISE_SLACK = 1.0 - 2.0**-20
+"""What the reach of those loses, so that rewriting a block does not round its step up again."""
 
 # Least-maximum polynomials, fitted once in float64 and rounded to float32.
-# log2(1 + f) = f * P(f) on f in [sqrt(1/2) - 1, sqrt(2) - 1]: absolute error 2.2e-6 octaves.
-LOG2_COEFFICIENTS = (
-    1.4427133798599243,
-    -0.7211322784423828,
-    0.47934967279434204,
-    -0.3674837648868561,
-    0.3221430778503418,
-    -0.2066051959991455,
+# A float's bit pattern, read as an integer, is its log2 in units of 2^-23 octaves but for a bend
+# between powers of two: log2(m) - (m - 1) = (x^2 - 1/4) P(x), x = m - 3/2, for a mantissa m in
+# [1, 2). Absolute error 2.2e-6 octaves, none at powers of two. (Not so of denormal numbers.)
+BEND_COEFFICIENTS = (
+    -0.33985254168510437,
+    0.15269805490970612,
+    -0.07677639275789261,
+    0.044273555278778076,
+    -0.02584126964211464,
 )
+OCTAVE = 2.0**-23
+"""The share of an octave that one unit of a bit pattern stands for."""
 # 2^f on f in [-1/2, 1/2]: relative error 1.6e-7 in float32, and exactly 1 at 0, so that the top
 # code of a block is its scale and rewriting a block does not raise it.
 EXP2_COEFFICIENTS = (
@@ -102,12 +104,12 @@ class Format:
     @property
     def normalized(self) -> bool:
         """Whether values are stored in units of another state."""
-        return self.kind in ("ratio", "midrise")
+        return self.kind == "midrise"
 
     @property
     def top_code(self) -> int:
         """The largest valid code."""
-        return (1 << self.width) - (2 if self.kind in ("softsign", "ratio") else 1)
+        return (1 << self.width) - (2 if self.kind == "softsign" else 1)
 
     @property
     def block_bytes(self) -> int:
@@ -129,8 +131,7 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         *(Format("softsign", w) for w in FIELDS),
-        *(Format("ratio", w) for w in FIELDS if w not in MIDRISE_CLIP),
-        *(Format("midrise", w) for w in MIDRISE_CLIP),
+        *(Format("midrise", w) for w in FIELDS),
         *(Format("adaptive_log", w) for w in FIELDS),
         BFLOAT16,
         FLOAT32,
@@ -157,5 +158,5 @@ def choose_format(
     if nonnegative:
         return FORMATS[f"adaptive_log{width}"]
     if normalizable:
-        return FORMATS[f"midrise{width}" if width in MIDRISE_CLIP else f"ratio{width}"]
+        return FORMATS[f"midrise{width}"]
     return FORMATS[f"softsign{width}"]

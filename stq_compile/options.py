@@ -92,6 +92,10 @@ class Options:
                 width = value
         return width
 
+    def pins_wide(self, param: str, state: str) -> bool:
+        """Whether a state is pinned in float32."""
+        return self.width_of(param, state) == 32
+
     def width_of_created(self, param: str) -> int:
         """Width of a state whose key is not known yet, since the step is about to create it.
 

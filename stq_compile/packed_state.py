@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from stq_compile.errors import FormatMismatchError, TracingError
-from stq_compile.formats import Format
+from stq_compile.formats import CONSTANT, Format
 from stq_compile.storage import PackedStorage
 
 _ANCHOR = torch.empty(0)
@@ -71,6 +71,13 @@ class PackedState(Tensor):
         state.packed.write(memory_order(values))
         return state
 
+    @classmethod
+    def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
+        """A dense float32 tensor as a packed state of format float32, in the same memory."""
+        packed = PackedStorage(values.numel(), CONSTANT, **storage)
+        packed.take(memory_order(values.detach()))
+        return cls(packed, values.size(), values.stride())
+
     @property
     def packed(self) -> PackedStorage:
         """The physical side."""
@@ -108,7 +115,7 @@ class PackedState(Tensor):
         """Move codes and scales into shared memory; the values do not change."""
         for buffer in (self.packed.codes, self.packed.scales):
             buffer.share_memory_()  # type: ignore[no-untyped-call]  # torch's
-        self.packed.version += 1
+        self.packed.buffers_replaced()
         return self
 
     @property

@@ -6,8 +6,8 @@ fused multiply-add is formed in float64 (a float32 product is exact there, so th
 rounding of the sum can differ from a true fma only in a double-rounding case, about one in
 2^29).
 
-Stochastic rounding is unbiased in the value for ``softsign``, ``ratio``, ``midrise`` (inside its
-clip) and ``bfloat16``. For ``adaptive_log`` it leans down from the logarithm of the value: where
+Stochastic rounding is unbiased in the value for ``softsign``, ``midrise`` (inside its clip)
+and ``bfloat16``. For ``adaptive_log`` it leans down from the logarithm of the value: where
 the logarithm is unbiased, an average of squares, which is linear in what is stored, grows by half
 the variance of the noise at every step, and the updates that it divides shrink (design/0008).
 """
@@ -19,14 +19,15 @@ from torch import Tensor
 
 from stq_compile.errors import FormatMismatchError
 from stq_compile.formats import (
+    BEND_COEFFICIENTS,
     BLOCK,
     EXP2_COEFFICIENTS,
     LANES,
-    LOG2_COEFFICIENTS,
     MAX_RANGE,
     MEAN_PULL,
     MIDRISE_CLIP,
-    MIDRISE_LIMIT,
+    MIDRISE_SLACK,
+    OCTAVE,
     PLANES,
     RANGE_STEP,
     TAIL_DEVIATIONS,
@@ -37,6 +38,10 @@ from stq_compile.layout import pack, unpack
 from stq_compile.rounding import Noise, random_bits
 
 INFINITY_BITS = 0x7F800000
+ONE_BITS = 0x3F800000
+LOWEST_BITS = int(-(MAX_RANGE + 1) / OCTAVE)
+"""Distance of bit patterns at which elements below a block's range are cut off; one octave farther
+than the range, so that the bend does not bring them back."""
 CHUNK_BLOCKS = 1 << 14
 """Blocks converted at a time, so that temporaries stay at some tens of megabytes."""
 
@@ -90,10 +95,6 @@ def encode(
             code, scale = _encode_softsign(tile, format, uniform)
         elif format.kind == "adaptive_log":
             code, scale = _encode_adaptive_log(tile, valid, format, uniform)
-        elif format.kind == "ratio":
-            assert normalizer is not None
-            unit = root(_pad(normalizer[start : start + span]))
-            code, scale = _encode_softsign(_bounded(tile * _reciprocal(unit)), format, uniform)
         else:
             assert normalizer is not None
             unit = root(_pad(normalizer[start : start + span]))
@@ -122,10 +123,6 @@ def decode(
         word = (scales[rows].to(torch.int32) & 0xFFFF)[:, None]
         if format.kind == "softsign":
             value = _decode_softsign(code, word, format)
-        elif format.kind == "ratio":
-            assert normalizer is not None
-            unit = root(_pad(normalizer[start : start + count]))
-            value = _decode_softsign(code, word, format) * unit
         elif format.kind == "adaptive_log":
             value = _decode_adaptive_log(code, word, format)
         else:
@@ -184,12 +181,26 @@ def block_sum(x: Tensor) -> Tensor:
 def log2(x: Tensor) -> Tensor:
     """Polynomial log2 of ``x >= 0``, error 2.2e-6 octaves; log2(0) is -127."""
     bits = x.contiguous().view(torch.int32)
-    exponent = (bits - 0x3F3504F3) >> 23
-    f = float_from_bits(bits - (exponent << 23)) - 1.0
-    p = torch.full_like(f, LOG2_COEFFICIENTS[-1])
-    for c in reversed(LOG2_COEFFICIENTS[:-1]):
-        p = fma(p, f, c)
-    return fma(f, p, exponent.float())
+    return octaves(bits, bits - ONE_BITS, torch.tensor(ONE_BITS, dtype=torch.int32))
+
+
+def octaves(bits: Tensor, distance: Tensor, unit_bits: Tensor) -> Tensor:
+    """log2 of floats in a unit: from their bits, the distance to the unit's bits, and the latter.
+
+    The distance may have been cut off below.
+    """
+    factor, weight = _bend(unit_bits)
+    line = fma(distance.float(), torch.tensor(OCTAVE), -(factor * weight))
+    return fma(*_bend(bits), line)
+
+
+def _bend(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """What a bit pattern lacks as a logarithm, in octaves, as two factors."""
+    x = float_from_bits((bits & 0x7FFFFF) | ONE_BITS) - 1.5
+    p = torch.full_like(x, BEND_COEFFICIENTS[-1])
+    for c in reversed(BEND_COEFFICIENTS[:-1]):
+        p = fma(p, x, c)
+    return p, fma(x, x, -0.25)
 
 
 def exp2(x: Tensor) -> Tensor:
@@ -263,11 +274,13 @@ def _encode_adaptive_log(
 ) -> tuple[Tensor, Tensor]:
     levels = float(format.top_code)
     top = block_scale(x, 20)
-    inverse = _reciprocal(float_from_bits(top << 20))
-    octaves, step = adaptive_range(x * inverse, valid)
+    bits, scale_bits = magnitude_bits(x), top << 20
+    distance = torch.maximum(bits - scale_bits, torch.tensor(LOWEST_BITS, dtype=torch.int32))
+    step = adaptive_range(distance, valid)
     octave_range = (step + 1.0) * RANGE_STEP
     ratio = torch.full_like(octave_range, levels) / octave_range
-    t = fma(torch.maximum(octaves, -octave_range), ratio, levels)
+    bounded = torch.maximum(octaves(bits, distance, scale_bits), -octave_range)
+    t = fma(bounded, ratio, levels)
     if isinstance(uniform, Tensor):
         f = t - torch.floor(t)
         pull = torch.clamp_max(octave_range * (1.0 / levels), 1.0) * MEAN_PULL
@@ -278,23 +291,31 @@ def _encode_adaptive_log(
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
 
 
-def adaptive_range(magnitude: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """log2 of the magnitudes relative to the scale, and the range of each block in steps - 1."""
-    octaves = torch.maximum(log2(magnitude), torch.tensor(-MAX_RANGE))
-    counted = torch.where(valid, octaves, 0.0)
+def adaptive_range(distance: Tensor, valid: Tensor) -> Tensor:
+    """The range of each block in steps - 1, ``[blocks, 1]``.
+
+    ``distance`` is how far the elements' bit patterns lie below the scale's, `LOWEST_BITS` at most:
+    mean and deviation need no exact logarithm, and this one is off by 0.09 octaves at most.
+    """
+    counted = torch.where(valid, distance, 0).float()
     share = _reciprocal(valid.sum(1, keepdim=True).float())
     mean = block_sum(counted) * share
     variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
     spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
-    step = torch.ceil(spread * (1.0 / RANGE_STEP)) - 1.0
-    return octaves, torch.nan_to_num(step, nan=0.0).clamp(0.0, 31.0)
+    step = torch.ceil(spread * (OCTAVE / RANGE_STEP)) - 1.0
+    return step.clamp(0.0, 31.0)
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
+    """More than 16 codes are decoded as a product: two tables of 16 in a kernel."""
     octave_range = ((word & 31).float() + 1.0) * RANGE_STEP
     ratio = octave_range * (1.0 / format.top_code)
-    octaves = (code - format.top_code).float() * ratio
-    return float_from_bits((word >> 5) << 20) * exp2(octaves)
+    scale = float_from_bits((word >> 5) << 20)
+    if format.width <= 4:
+        return scale * exp2((code - format.top_code).float() * ratio)
+    high = (code >> 4) - (format.top_code >> 4)
+    low = (code & 15) - 15
+    return scale * exp2((high << 4).float() * ratio) * exp2(low.float() * ratio)
 
 
 # midrise ------------------------------------------------------------------------------------
@@ -304,19 +325,17 @@ def _encode_midrise(
     x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
-    u = _bounded(torch.where(unit > 0, x / unit, 0.0))
-    share = _reciprocal(valid.sum(1, keepdim=True).float())
-    rms = root(block_sum(u * u) * share)
-    step = _scale_up(magnitude_bits(rms * (MIDRISE_CLIP[format.width] / half)), 16)
+    u = x * _reciprocal(unit)
+    if format.width in MIDRISE_CLIP:
+        share = _reciprocal(valid.sum(1, keepdim=True).float())
+        reach = root(block_sum(u * u) * share) * (MIDRISE_CLIP[format.width] / half)
+    else:
+        reach = float_from_bits(magnitude_bits(u).amax(1, keepdim=True)) * (MIDRISE_SLACK / half)
+    step = _scale_up(magnitude_bits(reach), 16)
     inverse = _reciprocal(float_from_bits(step << 16))
     t = fma(u, inverse, half)
     code = torch.clamp(torch.floor(t + uniform), 0.0, float(format.top_code))
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), step.view(-1)
-
-
-def _bounded(u: Tensor) -> Tensor:
-    """Normalized values kept in range; infinity and NaN stay to be seen."""
-    return torch.where(u.abs() < torch.inf, u.clamp(-MIDRISE_LIMIT, MIDRISE_LIMIT), u)
 
 
 def _decode_midrise(code: Tensor, word: Tensor, format: Format) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from stq_compile.packed_state import PackedState
-from stq_compile.runtime import Resolve, changed, present
+from stq_compile.runtime import Resolve, changed, live
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph
 from stq_compile.working_set import write_as
 
@@ -56,7 +56,7 @@ class Region:
             elif operand.value is not None:
                 row.append(operand.value)
             else:
-                value = present(self.resolve(operand), args)
+                value = live(operand, self.resolve(operand), args)
                 row.append(float(value) if number else value)
                 _check(operand, value)
         return row

@@ -10,16 +10,21 @@ from rich.table import Table
 from torch import Tensor
 
 from stq_compile.compiled_step import StateKey
-from stq_compile.formats import FLOAT32
+from stq_compile.formats import BLOCK, FLOAT32
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
+from stq_compile.shards import local, split_blocks
 
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One state of one parameter. ``bytes`` counts codes and scales."""
+    """One state of one parameter. ``bytes`` counts codes and scales.
+
+    A sharded state is counted as a whole, over all shards of one copy; ``split_bytes`` of its bytes
+    would not be there if no border between shards lay inside of a block.
+    """
 
     param: str
     state: str
@@ -29,16 +34,24 @@ class Row:
     bytes: int
     fp32_bytes: int
     reason: str = ""
+    split_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """All states, and their totals in true bits: everything that they occupy is counted."""
+    """All states, and their totals in true bits: everything that they occupy is counted.
+
+    ``reencoded`` names the states that the last checkpoint held for another sharding, whose blocks
+    were not those of this one. ``look_bytes`` is what this process gave to be added up at the
+    planner's last look; none where nothing is sharded.
+    """
 
     optimizer: str
     rows: tuple[Row, ...]
     transitions: int
     compiles: int
+    look_bytes: int = 0
+    reencoded: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -55,6 +68,11 @@ class Report:
     def bits_per_element(self) -> float:
         """True bits per element: 8 * state_bytes / elements of the states in float32 training."""
         return 32 * self.state_bytes / self.fp32_bytes if self.fp32_bytes else 0.0
+
+    @property
+    def split_bytes(self) -> int:
+        """Bytes that blocks cost which borders between shards cut in two."""
+        return sum(row.split_bytes for row in self.rows)
 
     @property
     def saved(self) -> float:
@@ -83,6 +101,10 @@ class Report:
             f"{self.bits_per_element:.2f} true bits per element, {self.saved:.1%} saved, "
             f"{self.transitions} changes of width"
         )
+        if self.split_bytes:
+            yield f"{human(self.split_bytes)} of it since shards cut blocks in two"
+        if self.reencoded:
+            yield f"encoded anew when they were loaded: {', '.join(self.reencoded)}"
         if self.note:
             yield self.note
 
@@ -114,6 +136,8 @@ def make_report(session: Session) -> Report:
         tuple(rows),
         session.transitions,
         session.compiles,
+        session.look_bytes,
+        session.reencoded,
         _note(session),
     )
 
@@ -143,16 +167,22 @@ def _reason(session: Session, key: StateKey) -> str:
 
 
 def _row(param: str, key: str, value: Tensor, reason: str) -> Row:
-    is_packed = isinstance(value, PackedState)
-    format = value.format if isinstance(value, PackedState) else FLOAT32
+    held = local(value)
+    packed = held.packed if isinstance(held, PackedState) else None
+    format = FLOAT32 if packed is None else packed.format
+    nbytes, split = value.numel() * value.element_size(), 0
+    if packed is not None:
+        split = split_blocks(value) * (format.nbytes(BLOCK) if format.blocked else 0)
+        nbytes = packed.nbytes if held is value else format.nbytes(value.numel()) + split
     dtype = str(value.dtype).removeprefix("torch.")
     return Row(
         param,
         key,
         tuple(value.shape),
-        format.name if is_packed else dtype,
-        format.width if is_packed else value.element_size() * 8,
-        value.packed.nbytes if isinstance(value, PackedState) else value.nbytes,
+        dtype if packed is None else format.name,
+        8 * value.element_size() if packed is None else format.width,
+        nbytes,
         4 * value.numel(),
         reason,
+        split,
     )

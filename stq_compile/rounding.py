@@ -4,16 +4,19 @@ The bits of element ``e`` of block ``b`` depend on (seed, step, stream, b, e) al
 stream is one state of one parameter. So they are the same on every backend, for every number of
 threads and shards, and nothing has to be saved but the seed and the step.
 
-Within a step they are independent: a hash of (seed, stream, b, e). From step to step the number of
-an element moves on by the golden ratio (a Kronecker sequence): uniform at every step, and evenly
-spread over any few steps in a row. A state is rounded at every step, and its errors add up over
-the steps that it remembers; numbers that are spread evenly round up and down in turn, and the
-error that settles has 0.6 of the variance that independent numbers leave (design/0010).
+A block hashes to a 64-bit key (splitmix64's finalizer: Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014), and the two halves of the key, ``A`` (made odd) and
+``B``, give the numbers of its elements by the multiply-add hash ``A e + B mod 2^32``
+(Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer arithmetic
+without primes", STACS 1996): uniform, and independent in pairs, which is what the variance of a sum
+of rounding errors depends on. It costs one addition per element. `tests/test_rounding.py` states
+and runs the statistical test.
 
-Two levels of the hash: a 64-bit key per block (splitmix64's finalizer: Steele, Lea and Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014), then 32 bits per element by a
-multiply-xorshift hash (the constants of C. Wellons' "lowbias32", bias 0.17) into which the key's
-upper half is mixed midway. `tests/test_rounding.py` states and runs the statistical test.
+From step to step the number of an element moves on by the golden ratio (a Kronecker sequence):
+uniform at every step, and evenly spread over any few steps in a row. A state is rounded at every
+step, and its errors add up over the steps that it remembers; numbers that are spread evenly round
+up and down in turn, and the error that settles has 0.6 of the variance that independent numbers
+leave (design/0010).
 """
 
 from __future__ import annotations
@@ -63,6 +66,23 @@ def stream_key(stream: int) -> int:
     return mix64(stream * GOLDEN + 1)
 
 
+def kernel_arguments(key: int) -> tuple[int, int]:
+    """Mixed step and stream key with which a kernel draws what `step_key`'s result ``key`` draws.
+
+    A kernel hashes the two itself, and the hash can be undone.
+    """
+    return key & MASK32, _unmixed(key & UPPER)
+
+
+def _unmixed(x: int) -> int:
+    """The inverse of `mix64`."""
+    x = x ^ (x >> 31) ^ (x >> 62)
+    x = (x * pow(0x94D049BB133111EB, -1, 1 << 64)) & MASK64
+    x = x ^ (x >> 27) ^ (x >> 54)
+    x = (x * pow(0xBF58476D1CE4E5B9, -1, 1 << 64)) & MASK64
+    return x ^ (x >> 30) ^ (x >> 60)
+
+
 def signed64(x: int) -> int:
     """The same 64 bits as a signed integer, as tensors hold them."""
     return x - (1 << 64) if x >> 63 else x
@@ -70,15 +90,24 @@ def signed64(x: int) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """Where the random bits of one quantization come from; ``key is None`` means nearest."""
+    """Where the random bits of one quantization come from; ``key is None`` means nearest.
+
+    ``index`` says which blocks of the counter are used, int64 ``[blocks]``, where they are not
+    consecutive.
+    """
 
     key: int | None
+    index: Tensor | None = None
 
     def uniform(self, first_block: int, blocks: int) -> Tensor | float:
         """Uniform numbers in [0, 1), float32 ``[blocks, 128]``, or 0.5 for nearest rounding."""
         if self.key is None:
             return 0.5
-        return (random_bits(self.key, first_block, blocks) >> 8).float() * 2.0**-24
+        if self.index is None:
+            bits = random_bits(self.key, first_block, blocks)
+        else:
+            bits = bits_of_blocks(self.key, self.index[first_block : first_block + blocks])
+        return (bits >> 8).float() * 2.0**-24
 
 
 NEAREST = Noise(None)
@@ -86,17 +115,16 @@ NEAREST = Noise(None)
 
 def random_bits(key: int, first_block: int, blocks: int) -> Tensor:
     """Random 32-bit integers, as int64 ``[blocks, 128]``, of blocks from ``first_block`` on."""
-    index = torch.arange(first_block + 1, first_block + blocks + 1, dtype=torch.int64)
-    block_key = _mix64(index * signed64(GOLDEN) + signed64(key & UPPER))[:, None]
+    index = torch.arange(first_block, first_block + blocks, dtype=torch.int64)
+    return bits_of_blocks(key, index)
+
+
+def bits_of_blocks(key: int, index: Tensor) -> Tensor:
+    """`random_bits` of the blocks with the numbers ``index``, int64 ``[blocks]``."""
+    block_key = _mix64((index + 1) * signed64(GOLDEN) + signed64(key & UPPER))[:, None]
     low, high = block_key & MASK32, _shift64(block_key, 32)
     element = torch.arange(BLOCK, dtype=torch.int64)
-    x = (low + element * 0x9E3779B9) & MASK32
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & MASK32
-    x = x ^ high
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & MASK32
-    return ((x ^ (x >> 16)) + (key & MASK32) * ROTATION) & MASK32
+    return (element * (high | 1) + low + (key & MASK32) * ROTATION) & MASK32
 
 
 def _shift64(x: Tensor, n: int) -> Tensor:

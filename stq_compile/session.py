@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.checks import check_program
+from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
 from stq_compile.errors import (
@@ -30,10 +30,16 @@ from stq_compile.errors import (
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.passes.measure import formats_of, measured_states
+from stq_compile.passes.measure import (
+    forgotten,
+    formats_of,
+    measured_states,
+    sustained,
+)
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
 from stq_compile.rounding import stream_id
+from stq_compile.shards import local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
@@ -63,10 +69,13 @@ class Session:
         self.weights: set[StateKey] = set()
         self.eager_reason = ""
         self.transitions = 0
+        self.look_bytes = 0
+        self.reencoded: tuple[str, ...] = ()
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
         self.info: dict[StateKey, StateInfo] = {}
+        self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
 
     @property
@@ -85,7 +94,7 @@ class Session:
         step = CompiledStep(self, captured, stages)
         self._find_weights(captured)
         with self._attempt():
-            changes = self._enroll(program)
+            changes = self._enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
             self._transition(changes, [*self.compiled, step])
             self.transitions += len(known)
@@ -155,16 +164,26 @@ class Session:
             return
         for state in measured_states(unit):
             key = state.source.key
-            formats = {**formats_of(unit, key), 32: FLOAT32}
+            formats = self._candidates(unit, key)
             prior = prior_errors(unit, key)
+            forgetting = forgotten(unit.facts.recurrences.get(key))
             for instance in unit.instances:
                 source = instance.param.source
-                numel = torch.Size(instance.param.shape).numel()
+                numel = instance.param.numel
                 pinned = self.options.width_of(source.name, key) is not None
                 if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
                     continue
                 nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
-                yield Managed((source.param, key), source.name, key, numel, nbytes, prior)
+                yield Managed(
+                    (source.param, key), source.name, key, numel, nbytes, prior, forgetting
+                )
+
+    def _candidates(self, unit: StepGraph, key: str) -> dict[int, Format]:
+        """The formats that the planner may choose for a state: those on the ladder that last."""
+        formats = {**formats_of(unit, key), 32: FLOAT32}
+        on_ladder = {w: f for w, f in formats.items() if w in self.options.ladder}
+        lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
+        return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
 
     def _sizes(
         self, managed: Collection[StateKey], program: Program | None = None
@@ -180,9 +199,8 @@ class Session:
                 key = (operand.source.param, operand.source.key)
                 formats[key] = self.format_of(operand, unit)
                 continue
-            numel = torch.Size(operand.shape).numel()
-            elements += numel
-            fixed += self.format_of(operand, unit).nbytes(numel)
+            elements += operand.numel
+            fixed += self.format_of(operand, unit).nbytes(operand.numel)
         for _, source, name, value in self.states():
             if isinstance(value, Tensor):
                 elements += value.numel()
@@ -190,8 +208,7 @@ class Session:
                 if key in formats and key not in managed:
                     fixed += formats[key].nbytes(value.numel())
                 elif key not in managed:
-                    packed = value.packed if isinstance(value, PackedState) else value
-                    fixed += packed.nbytes
+                    fixed += _whole_bytes(value)
         return fixed, elements
 
     @contextmanager
@@ -230,7 +247,7 @@ class Session:
 
     def width_of(self, operand: Operand) -> int:
         """The width of an operand; of a state that the step will create, whose key is unknown."""
-        numel = torch.Size(operand.shape).numel() if operand.shape != () else 0
+        numel = operand.numel if operand.shape != () else 0
         known = (operand.source.param, operand.source.key) in self.plan
         wide = numel < self.options.min_numel or self.options.excludes(operand.source.name)
         if operand.returned >= 0 and not known and not wide and operand.shape != ():
@@ -249,7 +266,7 @@ class Session:
         if normalizer is not None and normalizer not in facts.fragile:
             other = Operand(
                 "", Role.STATE, Source(operand.source.param, operand.source.name, normalizer),
-                operand.shape, operand.stride, operand.dtype,
+                operand.shape, operand.stride, operand.dtype, region=operand.region,
             )  # fmt: skip
             normalizable = self.width_of(other) < 32
         width = self.width_of(operand)
@@ -288,12 +305,14 @@ class Session:
                 raise UnsupportedWidthError(where=f"state {key!r}", width=width, valid=WIDTHS)
         self.plan.update(changes)
         units = [step.generate() for step in steps]
-        packed = [v.packed for _, _, _, v in self.states() if isinstance(v, PackedState)]
+        codec = self.codec.prepare([c for step in steps for c in step.conversions()])
+        held = [local(value) for _, _, _, value in self.states()]
+        packed = [value.packed for value in held if isinstance(value, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
         before = [(step, dict(vars(step))) for step in steps]
         try:
             for step, generated in zip(steps, units, strict=True):
-                step.adopt(generated)
+                step.adopt(generated, codec)
         except BaseException:
             for storage, buffers in kept:
                 storage.restore(buffers)
@@ -324,16 +343,17 @@ class Session:
             yield leaf.owner, source, leaf.key, leaf.value
 
     def pack_loaded(self) -> None:
-        """Pack the float32 states whose format is known, if a checkpoint was loaded."""
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
         if not self.loaded:
             return
         self.loaded = False
         for leaf, source in list(self.leaves()):
             info = self.info.get((source.param, leaf.key))
-            if info is None or isinstance(leaf.value, PackedState):
+            held = local(leaf.value)
+            if info is None or isinstance(held, PackedState) or not can_be_packed(held):
                 continue
             if info.format != FLOAT32:
-                leaf.put(self.pack(leaf.value, info.source, info.format))
+                leaf.put(wrap(self.unencoded(held, info.source), self.params()[source.param]))
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -344,20 +364,31 @@ class Session:
             name = sources[id(param)].name
             for key, value in self.optimizer.state[param].items():
                 wide = self.options.excludes(name) or self.options.width_of(name, str(key)) == 32
-                if isinstance(value, PackedState) and wide:
-                    self.optimizer.state[param][key] = value.dequantize()
+                held = local(value)
+                if isinstance(held, PackedState) and wide:
+                    self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
-    def pack(self, value: Tensor, source: Source, format: Format) -> PackedState:
-        """A packed state of float32 values; a normalized format waits for its normalizer."""
-        plain = choose_format(format.width, nonnegative=not format.signed, normalizable=False)
-        return PackedState.pack(value.float(), plain, **self.storage_options(source))
+    def unencoded(self, value: Tensor, source: Source) -> PackedState:
+        """A packed state of float32 values that are yet to be encoded."""
+        return PackedState.wrap(value.float(), **self.storage_options(source))
 
     def storage_options(self, source: Source) -> dict[str, Any]:
+        region = region_of(self.params()[source.param])
         return {
             "rounding": self.options.rounding,
             "seed": self.seed,
             "stream": stream_id(source.param, source.key),
+            "first_block": 0 if region is None else region.first_block,
+            "sharded": region is not None and region.sharded,
         }
+
+
+def _whole_bytes(state: Tensor) -> int:
+    """Bytes of a state over all shards; what blocks that they cut cost is left to the report."""
+    held = local(state)
+    if not isinstance(held, PackedState):
+        return state.numel() * state.element_size()
+    return held.packed.nbytes if held is state else held.format.nbytes(state.numel())
 
 
 def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:

@@ -24,6 +24,7 @@ from torch.fx.node import _get_qualified_name
 
 from stq_compile.errors import InvalidGraphError
 from stq_compile.formats import Format
+from stq_compile.shards import Region
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,8 @@ class Operand:
 
     ``value`` is set for a constant hoisted out of the graph. ``returned`` is set for a state that
     the step itself creates: its position in the step's outputs. Such a state is only written.
-    ``number`` marks a Python number among the scalars, which are tensors otherwise.
+    ``number`` marks a Python number among the scalars, which are tensors otherwise. ``region`` is
+    where the tensor lies in a sharded one: shape and strides are those of the local tensor.
     """
 
     name: str
@@ -79,6 +81,12 @@ class Operand:
     value: float | None = None
     returned: int = -1
     number: bool = False
+    region: Region | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor, of which a process may hold a part."""
+        return math.prod(self.shape) if self.region is None else self.region.numel
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -3,19 +3,78 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stq_compile import reference
 from stq_compile.errors import FormatMismatchError, NegativeStateError
-from stq_compile.formats import CONSTANT, FLOAT32, Format
+from stq_compile.formats import BLOCK, CONSTANT, FLOAT32, Format, block_count
 from stq_compile.options import Rounding
 from stq_compile.rounding import NEAREST, Noise, step_key
 
 EAGER_CLOCK = 1 << 48
 """Eager writes draw their random bits from counters that no compiled step reaches."""
+
+TILE_BLOCKS = 1 << 12
+"""Blocks that are converted at a time: two megabytes of float32, which stay in the cache."""
+
+
+class Codec(Protocol):
+    """What turns values into codes and back. `reference` is one; all give its bits."""
+
+    def encode(
+        self,
+        x: Tensor,
+        format: Format,
+        noise: Noise,
+        normalizer: Tensor | None = None,
+        first_block: int = 0,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def decode(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        format: Format,
+        numel: int,
+        normalizer: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class Buffers(NamedTuple):
+    """The codes and scales of ``numel`` values, and those of the state in whose units they are."""
+
+    codes: Tensor
+    scales: Tensor
+    format: Format
+    numel: int
+    unit: Buffers | None = None
+
+    def tile(self, start: int, count: int, codec: Codec) -> Tensor:
+        """``count`` values from ``start`` on, the first of a block."""
+        codes, scales = self._rows(start, count)
+        unit = None if self.unit is None else self.unit.tile(start, count, codec)
+        return codec.decode(codes, scales, self.format, count, unit)
+
+    def put(self, start: int, count: int, made: tuple[Tensor, Tensor]) -> None:
+        """Fill in the codes and scales of a tile."""
+        for mine, other in zip(self._rows(start, count), made, strict=True):
+            mine.copy_(other)
+
+    def _rows(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        if self.format == CONSTANT:
+            return self.codes, self.scales
+        if not self.format.blocked:
+            return self.codes[start : start + count], self.scales
+        rows = slice(start // BLOCK, start // BLOCK + block_count(count))
+        return self.codes[rows], self.scales[rows]
+
+
+REFERENCE: Codec = reference
 
 
 class PackedStorage:
@@ -28,10 +87,15 @@ class PackedStorage:
     Attributes:
         codes: uint8 ``[blocks, 16 * width]``; int16 or float32 ``[numel]`` for 16 and 32 bits.
         scales: int16 ``[blocks]``, the bit patterns of the scale words; empty for 16 and 32.
+        first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
+        sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
+        replacements: counts those of all states.
         working: float32 ``[numel]``, while an eager step works on decoded values; they are then
             the state, and the codes are behind.
     """
+
+    replacements = 0
 
     def __init__(
         self,
@@ -42,6 +106,8 @@ class PackedStorage:
         rounding: Rounding = "stochastic",
         seed: int = 0,
         stream: int = 0,
+        first_block: int = 0,
+        sharded: bool = False,
     ) -> None:
         _check_normalizer(format, normalizer, numel)
         self.numel = numel
@@ -50,6 +116,8 @@ class PackedStorage:
         self.rounding: Rounding = rounding
         self.seed = seed
         self.stream = stream
+        self.first_block = first_block
+        self.sharded = sharded
         self.eager_writes = 0
         self.version = 0
         self.working: Tensor | None = None
@@ -70,27 +138,52 @@ class PackedStorage:
         unit = None if self.normalizer is None else self.normalizer.read()
         return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
 
+    @property
+    def newborn(self) -> bool:
+        """Whether it holds zeros that no step has written yet."""
+        return self.format == CONSTANT and not float(self.codes)
+
+    @property
+    def buffers(self) -> Buffers:
+        """All that the values are made from."""
+        unit = None if self.normalizer is None else self.normalizer.buffers
+        return Buffers(self.codes, self.scales, self.format, self.numel, unit)
+
     def write(self, values: Tensor) -> None:
         """Replace all values by float32 ``[numel]``, encoded in the present format."""
+        if values.numel() != self.numel:
+            raise FormatMismatchError(
+                where="packed state", found=f"{values.numel()} values", expected=str(self.numel)
+            )
+        values = values.detach().reshape(-1).float()
+        source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
         format = FLOAT32 if self.format == CONSTANT else self.format
-        values = self._checked(values, format)
-        codes, scales = self._encoded(values, format, _values(self.normalizer))
-        self._replace(codes, scales, format, self.normalizer)
+        made = self._converted(source, format, self.buffers.unit, REFERENCE)
+        self._replace(made, self.normalizer)
 
     def rewrite(self, values: Tensor, format: Format) -> None:
         """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
         _check_normalizer(format, None, self.numel)
-        codes, scales = self._encoded(self._checked(values, format), format, None)
+        source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
+        made = self._converted(source, format, None, REFERENCE)
         former = self.normalizer
-        self._replace(codes, scales, format, None)
+        self._replace(made, None)
         if former is not None:
             former._dependents.discard(self)
 
-    def reencode(self, format: Format, normalizer: PackedStorage | None = None) -> None:
+    def reencode(
+        self,
+        format: Format,
+        normalizer: PackedStorage | None = None,
+        *,
+        codec: Codec = REFERENCE,
+        following: Mapping[PackedStorage, Format] = MappingProxyType({}),
+    ) -> None:
         """Change the format and keep the values, up to the new format's rounding.
 
-        All new codes, those of dependent states included, are complete before any old ones are
-        dropped: a failure loses nothing.
+        Tile by tile, so that no float32 copy of the state exists. All new codes, those of
+        dependent states included, are complete before any old ones are dropped: a failure loses
+        nothing. A dependent state takes the format that ``following`` gives it, in the same go.
         """
         _check_normalizer(format, normalizer, self.numel)
         if normalizer is self or (format.normalized and self._dependents):
@@ -101,39 +194,63 @@ class PackedStorage:
             )
         if format == self.format and normalizer is self.normalizer:
             return
-        if self.format == CONSTANT and not float(self.codes):
+        unit = None if normalizer is None else normalizer.buffers
+        if self.newborn:
             codes, scales = reference.empty_buffers(format, self.numel)
+            made = Buffers(codes, scales, format, self.numel, unit)
         else:
-            values = self._checked(self.read(), format)
-            codes, scales = self._encoded(values, format, _values(normalizer))
+            made = self._converted(self.buffers, format, unit, codec)
         former = self.normalizer
-        self._replace(codes, scales, format, normalizer)
+        self._replace(made, normalizer, codec, following)
         if former is not None and former is not normalizer:
             former._dependents.discard(self)
         if normalizer is not None:
             normalizer._dependents.add(self)
 
+    def take(self, values: Tensor) -> None:
+        """Make a ``constant`` state hold float32 ``[numel]``, in the memory of ``values``."""
+        self._check_new()
+        self._take(Buffers(values, self.scales, FLOAT32, self.numel), None)
+
     def fill(self, value: float) -> None:
         """Make a ``constant`` state hold ``value`` everywhere."""
+        self._check_new()
+        self.codes = torch.full((1,), value)
+
+    def _check_new(self) -> None:
         if self.format != CONSTANT:
             raise FormatMismatchError(
                 where="packed state", found=f"format {self.format.name}", expected="a new state"
             )
-        self.codes = torch.full((1,), value)
 
     def _replace(
-        self, codes: Tensor, scales: Tensor, format: Format, normalizer: PackedStorage | None
+        self,
+        made: Buffers,
+        normalizer: PackedStorage | None,
+        codec: Codec = REFERENCE,
+        following: Mapping[PackedStorage, Format] = MappingProxyType({}),
     ) -> None:
         """Take new buffers; states in units of this one are re-encoded to keep their values."""
         renewed = []
-        if self._dependents:
-            unit = reference.decode(codes, scales, format, self.numel, _values(normalizer))
-            renewed = [(s, s._encoded(s.read(), s.format, unit)) for s in self._dependents]
-        self.codes, self.scales, self.format, self.normalizer = codes, scales, format, normalizer
-        self.version += 1
+        for state in list(self._dependents):
+            format = following.get(state, state.format)
+            unit = made if format.normalized else None
+            renewed.append((state, state._converted(state.buffers, format, unit, codec)))
+        self._take(made, normalizer)
         for state, buffers in renewed:
-            state.codes, state.scales = buffers
-            state.version += 1
+            state._take(buffers, self if buffers.format.normalized else None)
+            if not buffers.format.normalized:
+                self._dependents.discard(state)
+
+    def _take(self, made: Buffers, normalizer: PackedStorage | None) -> None:
+        self.codes, self.scales, self.format = made.codes, made.scales, made.format
+        self.normalizer = normalizer
+        self.buffers_replaced()
+
+    def buffers_replaced(self) -> None:
+        """Let those know who keep the buffers' addresses."""
+        self.version += 1
+        PackedStorage.replacements += 1
 
     def kept(self) -> dict[str, Any]:
         """What `restore` takes: references to the buffers, which a change of format replaces."""
@@ -147,7 +264,7 @@ class PackedStorage:
         self.__dict__.update(kept)
         if self.normalizer is not None:
             self.normalizer._dependents.add(self)
-        self.version += 1
+        self.buffers_replaced()
 
     def clone(self) -> PackedStorage:
         """An independent copy, with a copy of its own of the normalizer."""
@@ -160,26 +277,28 @@ class PackedStorage:
             other.normalizer._dependents.add(other)
         return other
 
-    def _encoded(
-        self, values: Tensor, format: Format, unit: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _converted(
+        self, source: Buffers, format: Format, unit: Buffers | None, codec: Codec
+    ) -> Buffers:
+        """The values of ``source`` in ``format``, by this state's rounding and random stream."""
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
-        if bool(values.any()):  # zeros use no random number: the next write may have this one
+        made = Buffers(*reference.empty_buffers(format, self.numel), format, self.numel, unit)
+        nonzero = False
+        for start in range(0, self.numel, TILE_BLOCKS * BLOCK):
+            count = min(TILE_BLOCKS * BLOCK, self.numel - start)
+            values = source.tile(start, count, codec)
+            if source.format.signed and not format.signed and bool((values < 0).any()):
+                raise NegativeStateError(minimum=float(values.min()), format=format.name)
+            root = None if unit is None else unit.tile(start, count, codec)
+            block = self.first_block + start // BLOCK
+            made.put(start, count, codec.encode(values, format, noise, root, block))
+            nonzero = nonzero or bool(values.any())
+        # Zeros use no random number: the next write may have this one. But all shards count alike.
+        if self.sharded or nonzero:
             self.eager_writes += 1
-        return reference.encode(values, format, noise, unit)
-
-    def _checked(self, values: Tensor, format: Format | None = None) -> Tensor:
-        format = format or self.format
-        if values.numel() != self.numel:
-            raise FormatMismatchError(
-                where="packed state", found=f"{values.numel()} values", expected=str(self.numel)
-            )
-        values = values.detach().reshape(-1).float()
-        if not format.signed and bool((values < 0).any()):
-            raise NegativeStateError(minimum=float(values.min()), format=format.name)
-        return values
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_dependents"}
@@ -194,10 +313,6 @@ class PackedStorage:
         self._dependents = weakref.WeakSet()
         if self.normalizer is not None and "_dependents" in self.normalizer.__dict__:
             self.normalizer._dependents.add(self)
-
-
-def _values(storage: PackedStorage | None) -> Tensor | None:
-    return None if storage is None else storage.read()
 
 
 def _check_normalizer(format: Format, normalizer: PackedStorage | None, numel: int) -> None:

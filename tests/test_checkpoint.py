@@ -13,6 +13,7 @@ from torch import nn
 
 import stq_compile as stq
 from models import backward, equal, make_model
+from sharded import OPTIMIZERS
 from stq_compile import PackedState, errors
 from stq_compile.backend import session_of
 
@@ -83,9 +84,9 @@ def edit(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def planned(**options: Any) -> Make:
+def planned(kind: str = "adamw", **options: Any) -> Make:
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = OPTIMIZERS[kind](model.parameters())
         return stq.compile(optimizer, **{"min_numel": 64, "interval": 3, **options})
 
     return make
@@ -95,10 +96,11 @@ def widths(optimizer: torch.optim.Optimizer) -> list[int]:
     return [row.width for row in stq.report(optimizer).rows]
 
 
-def test_a_planned_run_resumes_at_any_step() -> None:
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_a_planned_run_resumes_at_any_step(kind: str) -> None:
     """Before the first look (2), at looks that calibrate and change widths (3, 6, 12), between."""
     model = make_model()
-    optimizer = planned()(model)
+    optimizer = planned(kind)(model)
     saved = {}
     for step in range(14):
         if step in (2, 3, 6, 7, 12):
@@ -108,7 +110,7 @@ def test_a_planned_run_resumes_at_any_step() -> None:
         train(model, optimizer, range(step, step + 1))
     assert stq.report(optimizer).transitions > 0
     for step, checkpoint in saved.items():
-        other, again = resumed(planned(), checkpoint["optimizer"], checkpoint["model"], False)
+        other, again = resumed(planned(kind), checkpoint["optimizer"], checkpoint["model"], False)
         train(other, again, range(step, 14))
         assert equal(model.parameters(), other.parameters()), step
         assert stq.report(again).rows == stq.report(optimizer).rows
@@ -220,6 +222,55 @@ def test_fp32_form_loads_into_the_stock_optimizer_and_back() -> None:
     assert isinstance(next(iter(again.state.values()))["exp_avg"], PackedState)
 
 
+def test_version_2_knew_no_shards() -> None:
+    model = make_model()
+    optimizer = adamw()(model)
+    train(model, optimizer, range(2))
+    saved = through_a_file(optimizer.state_dict())
+    saved["stq"]["version"] = 2
+    del saved["param_groups"][0]["stq"]
+    for entries in saved["state"].values():
+        for value in entries.values():
+            if isinstance(value, dict):
+                del value["sharding"], value["split"]
+    other, again = resumed(adamw(), saved, model.state_dict(), False)
+    train(model, optimizer, range(2, 4))
+    train(other, again, range(2, 4))
+    assert equal(model.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_stock_checkpoint_is_packed_state_by_state(dtype: torch.dtype, started: bool) -> None:
+    """Until a step packs them one by one, float32 states are the checkpoint's own memory, and
+    bfloat16 ones stay at 16 bits."""
+    model = make_model()
+    stock = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, stock, range(3))
+    saved = copy.deepcopy(stock.state_dict())
+    for entries in saved["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            entries[key] = entries[key].to(dtype)
+    other, again = resumed(adamw(), saved, model.state_dict(), started)
+    for i, entries in enumerate(again.state.values()):
+        for key in ("exp_avg", "exp_avg_sq"):
+            given = saved["state"][i][key]
+            if dtype == torch.float32:
+                assert entries[key].data_ptr() == given.data_ptr()
+            else:
+                assert entries[key].format.name == "bfloat16"
+                assert torch.equal(entries[key] + 0, given.float())
+    loaded = [{k: v + 0 for k, v in entries.items()} for entries in saved["state"].values()]
+    train(other, again, range(3, 4))
+    train(model, stock, range(3, 4))
+    assert again.state_dict()["state"][0]["exp_avg"]["format"].endswith("4")
+    for (p, entries), before in zip(again.state.items(), loaded, strict=True):
+        assert torch.equal(entries["step"], before["step"] + 1)
+        assert p.isfinite().all()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert (p - q).norm() <= 0.01 * p.norm()
+
+
 def test_other_widths_are_converted() -> None:
     model = make_model()
     optimizer = adamw()(model)
@@ -231,8 +282,8 @@ def test_other_widths_are_converted() -> None:
 
 
 def test_a_checkpoint_is_small_and_independent() -> None:
-    p = nn.Parameter(torch.randn(100_000))
-    p.grad = torch.randn(100_000)
+    p = nn.Parameter(torch.randn(1_000_000))
+    p.grad = torch.randn(1_000_000)
     optimizer = stq.compile(torch.optim.AdamW([p]), precision=4)
     optimizer.step()
     sizes = []
@@ -240,7 +291,7 @@ def test_a_checkpoint_is_small_and_independent() -> None:
         file = io.BytesIO()
         torch.save(saved, file)
         sizes.append(file.tell())
-    assert sizes[0] <= 0.14 * sizes[1]
+    assert sizes[0] <= 0.13 * sizes[1]
     other = stq.compile(torch.optim.AdamW([p]), precision=4)
     saved = optimizer.state_dict()
     codes = saved["state"][0]["exp_avg"]["codes"].clone()
@@ -263,7 +314,10 @@ BROKEN = {
     "codes cut": edit(*M, "codes", to=lambda codes: codes[:-1]),
     "codes of another dtype": edit(*M, "codes", to=lambda codes: codes.float()),
     "codes no tensor": edit(*M, "codes", to=b"123"),
-    "code out of range": edit(*M, "codes", to=lambda codes: torch.full_like(codes, 255)),
+    "code out of range": edit(*M, to=lambda entry: {
+        **entry, "format": "softsign4", "normalizer": None,
+        "codes": torch.full_like(entry["codes"], 255),
+    }),
     "scale nan": edit(*M, "scales", to=lambda scales: torch.full_like(scales, 0x7FC0)),
     "scale negative": edit(*M, "scales", to=lambda scales: torch.full_like(scales, -5)),
     "variance scale inf": edit("state", 0, "exp_avg_sq", "scales", to=lambda s: s * 0 - 0x100),
@@ -274,6 +328,10 @@ BROKEN = {
     "state no dict": edit("state", to=3),
     "entries no dict": edit("state", 0, to="x"),
     "groups": edit("param_groups", to=None),
+    "no step": edit("state", 0, to=lambda entries: {k: entries[k] for k in entries if k != "step"}),
+    "a state of another shape": edit("state", 1, "exp_avg", to=torch.zeros(3)),
+    "sharding": edit(*M, "sharding", to=((2,), ((5, 1),))),
+    "split": edit(*M, "split", to=True),
     "stranger": edit("state", to=lambda states: {**states, 77: states[0]}),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ PACKED_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 def documented_bytes(format: Format, numel: int) -> int:
     """Blocks of 128 codes with a 16-bit scale word each; plain casts have no blocks."""
-    if format.kind in ("softsign", "ratio", "midrise", "adaptive_log"):
+    if format.kind in ("softsign", "midrise", "adaptive_log"):
         whole, rest = divmod(numel, 128)
         return (whole + (rest > 0)) * (128 * format.width // 8 + 2)
     return {"float32": 4 * numel, "bfloat16": 2 * numel, "constant": 0}[format.kind]
@@ -51,7 +51,7 @@ def test_fields_are_powers_of_two_that_add_up(width: int) -> None:
 
 def test_the_registry_is_complete_and_named_by_kind_and_width() -> None:
     expected = {f"softsign{w}" for w in PACKED_WIDTHS} | {f"adaptive_log{w}" for w in PACKED_WIDTHS}
-    expected |= {"midrise2", "midrise3", "ratio4", "ratio5", "ratio6", "ratio8"}
+    expected |= {f"midrise{w}" for w in (2, 3, 4, 5, 6, 8)}
     expected |= {"bfloat16", "float32", "constant"}
     assert set(FORMATS) == expected
     assert all(FORMATS[name].name == name for name in FORMATS)
@@ -62,12 +62,12 @@ def test_the_registry_is_complete_and_named_by_kind_and_width() -> None:
 def test_facts_of_a_format(name: str) -> None:
     format = FORMATS[name]
     kind = name.rstrip("0123456789") if format.blocked else name
-    assert format.blocked == (kind in ("softsign", "ratio", "midrise", "adaptive_log"))
+    assert format.blocked == (kind in ("softsign", "midrise", "adaptive_log"))
     assert format.signed == (kind != "adaptive_log")
-    assert format.normalized == (kind in ("ratio", "midrise"))
+    assert format.normalized == (kind == "midrise")
     if format.blocked:
         # softsign's levels have a zero, and leave the last code unused; others use every code.
-        assert format.top_code == 2**format.width - (2 if kind in ("softsign", "ratio") else 1)
+        assert format.top_code == 2**format.width - (2 if kind == "softsign" else 1)
         assert format.block_bytes == 16 * format.width
 
 
@@ -112,7 +112,7 @@ def test_block_count_is_the_fewest_blocks_that_hold_the_elements(numel: int) -> 
 CHOICES = {
     **{(w, True, n): f"adaptive_log{w}" for w in PACKED_WIDTHS for n in (False, True)},
     **{(w, False, False): f"softsign{w}" for w in PACKED_WIDTHS},
-    **{(w, False, True): f"ratio{w}" for w in (4, 5, 6, 8)},
+    **{(w, False, True): f"midrise{w}" for w in (4, 5, 6, 8)},
     (2, False, True): "midrise2",
     (3, False, True): "midrise3",
     **{(16, s, n): "bfloat16" for s in (False, True) for n in (False, True)},

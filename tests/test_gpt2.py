@@ -78,7 +78,7 @@ print(field('VmHWM') - before - stq.report(big).state_bytes)
 
 def run_script(script: str, cache: Path) -> str:
     """The last line that ``script`` prints in a process with empty compiler caches."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    environment = {**os.environ, "STQ_CACHE_DIR": str(cache)}
     result = subprocess.run(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parent,

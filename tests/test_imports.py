@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("options",),
     ("storage",),
     ("packed_state", "state_tree"),
+    ("shards",),
     ("error_law",),
     ("birth", "ops", "working_set"),
     ("step_graph",),
@@ -27,15 +28,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("codegen", "codegen.*"),
     ("planner", "planner.*"),
     ("compiler",),
-    ("checks", "runtime"),
+    ("checks", "codec", "collective", "runtime"),
     ("regions",),
     ("compiled_step",),
     ("session",),
-    ("checkpoint", "eager"),
+    ("saved_state",),
+    ("checkpoint", "dcp", "eager"),
     ("backend", "kernels", "report"),
     ("closures", "symbolic_math"),
     ("api",),
     ("",),  # stq_compile/__init__.py
+    ("benchmarks", "benchmarks.*"),
     ("cli",),
 )
 

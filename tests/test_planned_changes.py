@@ -17,12 +17,15 @@ import stq_compile as stq
 from stq_compile.backend import session_of
 from stq_compile.compiled_step import CompiledStep
 from stq_compile.options import DEFAULT_TOLERANCE
+from stq_compile.passes.measure import NARROWEST_SUM
 from stq_compile.planner.history import History
 from stq_compile.planner.planner import CALIBRATIONS, Planner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INTERVAL = 10
+USED_UP = 0.12
+"""A tolerance that the plan of `run` comes within 7% of, before anything changes."""
 
 
 class SignMomentum(torch.optim.Optimizer):
@@ -74,12 +77,14 @@ def test_the_momentum_of_a_sign_update_is_kept_wide() -> None:
     assert 5 <= planner(optimizer).widths[0, "exp_avg"] <= 8
 
 
-def run(change: str, steps: range, compiled: bool = True) -> tuple[Tensor, History | None]:
+def run(
+    change: str, steps: range, compiled: bool = True, tolerance: float | None = None
+) -> tuple[Tensor, History | None]:
     """AdamW on one matrix; at ``steps.start`` gradients change character, until ``steps.stop``."""
     problem, zeros = Noisy(64, 64), torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW([problem.param], lr=1e-2)
     if compiled:
-        stq.compile(optimizer, interval=INTERVAL)
+        stq.compile(optimizer, interval=INTERVAL, tolerance=tolerance)
     for step in range(steps.stop):
         grad = problem.gradient()
         if step >= steps.start and change == "scale":
@@ -99,23 +104,86 @@ def raised(history: History | None, after: int) -> int:
 
 @pytest.mark.parametrize("change", ["scale", "zeros"])
 def test_gradients_that_change_character_raise_a_width(change: str) -> None:
-    """By a factor of 1000, or to 95% zeros, within two intervals; without a change none rises.
+    """By a factor of 1000, or to 95% zeros, within two intervals, where the tolerance is used up;
+    without a change none rises.
 
-    The distance to stock AdamW in units of how far that moves was measured as 0.09 for the factor
-    and 0.12 for zeros; it is 0.11 where nothing changes.
+    The distance to stock AdamW in units of how far that moves was measured as 0.08 for the factor
+    and 0.11 for zeros at the default tolerance; it is 0.11 where nothing changes.
     """
     steps = range(65, 65 + 2 * INTERVAL)
-    param, history = run(change, steps)
+    param, history = run(change, steps, tolerance=USED_UP)
     exact, _ = run(change, steps, compiled=False)
     assert raised(history, steps.start) >= 1
     assert history is not None
-    assert all(r.error <= DEFAULT_TOLERANCE for r in history if r.step > steps.start)
+    assert all(r.error <= USED_UP for r in history if r.step > steps.start)
     assert (param - exact).norm() <= 0.2 * exact.norm()
 
 
 def test_gradients_that_stay_as_they_are_raise_none() -> None:
-    _, history = run("none", range(65, 85))
+    _, history = run("none", range(65, 85), tolerance=USED_UP)
     assert raised(history, 65) == 0
+
+
+def true_errors(change: str, steps: range) -> tuple[list[float], History]:
+    """Relative squared error of every update: AdamW packed and stock on the same gradients.
+
+    The packed one starts each step from the stock one's parameters, so only states differ.
+    """
+    problem, zeros = Noisy(64, 64), torch.Generator().manual_seed(2)
+    packed = nn.Parameter(problem.param.detach().clone())
+    stock = torch.optim.AdamW([problem.param], lr=1e-3)
+    optimizer = stq.compile(torch.optim.AdamW([packed], lr=1e-3), interval=50)
+    errors = []
+    for step in range(1, steps.stop):
+        grad = problem.gradient()
+        if step >= steps.start:
+            grad *= 1000 if change == "scale" else torch.rand(grad.shape, generator=zeros) > 0.95
+        before = problem.param.detach().clone()
+        problem.param.grad, packed.grad = grad, grad.clone()
+        stock.step()
+        optimizer.step()
+        exact = problem.param.detach() - before
+        error = packed.detach() - problem.param.detach()
+        errors.append(float(error.square().sum() / exact.square().sum()))
+        packed.data.copy_(problem.param.detach())
+    history = stq.history(optimizer)
+    assert history is not None
+    return errors, history
+
+
+@pytest.mark.parametrize("change", ["scale", "zeros"])
+def test_the_true_error_stays_within_the_tolerance(change: str) -> None:
+    """Though the next look comes 30 steps after the change, when most of what was to be seen is
+    over: what the states remember is small beside gradients 1000 times as large, and a predicted
+    error that falls is not believed at once."""
+    start = 271
+    errors, history = true_errors(change, range(start, start + 130))
+    late = torch.tensor(errors).unfold(0, 10, 1).mean(1)[start - 10 :]
+    assert float(late.max()) <= DEFAULT_TOLERANCE
+    narrowed = [
+        c
+        for r in history
+        for c in r.changes
+        if start < r.step < start + 60 and c.before is not None and c.after < c.before
+    ]
+    assert not narrowed
+
+
+def test_a_sum_is_given_bits_that_it_can_live_with() -> None:
+    """Adagrad for 1500 steps: at 4 bits its sums would have run away by then."""
+    params = []
+    for compiled in (True, False):
+        problem = Noisy(64, 64)
+        optimizer: torch.optim.Optimizer = torch.optim.Adagrad([problem.param], lr=0.1)
+        if compiled:
+            optimizer = stq.compile(optimizer)
+        for _ in range(1500):
+            problem.param.grad = problem.gradient()
+            optimizer.step()
+        if compiled:
+            assert planner(optimizer).widths[0, "sum"] >= NARROWEST_SUM
+        params.append(problem.param.detach())
+    assert (params[0] - params[1]).norm() <= 0.02 * params[1].norm()
 
 
 class Fresh(TorchDispatchMode):

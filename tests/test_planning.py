@@ -86,6 +86,16 @@ def test_an_infeasible_budget_leaves_the_optimizer_usable() -> None:
     )
 
 
+def test_a_budget_that_leaves_nothing_to_choose_says_where_the_bytes_go() -> None:
+    model = make_model()
+    numel = sum(p.numel() for p in model.parameters())
+    optimizer = adamw(model, target_bits=8.0, min_numel=numel)
+    backward(model, 0)
+    fixed = 8 * numel + 4 * len(list(model.parameters()))  # two moments and a step
+    with pytest.raises(errors.InfeasibleBudgetError, match=rf"{fixed} bytes go to .*0 others"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_gradients_and_a_zero_learning_rate_do_not_move_the_plan(bad: float) -> None:
     model = make_model()

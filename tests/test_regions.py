@@ -151,7 +151,7 @@ def test_one_parameter_is_in_float32_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     backward(model, 3)
     optimizer.step()
     assert max(alive) == 3  # the momentum and two matrices of one parameter
-    assert sum(alive) == sum(isinstance(leaf.value, PackedState) for leaf in leaves(optimizer))
+    assert sum(alive) == 9  # there are three matrices; those of vectors are never read
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -71,6 +71,6 @@ def test_prints_as_a_table() -> None:
     backward(model, 0)
     optimizer.step()
     text = str(stq.report(optimizer))
-    assert "ratio4" in text
+    assert "midrise4" in text
     assert "adaptive_log4" in text
     assert "true bits per element" in text

@@ -52,12 +52,13 @@ def filled(format: Format, rounding: Rounding = "stochastic") -> PackedStorage:
 
 def one_gap(format: Format) -> float:
     """An upper bound of the gap between neighbouring levels for values from 1 to 2."""
-    if format.kind in ("softsign", "ratio"):
+    if format.kind == "softsign":
         return 2.02 * 2 / (format.top_code // 2 + 1)
     if format.kind == "adaptive_log":  # a range of at most 4 steps of 14/32 octaves, from 2.25
         return float(2.25 * (1 - 2 ** (-4 * 14 / 32 / format.top_code)))
     if format.kind == "midrise":
-        return 1.01 * {2: 1.6, 3: 2.6}[format.width] * 1.6 / (format.top_code / 2)
+        reach = {2: 1.6, 3: 2.6}.get(format.width, 1.26) * 1.6
+        return 1.01 * reach / (format.top_code / 2)
     return 2.0**-7 if format == BFLOAT16 else 0.0
 
 

@@ -27,6 +27,11 @@ from stq_compile.codegen.ir import (
 )
 from stq_compile.codegen.schedule import Phase, Schedule
 
+INLINED = {
+    "iota": "stq::iota()",
+    "valid": "(tail ? stq::valid(p, count) : stq::all(true))",
+}
+
 
 def emit(kernel: Kernel) -> str:
     """C++ source of a kernel."""
@@ -39,6 +44,13 @@ class _Emitter:
         self.schedule = Schedule(kernel)
         self.said: set[str] = set()
         self.measures = kernel.slots > 0
+        self.exact = {
+            id(a)
+            for v in kernel.body
+            if v.opcode != "lookup"
+            for a in v.args
+            if isinstance(a, Value)
+        }
 
     def source(self) -> str:
         parts = [
@@ -141,13 +153,17 @@ class _Emitter:
             *self._crossing(),
         ]
         for phase in self.schedule.phases:
-            lines.append("  for (int j = 0; j < blocks; ++j) {")
-            lines.append(f"    const int64_t index = {place};")
-            lines += self._pointers(phase)
-            lines += [f"    {self._uniform(v)}{self._note(v)}" for v in phase.uniform]
-            lines += self._planes(phase)
-            lines += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
-            lines.append("  }")
+            lines += [f"  {self._block(v)}{self._note(v)}" for v in phase.blocks]
+            tables = [
+                f"    {self._assign(v, self._expression(v))}{self._note(v)}" for v in phase.tables
+            ]
+            elements = self._pointers(phase) + self._planes(phase)
+            elements += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
+            for body in (tables, elements):
+                if body:
+                    lines.append("  for (int j = 0; j < blocks; ++j) {")
+                    lines.append(f"    const int64_t index = {place};")
+                    lines += [*body, "  }"]
         lines += self._copy_back()
         return "\n".join([*lines, "}"])
 
@@ -166,14 +182,16 @@ class _Emitter:
     def _crossing(self) -> list[str]:
         lines = []
         for v in self.kernel.body:
-            if id(v) in self.schedule.crossing:
+            if v.space is Space.BLOCK and v.opcode in REDUCTIONS:
+                lines.append(f"  {c_type(v)} {c_name(v.name)}{{}};")
+            elif v.space is not Space.BLOCK and id(v) in self.schedule.crossing:
                 planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
                 lines.append(f"  {c_type(v)} {c_name(v.name)}[size]{planes};")
         return lines
 
     def _pointers(self, phase: Phase) -> list[str]:
         lines = []
-        used = {v.operand for v in [*phase.uniform, *phase.planes, *phase.after]}
+        used = {v.operand for v in [*phase.planes, *phase.after]}
         for o in self.kernel.operands:
             name = c_name(o.name)
             if o.name not in used:
@@ -183,9 +201,13 @@ class _Emitter:
                 lines.append(f"    {POINTERS[o.kind]} {name} = tail ? {name}_tail : {place};")
             elif o.kind is OperandKind.CODES:
                 lines.append(f"    uint8_t* {name} = row.{name} + index * {o.width * 16};")
+                reads = [v for v in phase.planes if v.opcode == "unpack" and v.operand == o.name]
+                if reads and id(reads[0]) not in self.exact:
+                    nibbles = f"stq::nibbles<{o.width}>({name})"
+                    lines.append(f"    const stq::Nibbles {name}_nibbles = {nibbles};")
             elif o.kind is OperandKind.KEY:
                 key = f"stq::block_key(row.{name}, step, row.first_block + index)"
-                lines.append(f"    const stq::BlockKey {name} = {key};")
+                lines.append(f"    stq::BlockKey {name} = {key};")
         return lines
 
     def _copy_back(self) -> list[str]:
@@ -200,6 +222,8 @@ class _Emitter:
 
     def _assign(self, v: Value, expression: str) -> str:
         """Define a value where it lives: in the tile, in the planes of a block, or nowhere else."""
+        if v.space is Space.BLOCK:
+            return f"{c_name(v.name)}[j] = {expression};"
         if id(v) in self.schedule.crossing:
             planes = "[p]" if v.space is Space.ELEMENT else ""
             return f"{c_name(v.name)}[j]{planes} = {expression};"
@@ -207,14 +231,16 @@ class _Emitter:
             return f"{c_name(v.name)}[p] = {expression};"
         return f"const {c_type(v)} {c_name(v.name)} = {expression};"
 
-    def _uniform(self, v: Value) -> str:
+    def _block(self, v: Value) -> str:
+        """A value of every block of the tile, one lane each."""
         if v.opcode == "load_word":
-            return self._assign(v, f"row.{c_name(v.operand)}[index]")
-        if v.opcode == "valid_count":
-            return self._assign(v, "tail ? static_cast<float>(count) : 128.0f")
-        if v.opcode == "iota":
-            return self._assign(v, "stq::iota()")
-        return self._assign(v, self._expression(v))
+            stride = "stride" if self.measures else "1"
+            expression = f"stq::load_words(row.{c_name(v.operand)} + first, blocks, {stride})"
+        elif v.opcode == "valid_count":
+            expression = "stq::each(tail ? static_cast<float>(count) : 128.0f)"
+        else:
+            expression = self._expression(v)
+        return f"const {c_type(v)} {c_name(v.name)} = {expression};"
 
     def _planes(self, phase: Phase) -> list[str]:
         if not phase.planes:
@@ -248,11 +274,10 @@ class _Emitter:
         if v.opcode in ("load", "load_half"):
             expression = f"stq::{v.opcode}({operand} + p * stq::kLanes)"
         elif v.opcode == "unpack":
-            expression = f"stq::unpack<{v.width}>({operand}, p)"
+            exact = f"stq::unpack<{v.width}>({operand}, p)"
+            expression = exact if id(v) in self.exact else f"stq::index({operand}_nibbles, p)"
         elif v.opcode in ("random24", "random"):
-            expression = f"stq::{v.opcode}({operand}, p)"
-        elif v.opcode == "valid":
-            expression = "tail ? stq::valid(p, count) : stq::all(true)"
+            expression = f"stq::{v.opcode}({operand})"  # planes come in order
         else:
             expression = self._expression(v)
         return self._assign(v, expression)
@@ -264,10 +289,10 @@ class _Emitter:
         if v.opcode == "block_max":
             return self._assign(v, f"stq::max_lanes({name}_lanes)")
         if v.opcode == "store_word":
-            word = self._argument(v.args[0], Space.BLOCK)
+            word = self._argument(v.args[0], Space.ELEMENT)
             return f"row.{operand}[index] = static_cast<uint16_t>({word});"
         if v.opcode == "accumulate":
-            return f"totals[{v.slot}] += {self._argument(v.args[0], Space.BLOCK)};"
+            return f"totals[{v.slot}] += {self._argument(v.args[0], Space.ELEMENT)};"
         code = v.args[0]
         assert isinstance(code, Value)
         planes = (
@@ -278,22 +303,23 @@ class _Emitter:
     def _expression(self, v: Value) -> str:
         """A pure operation in the block, table or element space."""
         types = OPCODES[v.opcode][0]
-        vector = v.space in (Space.TABLE, Space.ELEMENT)
         template = TEMPLATES[v.opcode]
-        wide = any(isinstance(a, Value) and a.space >= Space.TABLE for a in v.args)
+        lowest = min(v.space, Space.TABLE)
+        wide = any(isinstance(a, Value) and a.space >= lowest for a in v.args)
         args = []
         for a, t in zip(v.args, types, strict=True):
-            if vector and (t is Type.BOOL or template.startswith("stq::") or not wide):
-                args.append(self._broadcast(a, t))
+            if t is Type.BOOL or template.startswith("stq::") or not wide:
+                args.append(self._broadcast(a, t, v.space))
             else:
                 args.append(self._argument(a, v.space, t))
         return template.format(*args)
 
-    def _broadcast(self, a: Value | float, t: Type) -> str:
-        text = self._argument(a, Space.ELEMENT, t)
-        if isinstance(a, Value) and a.space >= Space.TABLE:
+    def _broadcast(self, a: Value | float, t: Type, space: Space = Space.ELEMENT) -> str:
+        """``a`` in all lanes: of a plane, or of the blocks of a tile."""
+        text = self._argument(a, space, t)
+        if isinstance(a, Value) and a.space >= min(space, Space.TABLE):
             return text
-        return f"stq::all({text})"
+        return f"stq::{'each' if space is Space.BLOCK else 'all'}({text})"
 
     def _argument(self, a: Value | float, space: Space, t: Type = Type.FLOAT) -> str:
         if not isinstance(a, Value):
@@ -301,8 +327,10 @@ class _Emitter:
         name = c_name(a.name)
         if a.space is Space.TENSOR:
             return f"s.{name}"
-        if a.opcode == "iota":
-            return "stq::iota()"
+        if a.opcode in INLINED:
+            return INLINED[a.opcode]
+        if a.space is Space.BLOCK:
+            return name if space is Space.BLOCK else f"{name}[j]"
         if id(a) in self.schedule.crossing:
             name += "[j]"
         elif id(a) in self.schedule.gathered:

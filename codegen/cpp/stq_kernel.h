@@ -18,7 +18,12 @@ namespace stq {
 constexpr int kLanes = 16;
 constexpr int kPlanes = 8;
 constexpr int kBlock = kLanes * kPlanes;
-constexpr int kTile = 8;  // blocks that go through a phase together; what crosses fits the L1 cache
+// Blocks that go through a phase together. What crosses fits the L1 cache, and 4 blocks of float32 are
+// half a page: with 8 every tile begins a new one, which the hardware has not prefetched.
+constexpr int kTile = 4;
+// A value that every block has one of is one lane of these.
+typedef float f32b __attribute__((vector_size(4 * kTile)));
+typedef int32_t i32b __attribute__((vector_size(4 * kTile)));
 
 typedef float f32v __attribute__((vector_size(64)));
 typedef int32_t i32v __attribute__((vector_size(64)));
@@ -32,14 +37,20 @@ STQ_INLINE i32v all(int x) { return i32v{} + x; }
 STQ_INLINE i32v all(bool x) { return i32v{} - static_cast<int>(x); }
 STQ_INLINE f32v all(f32v x) { return x; }
 STQ_INLINE i32v all(i32v x) { return x; }
+STQ_INLINE f32b each(float x) { return f32b{} + x; }
+STQ_INLINE i32b each(int x) { return i32b{} + x; }
+STQ_INLINE i32b each(bool x) { return i32b{} - static_cast<int>(x); }
 
 // Bits.
 STQ_INLINE i32v bits_of(f32v x) { return reinterpret_cast<i32v>(x); }
 STQ_INLINE f32v from_bits(i32v x) { return reinterpret_cast<f32v>(x); }
+STQ_INLINE i32b bits_of(f32b x) { return reinterpret_cast<i32b>(x); }
+STQ_INLINE f32b from_bits(i32b x) { return reinterpret_cast<f32b>(x); }
 STQ_INLINE int bits_of(float x) { int r; std::memcpy(&r, &x, 4); return r; }
 STQ_INLINE float from_bits(int x) { float r; std::memcpy(&r, &x, 4); return r; }
-STQ_INLINE f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 STQ_INLINE float to_float(int x) { return static_cast<float>(x); }
+STQ_INLINE f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
+STQ_INLINE f32b to_float(i32b x) { return __builtin_convertvector(x, f32b); }
 
 // Lane by lane, for what has no vector form in the language.
 template <typename F> STQ_INLINE f32v lanes(F f) {
@@ -47,29 +58,35 @@ template <typename F> STQ_INLINE f32v lanes(F f) {
   for (int i = 0; i < kLanes; ++i) r[i] = f(i);
   return r;
 }
+template <typename F> STQ_INLINE f32b block_lanes(F f) {
+  f32b r;
+  for (int i = 0; i < kTile; ++i) r[i] = f(i);
+  return r;
+}
 
 // Selection and logic; vector masks are 0 or -1 in each lane.
 STQ_INLINE f32v select(i32v c, f32v a, f32v b) { return c ? a : b; }
 STQ_INLINE i32v select(i32v c, i32v a, i32v b) { return c ? a : b; }
-template <typename T> STQ_INLINE T select(bool c, T a, T b) { return c ? a : b; }
+STQ_INLINE f32b select(i32b c, f32b a, f32b b) { return c ? a : b; }
+STQ_INLINE i32b select(i32b c, i32b a, i32b b) { return c ? a : b; }
+STQ_INLINE double select(bool c, double a, double b) { return c ? a : b; }
+STQ_INLINE int select(bool c, int a, int b) { return c ? a : b; }
 STQ_INLINE i32v logical_not(i32v c) { return ~c; }
+STQ_INLINE i32b logical_not(i32b c) { return ~c; }
 STQ_INLINE bool logical_not(bool c) { return !c; }
 
 // Arithmetic with the same name for double, float and vectors.
 STQ_INLINE double fma(double a, double b, double c) { return std::fma(a, b, c); }
-STQ_INLINE float fma(float a, float b, float c) { return std::fmaf(a, b, c); }
 STQ_INLINE double sqrt(double x) { return std::sqrt(x); }
-STQ_INLINE float sqrt(float x) { return std::sqrt(x); }
 STQ_INLINE double abs(double x) { return std::fabs(x); }
-STQ_INLINE float abs(float x) { return std::fabs(x); }
+STQ_INLINE f32b abs(f32b x) { return from_bits(bits_of(x) & 0x7fffffff); }
 STQ_INLINE f32v abs(f32v x) { return from_bits(bits_of(x) & 0x7fffffff); }
 STQ_INLINE double copysign(double a, double b) { return std::copysign(a, b); }
 STQ_INLINE f32v copysign(f32v a, f32v b) { return from_bits((bits_of(a) & 0x7fffffff) | (bits_of(b) & INT32_MIN)); }
 STQ_INLINE double floor(double x) { return std::floor(x); }
-STQ_INLINE float floor(float x) { return std::floor(x); }
 STQ_INLINE double ceil(double x) { return std::ceil(x); }
-STQ_INLINE float ceil(float x) { return std::ceil(x); }
 STQ_INLINE int to_int(float x) { return x == x ? static_cast<int>(x) : 0; }
+STQ_INLINE i32b to_int(f32b x) { return __builtin_convertvector(x == x ? x : f32b{}, i32b); }
 template <typename T> STQ_INLINE T min(T a, T b) { return a < b ? a : b; }
 template <typename T> STQ_INLINE T max(T a, T b) { return a > b ? a : b; }
 STQ_INLINE double exp(double x) { return std::exp(x); }
@@ -78,6 +95,18 @@ STQ_INLINE double log(double x) { return std::log(x); }
 STQ_INLINE f32v log(f32v x) { return lanes([&](int i) { return std::log(x[i]); }); }
 STQ_INLINE double pow(double x, double y) { return std::pow(x, y); }
 STQ_INLINE f32v pow(f32v x, f32v y) { return lanes([&](int i) { return std::pow(x[i], y[i]); }); }
+
+#if defined(__AVX2__) && defined(__FMA__)
+STQ_INLINE f32b fma(f32b a, f32b b, f32b c) { return (f32b)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c); }
+STQ_INLINE f32b sqrt(f32b x) { return (f32b)_mm_sqrt_ps((__m128)x); }
+STQ_INLINE f32b floor(f32b x) { return (f32b)_mm_floor_ps((__m128)x); }
+STQ_INLINE f32b ceil(f32b x) { return (f32b)_mm_ceil_ps((__m128)x); }
+#else
+STQ_INLINE f32b fma(f32b a, f32b b, f32b c) { return block_lanes([&](int i) { return std::fmaf(a[i], b[i], c[i]); }); }
+STQ_INLINE f32b sqrt(f32b x) { return block_lanes([&](int i) { return std::sqrt(x[i]); }); }
+STQ_INLINE f32b floor(f32b x) { return block_lanes([&](int i) { return std::floor(x[i]); }); }
+STQ_INLINE f32b ceil(f32b x) { return block_lanes([&](int i) { return std::ceil(x[i]); }); }
+#endif
 
 #if defined(__AVX512F__)
 STQ_INLINE f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -162,36 +191,108 @@ STQ_INLINE f32v load(const float* p) { f32v r; std::memcpy(&r, p, 64); return r;
 STQ_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, 64); }
 STQ_INLINE i32v load_half(const uint16_t* p) { u16v r; std::memcpy(&r, p, 32); return widen(r); }
 STQ_INLINE void store_half(uint16_t* p, i32v x) { u16v r = __builtin_convertvector(x, u16v); std::memcpy(p, &r, 32); }
+STQ_INLINE i32b load_words(const uint16_t* p, int blocks, int64_t stride) {
+  i32b r{};
+  for (int j = 0; j < blocks; ++j) r[j] = p[j * stride];
+  return r;
+}
 STQ_INLINE i32v iota() { return i32v{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 STQ_INLINE i32v valid(int plane, int count) { return iota() < count - plane * kLanes; }
 
 // Packed layout: a field of b bits is 16 b bytes; its byte 16 c + lane holds planes c, c + b, ...
-STQ_INLINE i32v field(const uint8_t* p, int bits, int plane) {
-  u8v bytes;
-  std::memcpy(&bytes, p + kLanes * (plane % bits), kLanes);
-  return (widen(bytes) >> (bits * (plane / bits))) & ((1 << bits) - 1);
+// In registers a field of up to 4 bits is 4 vectors of bytes: plane i in the low nibbles of the i-th,
+// plane i + 4 in the high ones. That is the layout of 4 bits; narrower fields get there by shifts of
+// whole bytes, four times cheaper than the same on the 32-bit lanes of a plane.
+struct Nibbles {
+  u8v pair[4];
+};
+STQ_INLINE u8v load_bytes(const uint8_t* p) { u8v r; std::memcpy(&r, p, kLanes); return r; }
+STQ_INLINE void store_bytes(uint8_t* p, u8v x) { std::memcpy(p, &x, kLanes); }
+// Shifts of bytes by pairs: what crosses from one byte to the next is masked, or may be anything.
+typedef uint16_t u16w __attribute__((vector_size(16)));
+STQ_INLINE u8v up(u8v x, int n) { return reinterpret_cast<u8v>(reinterpret_cast<u16w>(x) << n); }
+STQ_INLINE u8v down(u8v x, int n) { return reinterpret_cast<u8v>(reinterpret_cast<u16w>(x) >> n); }
+
+// The nibbles of a field; bits above the code may be anything.
+template <int bits> STQ_INLINE Nibbles field(const uint8_t* p) {
+  Nibbles r;
+  if constexpr (bits == 4) {
+    for (int i = 0; i < 4; ++i) r.pair[i] = load_bytes(p + kLanes * i);
+  } else if constexpr (bits == 2) {
+    for (int i = 0; i < 2; ++i) {
+      r.pair[i] = load_bytes(p + kLanes * i);
+      r.pair[i + 2] = down(r.pair[i], 2);
+    }
+  } else {
+    const u8v bytes = load_bytes(p);
+    for (int i = 0; i < 4; ++i) r.pair[i] = down(bytes, i);
+  }
+  return r;
 }
-STQ_INLINE void put_field(uint8_t* p, int bits, const i32v* code, int shift) {
-  for (int c = 0; c < bits; ++c) {
-    i32v byte = i32v{};
-    for (int plane = c; plane < kPlanes; plane += bits)
-      byte |= ((code[plane] >> shift) & ((1 << bits) - 1)) << (bits * (plane / bits));
-    u8v bytes = __builtin_convertvector(byte, u8v);
-    std::memcpy(p + kLanes * c, &bytes, kLanes);
+// The codes of a block, up to 4 bits each; bits above the code may be anything.
+template <int width> STQ_INLINE Nibbles nibbles(const uint8_t* p) {
+  if constexpr (width != 3) {
+    return field<width>(p);
+  } else {
+    Nibbles r = field<2>(p);
+    const u8v upper = load_bytes(p + 2 * kLanes);
+    for (int i = 0; i < 4; ++i) {
+      const u8v moved = i < 2 ? up(upper, 2 - i) : down(upper, i - 2);
+      r.pair[i] = (r.pair[i] & 0x33) | (moved & 0xCC);
+    }
+    return r;
   }
 }
-// Widths that are a sum of two fields: the low field first, the high field after its bytes.
-constexpr int low_bits(int width) { return width == 3 ? 2 : width == 5 || width == 6 ? 4 : width; }
+// A plane's codes for `lookup`, which takes the low 4 bits.
+STQ_INLINE i32v index(const Nibbles& codes, int plane) {
+  return plane < 4 ? widen(codes.pair[plane]) : widen(codes.pair[plane - 4]) >> 4;
+}
+// Widths above 4 are a field of 4 bits, and a field of the rest after its bytes; 8 bits are one field.
 template <int width> STQ_INLINE i32v unpack(const uint8_t* p, int plane) {
-  constexpr int low = low_bits(width), high = width - low;
-  i32v code = field(p, low, plane);
-  if constexpr (high > 0) code |= field(p + kLanes * low, high, plane) << low;
-  return code;
+  if constexpr (width == 8) {
+    return widen(load_bytes(p + kLanes * plane));
+  } else if constexpr (width <= 4) {
+    return index(nibbles<width>(p), plane) & ((1 << width) - 1);
+  } else {
+    const i32v upper = index(field<width - 4>(p + 4 * kLanes), plane) & ((1 << (width - 4)) - 1);
+    return (index(field<4>(p), plane) & 15) | (upper << 4);
+  }
+}
+// Codes are below 2^width, or INT_MIN where there was no number.
+STQ_INLINE Nibbles join(const i32v* code, int shift, int mask) {
+  Nibbles r;
+  for (int i = 0; i < 4; ++i) {
+    const i32v low = (code[i] >> shift) & mask, high = (code[i + 4] >> shift) & mask;
+    r.pair[i] = __builtin_convertvector(low | (high << 4), u8v);
+  }
+  return r;
+}
+template <int bits> STQ_INLINE void store_field(uint8_t* p, const Nibbles& x) {
+  if constexpr (bits == 4) {
+    for (int i = 0; i < 4; ++i) store_bytes(p + kLanes * i, x.pair[i]);
+  } else if constexpr (bits == 2) {
+    for (int i = 0; i < 2; ++i)
+      store_bytes(p + kLanes * i, (x.pair[i] & 0x33) | (up(x.pair[i + 2], 2) & 0xCC));
+  } else {
+    u8v byte = x.pair[0] & 0x11;
+    for (int i = 1; i < 4; ++i) byte |= up(x.pair[i], i) & static_cast<uint8_t>(0x11 << i);
+    store_bytes(p, byte);
+  }
 }
 template <int width> STQ_INLINE void pack(uint8_t* p, const i32v* code) {
-  constexpr int low = low_bits(width), high = width - low;
-  put_field(p, low, code, 0);
-  if constexpr (high > 0) put_field(p + kLanes * low, high, code, low);
+  if constexpr (width == 8) {
+    for (int i = 0; i < kPlanes; ++i) store_bytes(p + kLanes * i, __builtin_convertvector(code[i], u8v));
+  } else if constexpr (width <= 4) {
+    Nibbles x = join(code, 0, -1);
+    store_field<width == 3 ? 2 : width>(p, x);
+    if constexpr (width == 3) {
+      for (int i = 0; i < 4; ++i) x.pair[i] = down(x.pair[i], 2);
+      store_field<1>(p + 2 * kLanes, x);
+    }
+  } else {
+    store_field<4>(p, join(code, 0, 15));
+    store_field<width - 4>(p + 4 * kLanes, join(code, 4, -1));
+  }
 }
 
 // Reductions over the lanes: by halves, in the order of the reference.
@@ -218,27 +319,24 @@ STQ_INLINE uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
   return x ^ (x >> 31);
 }
+// The numbers of a block, plane after plane: element e has first + step_per_element * e.
 struct BlockKey {
-  uint32_t low, high, rotation;
+  u32v next, per_plane;
 };
 STQ_INLINE BlockKey block_key(uint64_t stream, uint64_t step, int64_t block) {
   constexpr uint64_t upper = 0xFFFFFFFF00000000ull;  // below: the step, by which numbers rotate
   const uint64_t base = mix64((step & upper) ^ stream) & upper;
   const uint64_t key = mix64(base + 0x9E3779B97F4A7C15ull * static_cast<uint64_t>(block + 1));
-  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(step) * 0x9E3779B9u};
+  const uint32_t first = static_cast<uint32_t>(key) + static_cast<uint32_t>(step) * 0x9E3779B9u;
+  const uint32_t each = static_cast<uint32_t>(key >> 32) | 1u;
+  return {reinterpret_cast<u32v>(iota()) * each + first, u32v{} + each * kLanes};
 }
-STQ_INLINE u32v random_bits(BlockKey key, int plane) {
-  u32v x = (reinterpret_cast<u32v>(iota()) + static_cast<uint32_t>(plane * kLanes)) * 0x9E3779B9u + key.low;
-  x ^= x >> 16;
-  x *= 0x7FEB352Du;
-  x ^= key.high;
-  x ^= x >> 15;
-  x *= 0x846CA68Bu;
-  return (x ^ (x >> 16)) + key.rotation;
+STQ_INLINE u32v random_bits(BlockKey& key) {
+  const u32v x = key.next;
+  key.next += key.per_plane;
+  return x;
 }
-STQ_INLINE i32v random(BlockKey key, int plane) { return reinterpret_cast<i32v>(random_bits(key, plane)); }
-STQ_INLINE f32v random24(BlockKey key, int plane) {
-  return to_float(reinterpret_cast<i32v>(random_bits(key, plane) >> 8));
-}
+STQ_INLINE i32v random(BlockKey& key) { return reinterpret_cast<i32v>(random_bits(key)); }
+STQ_INLINE f32v random24(BlockKey& key) { return to_float(reinterpret_cast<i32v>(random_bits(key) >> 8)); }
 
 }  // namespace stq

@@ -78,7 +78,7 @@ RESERVED = frozenset((
 def c_type(v: Value) -> str:
     """Type of a block, table or element value."""
     if v.space is Space.BLOCK:
-        return {Type.FLOAT: "float", Type.INT: "int", Type.BOOL: "bool"}[v.type]
+        return "stq::f32b" if v.type is Type.FLOAT else "stq::i32b"
     return "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
 
 

@@ -29,7 +29,7 @@ def groups(schedule: Schedule) -> list[Group]:
     found: list[Group] = []
     for number, phase in enumerate(schedule.phases, 1):
         parts = _split(phase)
-        parts[0].uniform = phase.uniform
+        parts[0].uniform = phase.blocks + phase.tables
         for i, part in enumerate(parts):
             part.title = f"Phase {number}" + (f", part {i + 1}." if len(parts) > 1 else ".")
         found += parts

@@ -182,22 +182,16 @@ def step_key(stream, step):
 
 @triton.jit
 def block_key(key, block):
-    """Two 32-bit keys per block, and how far the step turns their numbers."""
+    """Per block: the number of its first element in this step, and what the next ones add."""
     base = key & 0xFFFFFFFF00000000
     mixed = mix64(base + (block + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
-    rotation = key.to(tl.uint32) * 0x9E3779B9
-    return mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32), rotation
+    first = mixed.to(tl.uint32) + key.to(tl.uint32) * 0x9E3779B9
+    return first, (mixed >> 32).to(tl.uint32) | 1
 
 
 @triton.jit
 def random_bits(key, lane, p: tl.constexpr):
-    x = (lane + 16 * p).to(tl.uint32) * 0x9E3779B9 + key[0]
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= key[1]
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return (x ^ (x >> 16)) + key[2]
+    return (lane + 16 * p).to(tl.uint32) * key[1] + key[0]
 
 
 @triton.jit

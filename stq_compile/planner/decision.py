@@ -67,9 +67,8 @@ def decide_budget(states: Sequence[StateCosts], budget: int, rules: Rules = RULE
         if room >= 0:
             break
     else:
-        raise InfeasibleBudgetError(
-            budget=budget, needed=table.total_bytes(steps.start), states=len(states)
-        )
+        needed = table.total_bytes(steps.start)
+        raise InfeasibleBudgetError(budget=budget, fixed=0, needed=needed, states=len(states))
     taken, price = take_within(steps, room)
     chosen = _filled(table, cost, allowed, steps.chosen(taken), budget)
     if (
@@ -213,7 +212,8 @@ def exhaustive(states: Sequence[StateCosts], budget: int) -> Decision:
         error = reduce(np.add.outer, [e[:n] for e, n in zip(table.error, counts, strict=True)])
         nbytes = reduce(np.add.outer, [b[:n] for b, n in zip(table.nbytes, counts, strict=True)])
     if nbytes.min() > budget:
-        raise InfeasibleBudgetError(budget=budget, needed=int(nbytes.min()), states=len(states))
+        needed = int(nbytes.min())
+        raise InfeasibleBudgetError(budget=budget, fixed=0, needed=needed, states=len(states))
     fits = nbytes <= budget
     least = fits & (error == error[fits].min())
     first = np.flatnonzero(least & (nbytes == nbytes[least].min()))[0]

@@ -14,8 +14,9 @@ each state and width.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from stq_compile.formats import BLOCK, FORMATS, MIDRISE_CLIP, Format
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import amplification, formats_of, is_smooth, measured_states
 from stq_compile.passes.normalizers import Differentiable
+from stq_compile.planner.factors import rounded
 from stq_compile.rounding import NEAREST, Noise, step_key
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph
 
@@ -41,17 +43,25 @@ Live = Callable[[Operand], Any]
 
 @dataclass
 class _Sample:
-    """The sampled elements of several tensors behind one another, and where each one's end."""
+    """The sampled elements of several tensors behind one another, and where each one's end.
+
+    ``index`` numbers the sampled blocks as if all shards of the tensors were here, so that noise
+    does not depend on the sharding.
+    """
 
     instances: list[Instance]
     inputs: list[Any]
     counts: list[int]
+    index: Tensor
 
 
-def measure_directly(
-    unit: StepGraph, live: Live, look: int, seed: int, rounding: str
-) -> dict[tuple[int, str], dict[int, float]]:
-    """Relative perturbation of the update by state and width.
+Sums = dict[int, dict[str, float]]
+"""By parameter number: ``direct``, the sum of the update's squares, and ``key:direct_w``, the sum
+of the squares of what the error of state ``key`` at ``w`` bits does to it."""
+
+
+def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding: str) -> Sums:
+    """Sums over the sampled blocks that are here; `perturbations` of the sums of all shards.
 
     Args:
         unit: a functional template.
@@ -60,21 +70,43 @@ def measure_directly(
         seed: of the rounding noise.
         rounding: ``"stochastic"`` or ``"nearest"``.
     """
-    found: dict[tuple[int, str], dict[int, float]] = {}
+    found: Sums = {}
     if not measured_states(unit) or unit.instances[0].param.name not in (unit.writes or ()):
         return found
     for sample in _samples(unit, live, look):
         template = _Template(unit, sample.inputs)
+        params = [instance.param.source.param for instance in sample.instances]
+        noises = _noises(sample, seed, look, rounding)
         per_tensor = _per_tensor(template.update().square(), sample.counts)
+        for param, total in zip(params, per_tensor, strict=True):
+            found[param] = {"direct": total}
         for operand in measured_states(unit):
-            state = _StateOf(unit, operand, template, (seed, look), rounding)
+            state = _StateOf(unit, operand, template, noises, rounding)
             for width in WIDTHS:
                 effect = _per_tensor(state.effect(width), sample.counts)
-                for instance, e, u in zip(sample.instances, effect, per_tensor, strict=True):
-                    if u > 0 and math.isfinite(e):
-                        key = (instance.param.source.param, operand.source.key)
-                        found.setdefault(key, {})[width] = e / u
+                for param, total in zip(params, effect, strict=True):
+                    found[param][f"{operand.source.key}:direct_{width}"] = total
     return found
+
+
+def perturbations(
+    sums: Mapping[int, Mapping[str, float]],
+) -> dict[tuple[int, str], dict[int, float]]:
+    """Relative perturbation of the update by state and width, from the sums of a whole tensor."""
+    found: dict[tuple[int, str], dict[int, float]] = {}
+    for param, totals in sums.items():
+        update = rounded(totals.get("direct", 0.0))
+        for name, effect in totals.items():
+            key, _, width = name.partition(":direct_")
+            if width and update > 0 and math.isfinite(effect):
+                found.setdefault((param, key), {})[int(width)] = rounded(effect) / update
+    return found
+
+
+def _noises(sample: _Sample, seed: int, look: int, rounding: str) -> list[Noise]:
+    if rounding == "nearest":
+        return [NEAREST, NEAREST]
+    return [Noise(step_key(seed, look, stream), sample.index) for stream in (0, 1)]
 
 
 class _Template:
@@ -110,15 +142,12 @@ class _StateOf:
         unit: StepGraph,
         operand: Operand,
         template: _Template,
-        draw: tuple[int, int],
+        noises: list[Noise],
         rounding: str,
     ) -> None:
         self.template = template
         self.name = operand.name
-        seed, look = draw
-        self.noises = [Noise(step_key(seed, look, stream)) for stream in (0, 1)]
-        if rounding == "nearest":
-            self.noises = [NEAREST, NEAREST]
+        self.noises = noises
         self.formats = formats_of(unit, operand.source.key)
         normalizer = unit.facts.normalizers.get(operand.source.key)
         by_key = {o.source.key: o.name for o in unit.operands}
@@ -168,7 +197,7 @@ def _cut(x: Tensor, format: Format, unit: Tensor | None) -> Tensor:
     """The values as far as the range of the format reaches, not rounded to its levels."""
     if format.kind == "adaptive_log":  # 8 bits have the same range
         return _quantized(x, FORMATS["adaptive_log8"], NEAREST, None)
-    if format.kind != "midrise":
+    if format.kind != "midrise" or format.width not in MIDRISE_CLIP:
         return x
     assert unit is not None
     root = unit.sqrt()
@@ -184,12 +213,12 @@ def _per_tensor(values: Tensor, counts: list[int]) -> list[float]:
 
 def _samples(unit: StepGraph, live: Live, look: int) -> list[_Sample]:
     """Sampled elements, tensors of equal scalars together."""
-    groups: dict[tuple[Any, ...], list[tuple[Instance, list[Any], int]]] = {}
+    groups: dict[tuple[Any, ...], list[_Member]] = {}
     for instance in unit.instances:
-        numel = math.prod(instance.param.shape)
-        rows = _rows(numel, look)
+        rows = _rows(instance.param.numel, look)
         if not len(rows):
             continue
+        whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look)
         inputs, scalars = [], []
         for operand, node in zip(instance.operands, unit.placeholders, strict=True):
             value = live(operand) if operand.value is None else operand.value
@@ -198,18 +227,30 @@ def _samples(unit: StepGraph, live: Live, look: int) -> list[_Sample]:
                 scalars.append(float(value))
             else:
                 inputs.append(_sampled(value, operand, instance.param, rows))
-        count = len(rows) * BLOCK
-        groups.setdefault(tuple(scalars), []).append((instance, inputs, count))
+        groups.setdefault(tuple(scalars), []).append(_Member(instance, inputs, places, whole))
     return [_joined(members) for members in groups.values()]
 
 
-def _joined(members: list[tuple[Instance, list[Any], int]]) -> _Sample:
-    columns = zip(*(inputs for _, inputs, _ in members), strict=True)
+@dataclass
+class _Member:
+    """One tensor's sample: ``places`` of its ``whole`` blocks that are sampled in all are here."""
+
+    instance: Instance
+    inputs: list[Any]
+    places: Tensor
+    whole: int
+
+
+def _joined(members: list[_Member]) -> _Sample:
+    columns = zip(*(m.inputs for m in members), strict=True)
     joined = [
         torch.cat(column) if isinstance(column[0], Tensor) and column[0].dim() else column[0]
         for column in columns
     ]
-    return _Sample([m[0] for m in members], joined, [m[2] for m in members])
+    starts = itertools.accumulate((m.whole for m in members), initial=0)
+    index = torch.cat([m.places + start for m, start in zip(members, starts, strict=False)])
+    counts = [len(m.places) * BLOCK for m in members]
+    return _Sample([m.instance for m in members], joined, counts, index)
 
 
 def _rows(numel: int, look: int) -> Tensor:
@@ -219,6 +260,23 @@ def _rows(numel: int, look: int) -> Tensor:
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
     return (torch.arange(count) * whole // count + look) % whole
+
+
+def _local_rows(param: Operand, rows: Tensor, look: int) -> tuple[Tensor, Tensor]:
+    """The blocks of a sample that lie in this process's shard, and their places in the sample.
+
+    A shard whose blocks are its own samples those.
+    """
+    region = param.region
+    if region is None:
+        return rows, torch.arange(len(rows))
+    numel = math.prod(param.shape)
+    if not region.on_grid:
+        rows = _rows(numel, look)
+        return rows, torch.arange(len(rows))
+    here = rows - region.first_block
+    (places,) = torch.where((here >= 0) & (here < numel // BLOCK))
+    return here[places], places
 
 
 def _sampled(value: Any, operand: Operand, param: Operand, rows: Tensor) -> Tensor:

@@ -33,10 +33,17 @@ class Measured:
     factors: dict[str, float]
     level: float  # mean log2 of the blocks' scales
 
-    def after(self, before: Measured) -> Measured:
+    def after(self, before: Measured, kept: float) -> Measured:
         """With each error the geometric mean of this look's and the last one's: a look is a
-        sample of one gradient, and what only its noise moves is moved back by the next."""
-        errors = {w: math.sqrt(e * before.errors.get(w, e)) for w, e in self.errors.items()}
+        sample of one gradient, and what only its noise moves is moved back by the next.
+
+        And at least ``kept`` times the last one: the share of the noise of that time that the
+        state still holds. What a look predicts is where the error settles from here on.
+        """
+        errors = {}
+        for width, error in self.errors.items():
+            last = before.errors.get(width, error)
+            errors[width] = max(math.sqrt(error * last), kept * last)
         return replace(self, errors=errors)
 
     def at(self, width: int) -> dict[str, float]:

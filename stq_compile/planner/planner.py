@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from stq_compile.errors import InfeasibleBudgetError
 from stq_compile.options import Options
 from stq_compile.planner.costs import Choice, Decision, Rules, StateCosts
 from stq_compile.planner.decision import decide_budget, decide_tolerance
 from stq_compile.planner.factors import FACTOR_NAMES, Measured, interpret
 from stq_compile.planner.history import Change, History, Record
-from stq_compile.planner.selection import IDENTITY, Calibration, calibrate
+from stq_compile.planner.selection import IDENTITY, REACH, Calibration, calibrate
 
 StateKey = tuple[int, str]
 
@@ -35,6 +36,9 @@ FIRST_LOOKS = (20, 50)
 """Steps of the first looks, before those of the interval: states change fast at the beginning."""
 CALIBRATIONS = 3
 """Looks with direct measurements."""
+DRIFT = 1.0
+"""Octaves by which the scales of a tensor's states may move between two looks; beyond that its
+gradients changed character, and errors that fall are not believed before the next look."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Managed:
     numel: int
     nbytes: Mapping[int, int]  # all bytes at each width
     prior: Mapping[int, float]  # error at each width before the first look
+    forgetting: float = 0.0  # share of an error's square that is left after a step
 
 
 @dataclass(frozen=True)
@@ -140,13 +145,16 @@ class Planner:
         self.looks += 1
         self.alarms.clear()
         self._corrected = None
+        looked = {}
         for key in self.managed:
             if key[0] not in sums or f"{key[1]}:scale" not in sums[key[0]]:
                 continue
+            found = interpret(sums[key[0]], key[1], self.measured.get(key))
+            if found is not None:
+                looked[key] = found
+        drifted = {k[0] for k, m in looked.items() if abs(m.factors["scale_drift"]) > DRIFT}
+        for key, found in looked.items():
             before = self.measured.get(key)
-            found = interpret(sums[key[0]], key[1], before)
-            if found is None:
-                continue
             self.measured[key] = found
             width = self.widths[key]
             error = found.errors.get(width, 0.0)
@@ -154,7 +162,9 @@ class Planner:
             if error > 1 or grown:
                 self.alarms.add(key)
             elif before is not None and self.looks > CALIBRATIONS:
-                self.measured[key] = found.after(before)
+                forgotten = self.managed[key].forgetting ** self.options.interval
+                kept = 1.0 if key[0] in drifted else forgotten
+                self.measured[key] = found.after(before, kept)
 
     def observe(self, direct: Mapping[StateKey, Mapping[int, float]]) -> None:
         """Take direct measurements (relative perturbations by width), and calibrate on all."""
@@ -223,7 +233,12 @@ class Planner:
     def _decide(self, costs: Sequence[StateCosts], fixed_bytes: int, elements: int) -> Decision:
         target = self.options.target_bits
         if target is not None:
-            return decide_budget(costs, _budget(target, elements) - fixed_bytes, self.rules)
+            budget = _budget(target, elements)
+            try:
+                return decide_budget(costs, budget - fixed_bytes, self.rules)
+            except InfeasibleBudgetError as error:
+                found = {**error.fields, "budget": budget, "fixed": fixed_bytes}
+                raise InfeasibleBudgetError(**found) from error
         return decide_tolerance(costs, self.options.tolerance_or_default, self.rules)
 
     def _take(
@@ -328,7 +343,7 @@ def corrected_errors(
             values = np.array([math.log(max(error, 1e-30)) for error in errors])
         else:
             values = np.repeat([m.factors[name] for m in states], counts)
-        total += coefficient * (values - mean) / scale
+        total += coefficient * np.clip((values - mean) / scale, -REACH, REACH)
     limited = np.clip(total, -calibration.limit, calibration.limit).tolist()
     flat = iter([error * math.exp(c) for error, c in zip(errors, limited, strict=True)])
     return {key: {w: next(flat) for w in m.errors} for key, m in measured.items()}

@@ -45,6 +45,9 @@ from stq_compile.planner.regression import (
 MAX_RHO_SQUARED = 0.999
 GUARANTEE = 1 - 1 / math.e
 LIMIT = math.log(8)
+REACH = 2.0
+"""Standard deviations from its mean within which a factor was seen often enough to be trusted.
+Where gradients change character, factors leave the range that a calibration was fitted to."""
 _NOTHING = 1e-9  # nats: a marginal value below this is rounding
 _CHUNK = 4096  # sets at a time in an enumeration
 
@@ -106,7 +109,8 @@ class Calibration:
     def correct(self, factors: Mapping[str, float]) -> float:
         """What to add to the predicted log-error of a state with these factors.
 
-        Factors that were not chosen may be absent.
+        A factor counts up to `REACH` standard deviations from its mean. Those that were not chosen
+        may be absent.
 
         Raises:
             ValueError: a chosen factor is absent or not finite.
@@ -117,7 +121,7 @@ class Calibration:
             value = factors.get(name)
             if value is None or not math.isfinite(value):
                 raise ValueError(f"factor {name} is {value}; the calibration needs a number")
-            total += coefficient * (value - mean) / scale
+            total += coefficient * min(max((value - mean) / scale, -REACH), REACH)
         return min(max(total, -self.limit), self.limit)
 
     def to_dict(self) -> dict[str, Any]:

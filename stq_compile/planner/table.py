@@ -47,7 +47,7 @@ class Table:
         """The candidates that each level of `allowed` admits, and the switching costs."""
         in_force = np.array([s.current or 0 for s in self.states], np.int64)[:, None]
         alarm = np.array([s.alarm for s in self.states], bool)[:, None]
-        waits = np.array([s.waited < rules.dwell for s in self.states], bool)[:, None] & ~alarm
+        waits = np.array([s.waited < rules.dwell for s in self.states], bool)[:, None]
         self._stay: Bools = widths == in_force
         self._stays = self._stay.any(axis=1)
         self.now: Ints = self._stay.argmax(axis=1)
@@ -57,7 +57,7 @@ class Table:
         above = alarm & (widths > in_force)
         fresh = in_force == 0
         near: Bools = self._exists & ((distance <= rules.rungs) | above | fresh)
-        held: Bools = near & (self._stay | ~waits | fresh)
+        held: Bools = near & (self._stay | ~waits | above | fresh)
         self._levels = (held, near, self._exists)
         known = self.error[np.arange(len(self.states)), self.now]
         pays = self._stays & np.isfinite(known) & ~alarm[:, 0]

@@ -37,10 +37,10 @@ FAMILIES = {
 """One kernel has a state in every format of a family; the state's key is the format's name."""
 MOMENTS: list[tuple[str, str, Rounding]] = [
     ("softsign4", "adaptive_log3", "stochastic"),
-    ("ratio4", "adaptive_log3", "stochastic"),
-    ("ratio5", "adaptive_log4", "nearest"),
-    ("ratio6", "bfloat16", "stochastic"),
-    ("ratio8", "adaptive_log8", "nearest"),
+    ("midrise4", "adaptive_log3", "stochastic"),
+    ("midrise5", "adaptive_log4", "nearest"),
+    ("midrise6", "bfloat16", "stochastic"),
+    ("midrise8", "adaptive_log8", "nearest"),
     ("midrise2", "adaptive_log4", "nearest"),
     ("midrise2", "adaptive_log4", "stochastic"),
     ("midrise3", "bfloat16", "nearest"),
@@ -107,9 +107,15 @@ def test_two_moments(first: str, second: str, rounding: Rounding) -> None:
 
 
 def assert_codes_agree(got: Bits, expected: Bits, formats: Mapping[str, Format]) -> None:
-    """The promise: a root inside of an encoding may be rounded otherwise. Parameters are equal."""
+    """The promise: a root inside of an encoding may be rounded otherwise.
+
+    The root of a normalizer of more than 4 bits is a product of two, some ulp beside the root of
+    the product; so far the parameters differ too. Else they are equal.
+    """
+    wide = any(f.kind == "adaptive_log" and f.width > 4 for f in formats.values())
     for row, wanted in zip(got, expected, strict=True):
-        assert torch.equal(row["param"], wanted["param"])
+        tolerance = 1e-6 if wide else 0.0
+        torch.testing.assert_close(row["param"], wanted["param"], rtol=tolerance, atol=tolerance)
         for key, format in formats.items():
             pair = [codes_of(bits[f"{key} codes"], format) for bits in (row, wanted)]
             off = (pair[0] - pair[1]).abs()

@@ -33,20 +33,23 @@ from zoo import adam, sgd
 SIZES = (1, 127, 128, 129, 1000, 4096 + 17)
 Formats = Mapping[str, Format]
 MOMENTUM = {"momentum_buffer": FORMATS["softsign4"]}
-PAIRS = [("ratio4", "adaptive_log3"), ("midrise2", "adaptive_log8")]
+PAIRS = [("midrise4", "adaptive_log3"), ("midrise2", "adaptive_log8")]
 SLOW_PAIRS = [
     (first, second)
     for first in (
         "midrise2",
         "midrise3",
-        "ratio4",
-        "ratio5",
-        "ratio6",
-        "ratio8",
+        "midrise4",
+        "midrise5",
+        "midrise6",
+        "midrise8",
         "bfloat16",
         "float32",
     )
-    for second in (*(f"adaptive_log{w}" for w in (2, 3, 4, 5, 6, 8)), "bfloat16", "float32")
+    for second in (*(f"adaptive_log{w}" for w in (2, 3, 4, 5, 6, 8)), "bfloat16")
+] + [
+    (first, "float32")  # no packed unit
+    for first in (*(f"softsign{w}" for w in (2, 3, 4, 5, 6, 8)), "bfloat16", "float32")
 ]
 
 
@@ -65,11 +68,8 @@ class Looks:
     """Live tensors in the formats, and the measuring kernel on them."""
 
     def __init__(self, unit: StepGraph, formats: Formats, sizes: Sequence[int] = SIZES) -> None:
-        every = {**formats}
-        if "exp_avg" in every and "exp_avg_sq" not in every:
-            every["exp_avg_sq"] = FORMATS["float32"]
-        if "exp_avg_sq" in every and "exp_avg" not in every:
-            every["exp_avg"] = FORMATS["float32"]
+        keys = [o.source.key for o in unit.operands if o.role is Role.STATE and o.shape != ()]
+        every = {**dict.fromkeys(keys, FORMATS["float32"]), **formats}
         first = every.get("exp_avg")
         normalizers = {"exp_avg": "exp_avg_sq"} if first is not None and first.normalized else {}
         self.rig = Rig.__new__(Rig)

@@ -64,13 +64,13 @@ def test_instruction_sets_agree_bit_for_bit(
 # Faults. --------------------------------------------------------------------------------------
 
 MUTANTS = {
-    "a packed plane's shift": (r"(<< \(bits \* \(plane / bits\))\)", r"\1 + 1)"),
-    "an unpacked plane's byte": (r"kLanes \* \(plane % bits\)", "kLanes * (plane / bits)"),
-    "a constant of the random bits": (r"0x7FEB352D", "0x7FEB352F"),
+    "a packed plane's shift": (r"\(high << 4\)", "(high << 5)"),
+    "an unpacked plane's byte": (r"pair\[plane - 4\]", "pair[7 - plane]"),
+    "a constant of the random bits": (r"\(key >> 32\)", "(key >> 31)"),
     "the block's counter": (r"static_cast<uint64_t>\(block \+ 1\)", "static_cast<uint64_t>(block)"),
     "the shift of the scale": (r"(momentum_buffer_0_word <<) 16", r"\1 15"),
     "the rounding of the scale": (r"(_absmax\S* \+) 65535", r"\1 32767"),
-    "the zero level": (r"(iota\S* -) 7", r"\1 6"),
+    "the zero level": (r"(code_of_4_bits\S* -) 7", r"\1 6"),
     "the number of valid elements": (r"iota\(\) < count", "iota() <= count"),
     "the learning rate": (r"\* 0\.01f", "* 0.0100001f"),
 }

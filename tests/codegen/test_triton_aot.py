@@ -89,12 +89,12 @@ def reports(pool: ProcessPoolExecutor) -> dict[tuple[str, str], Report]:
     return {key: future.result() for key, future in started.items()}
 
 
-# The lean of second moments (design/0008) is one more value per block alive, at the limit of 128
-# registers; another version of the assembler may well fit it in.
-SPILLS = pytest.mark.xfail(strict=False, reason="240 to 448 bytes spilled at 4+3, design/0009")
+# At the limit of 128 registers; another version of the assembler may well fit it in.
+SPILLS = pytest.mark.xfail(strict=False, reason="some bytes spilled at 4+3, design/0009")
+MI300X = pytest.param("hip:gfx942", marks=SPILLS)
 
 
-@pytest.mark.parametrize("name", ["adamw 4+4", pytest.param("adamw 4+3", marks=SPILLS)])
+@pytest.mark.parametrize("name", ["adamw 4+4", "adamw 4+3"])
 def test_adamw_on_an_h100(name: str, reports: dict[tuple[str, str], Report]) -> None:
     found = reports[name, "cuda:90"]
     assert (found["spill_bytes"], found["local_bytes"]) == (0, 0)
@@ -105,8 +105,7 @@ def test_adamw_on_an_h100(name: str, reports: dict[tuple[str, str], Report]) -> 
     assert found["counted_bytes_per_param"] == pytest.approx(found["bytes_per_param"], abs=0.05)
 
 
-@SPILLS
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*(t for t in TARGETS if t != "hip:gfx942"), MI300X])
 def test_nothing_is_spilled_anywhere(target: str, reports: dict[tuple[str, str], Report]) -> None:
     found = reports["adamw 4+3", target]
     assert found["registers"] <= 128

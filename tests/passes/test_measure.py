@@ -27,12 +27,14 @@ from stq_compile.passes.measure import (
     measure,
     measured_states,
     slots_of,
+    sustained,
+    with_packed_normalizers,
 )
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
 from stq_compile.step_graph import Recurrence, StepGraph
-from zoo import EPS, LR, adagrad, adam, adamax, amsgrad, descend, lion, rmsprop, sgd
+from zoo import ADAM_FACTS, EPS, LR, adagrad, adam, adamax, amsgrad, descend, lion, rmsprop, sgd
 
 Doubles = NDArray[np.float64]
 Numbers = Mapping[str, Any]
@@ -364,8 +366,8 @@ def test_a_unit_that_moves_no_parameter_is_not_measured() -> None:
 def test_formats_follow_from_the_facts() -> None:
     unit = analysed(adam())
     names = {w: f.name for w, f in formats_of(unit, "exp_avg").items()}
-    assert names == {2: "midrise2", 3: "midrise3", 4: "ratio4", 5: "ratio5", 6: "ratio6",
-                     8: "ratio8", 16: "bfloat16"}  # fmt: skip
+    assert names == {2: "midrise2", 3: "midrise3", 4: "midrise4", 5: "midrise5", 6: "midrise6",
+                     8: "midrise8", 16: "bfloat16"}  # fmt: skip
     names = {w: f.name for w, f in formats_of(unit, "exp_avg_sq").items()}
     assert names == {w: f"adaptive_log{w}" for w in (2, 3, 4, 5, 6, 8)} | {16: "bfloat16"}
     names = {w: f.name for w, f in formats_of(analysed(sgd()), "momentum_buffer").items()}
@@ -425,3 +427,29 @@ def test_what_is_not_finite_counts_as_zero(broken: float) -> None:
     whole = sums_of(unit, inputs_of(unit))
     assert 0 < found["update"] < whole["update"]
     assert found["count"] == NUMEL
+
+
+def test_a_unit_that_is_pinned_in_float32_is_none() -> None:
+    """Of one parameter out of three: it gets a graph of its own, with raw formats."""
+    before = program(with_sizes(adam(ADAM_FACTS), [200, 300, 400]))
+    names = [i.param.source.name for i in only(before).instances]
+    after = with_packed_normalizers(
+        before, lambda name, key: (name, key) == (names[1], "exp_avg_sq")
+    )
+    kinds = {
+        tuple(i.param.source.name for i in unit.instances): formats_of(unit, "exp_avg")[4].kind
+        for unit in after.units
+    }
+    assert kinds == {(names[0], names[2]): "midrise", (names[1],): "softsign"}
+    assert len({unit.name for unit in after.units}) == 2
+    raw = next(u for u in measure(after, "stochastic").units if len(u.instances) == 1)
+    assert "softsign4" in str(raw.graph)
+    assert "midrise" not in str(raw.graph)
+    assert with_packed_normalizers(before, lambda *_: False).units == before.units
+
+
+def test_sums_need_more_bits_than_averages() -> None:
+    for unit, key, least in ((adagrad(), "sum", 8), (adam(), "exp_avg_sq", 2)):
+        analysed = only(find_recurrences(find_ranges(program(unit))))
+        formats = formats_of(analysed, key)
+        assert min(w for w, f in formats.items() if sustained(analysed, key, f)) == least

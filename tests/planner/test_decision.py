@@ -409,6 +409,15 @@ def test_tolerance_out_of_reach_takes_the_least_error_that_is_allowed() -> None:
     assert widths(decide_tolerance([one(error)], 1)) == [4]  # 5 bits would not help
 
 
+def test_an_alarm_widens_within_the_dwell_time_and_does_not_narrow() -> None:
+    """Where bytes are worth more than all errors, and where errors are worth any bytes."""
+    error = (4.0, 3.0, 2.0, 1.0, 0.0)
+    for waited, expected in ((0, 4), (1, 3)):
+        state = one(error, current=4, waited=waited, alarm=True)
+        assert widths(decide_tolerance([state], 100.0, Rules(dwell=1))) == [expected]
+        assert widths(decide_tolerance([state], 0.0, Rules(dwell=1))) == [6]
+
+
 def test_the_budget_wins_over_the_rules_in_a_stated_order() -> None:
     error = (50.0, 40.0, 30.0, 20.0, 10.0)
 
@@ -419,7 +428,7 @@ def test_the_budget_wins_over_the_rules_in_a_stated_order() -> None:
     assert width(4, waited=0) == 4  # dwell is waived, one rung
     assert width(3, waited=0) == 3  # then more rungs
     assert width(2) == 2
-    with pytest.raises(InfeasibleBudgetError, match="budget of 1 bytes cannot hold 1 states"):
+    with pytest.raises(InfeasibleBudgetError, match="the 1 others take 2 bytes"):
         width(1)
 
 

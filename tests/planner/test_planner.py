@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from stq_compile.options import Options
 from stq_compile.planner import history as history_module
 from stq_compile.planner.factors import rounded
 from stq_compile.planner.history import History, Record
-from stq_compile.planner.planner import Managed, Planner, corrected_errors
+from stq_compile.planner.planner import CALIBRATIONS, Managed, Planner, corrected_errors
 from stq_compile.planner.prior import NORMALIZED, SECOND_MOMENT
 
 Sums = dict[int, dict[str, float]]
@@ -126,6 +127,28 @@ def test_an_infeasible_budget_changes_nothing() -> None:
     assert planner.state_dict() == before
     assert (9, "m") not in planner.managed
     run(planner, [2])
+
+
+def test_a_fall_is_believed_as_fast_as_the_state_forgets() -> None:
+    """And not at all at the look that sees the scales move by more than an octave."""
+    planner = made(1, tolerance=0.1)
+    key = (0, "exp_avg_sq")
+    planner.managed[key] = replace(planner.managed[key], forgetting=0.9 ** (1 / 100))
+    sums = sums_of(planner, 1)
+
+    def look(error: float, octaves: float) -> float:
+        row = {n: v * (error if ":error" in n else 1) for n, v in sums[0].items()}
+        row["exp_avg:scale"] = octaves * row["count"]
+        planner.look({0: row})
+        return planner.measured[key].errors[4]
+
+    for _ in range(CALIBRATIONS + 1):
+        start = look(1.0, 0.0)
+    fallen = look(0.5, 0.5)
+    assert fallen == pytest.approx(0.9 * start)
+    assert look(0.2, -0.6) == pytest.approx(fallen)  # 1.1 octaves
+    assert look(0.2, -0.6) == pytest.approx(0.9 * fallen)
+    assert look(2.0, 3.0) > 0.9 * fallen  # a rise is
 
 
 def test_one_rung_at_a_time_after_a_wait_and_alarms_at_once() -> None:

@@ -17,6 +17,7 @@ from stq_compile.planner.selection import (
     GUARANTEE,
     IDENTITY,
     LIMIT,
+    REACH,
     Calibration,
     calibrate,
     objective,
@@ -194,9 +195,20 @@ def test_a_linear_relation_is_recovered() -> None:
     assert found.certificate is not None
     assert found.certificate.r_squared > 0.99
     assert found.ridge == 1e-4
-    for row, wanted in zip(X[:20], y[:20], strict=True):
+    near = np.abs((X - X.mean(0)) / X.std(0)).max(1) < REACH
+    for row, wanted in zip(X[near][:20], y[near][:20], strict=True):
         factors = dict(zip(names(6), row.tolist(), strict=True))
         assert found.correct(factors) == pytest.approx(wanted, abs=0.05)
+
+
+def test_a_factor_far_from_what_was_seen_counts_as_the_border_of_it() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(500, 1)) * 3 + 5
+    found = calibrate(X, 0.1 * X[:, 0], ["a"], 1)
+    mean, deviation = X.mean(), X.std()
+    border, far = (found.correct({"a": mean + x * deviation}) for x in (REACH, 9 * REACH))
+    assert far == border
+    assert border > found.correct({"a": mean + 0.9 * REACH * deviation})
 
 
 def test_noise_is_not_followed() -> None:

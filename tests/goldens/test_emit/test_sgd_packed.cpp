@@ -25,69 +25,72 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   if constexpr (tail) std::memcpy(param_0_tail, row.param_0 + first * stq::kBlock, count * 4);
   float grad_0_tail[tail ? stq::kBlock : 1] = {};
   if constexpr (tail) std::memcpy(grad_0_tail, row.grad_0 + first * stq::kBlock, count * 4);
+  stq::f32v mul_tensor_table[size];
   stq::f32v add_tensor[size][stq::kPlanes];
-  stq::i32v momentum_buffer_0_new_valid[size][stq::kPlanes];
-  int momentum_buffer_0_new_absmax[size];
+  stq::i32b momentum_buffer_0_new_absmax{};
+  const stq::i32b momentum_buffer_0_word = stq::load_words(row.momentum_buffer_0_scales + first, blocks, 1);  // momentum_buffer_0
+  const stq::i32b momentum_buffer_0_shift_left = momentum_buffer_0_word << 16;  // momentum_buffer_0
+  const stq::f32b momentum_buffer_0_from_bits = stq::from_bits(momentum_buffer_0_shift_left);  // momentum_buffer_0
+  for (int j = 0; j < blocks; ++j) {
+    const int64_t index = first + j;
+    const stq::i32v code_of_4_bits = stq::iota() & 15;  // momentum_buffer_0
+    const stq::i32v momentum_buffer_0_int_sub_table = code_of_4_bits - 7;  // momentum_buffer_0
+    const stq::f32v momentum_buffer_0_to_float_table = stq::to_float(momentum_buffer_0_int_sub_table);  // momentum_buffer_0
+    const stq::f32v momentum_buffer_0_abs_table = stq::abs(momentum_buffer_0_to_float_table);  // momentum_buffer_0
+    const stq::f32v momentum_buffer_0_sub_table = 14.0f - momentum_buffer_0_abs_table;  // momentum_buffer_0
+    const stq::f32v momentum_buffer_0_div_table = momentum_buffer_0_to_float_table / momentum_buffer_0_sub_table;  // momentum_buffer_0
+    const stq::f32v momentum_buffer_0_table = momentum_buffer_0_div_table * momentum_buffer_0_from_bits[j];  // momentum_buffer_0
+    mul_tensor_table[j] = momentum_buffer_0_table * 0.9f;  // mul_tensor
+  }
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     float* param_0 = tail ? param_0_tail : row.param_0 + index * stq::kBlock;
     float* grad_0 = tail ? grad_0_tail : row.grad_0 + index * stq::kBlock;
     uint8_t* momentum_buffer_0_codes = row.momentum_buffer_0_codes + index * 64;
-    const stq::i32v iota = stq::iota();
-    const int momentum_buffer_0_word = row.momentum_buffer_0_scales[index];  // momentum_buffer_0
-    const stq::i32v momentum_buffer_0_int_sub_table = stq::iota() - 7;  // momentum_buffer_0
-    const stq::f32v momentum_buffer_0_to_float_table = stq::to_float(momentum_buffer_0_int_sub_table);  // momentum_buffer_0
-    const stq::f32v momentum_buffer_0_abs_table = stq::abs(momentum_buffer_0_to_float_table);  // momentum_buffer_0
-    const stq::f32v momentum_buffer_0_sub_table = 14.0f - momentum_buffer_0_abs_table;  // momentum_buffer_0
-    const stq::f32v momentum_buffer_0_div_table = momentum_buffer_0_to_float_table / momentum_buffer_0_sub_table;  // momentum_buffer_0
-    const int momentum_buffer_0_shift_left = momentum_buffer_0_word << 16;  // momentum_buffer_0
-    const float momentum_buffer_0_from_bits = stq::from_bits(momentum_buffer_0_shift_left);  // momentum_buffer_0
-    const stq::f32v momentum_buffer_0_table = momentum_buffer_0_div_table * momentum_buffer_0_from_bits;  // momentum_buffer_0
-    const stq::f32v mul_tensor_table = momentum_buffer_0_table * 0.9f;  // mul_tensor
+    const stq::Nibbles momentum_buffer_0_codes_nibbles = stq::nibbles<4>(momentum_buffer_0_codes);
     stq::i32v momentum_buffer_0_new_absmax_lanes{};
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
       const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param_0  param
       const stq::f32v grad_0_1 = stq::load(grad_0 + p * stq::kLanes);  // grad_0  grad
-      const stq::i32v momentum_buffer_0_code = stq::unpack<4>(momentum_buffer_0_codes, p);  // momentum_buffer_0
-      const stq::f32v mul_tensor = stq::lookup(mul_tensor_table, momentum_buffer_0_code);  // mul_tensor
+      const stq::i32v momentum_buffer_0_code = stq::index(momentum_buffer_0_codes_nibbles, p);  // momentum_buffer_0
+      const stq::f32v mul_tensor = stq::lookup(mul_tensor_table[j], momentum_buffer_0_code);  // mul_tensor
       add_tensor[j][p] = mul_tensor + grad_0_1;  // add_tensor
       const stq::f32v mul_tensor_1 = add_tensor[j][p] * 0.01f;  // mul_tensor_1
       const stq::f32v sub_tensor = param_0_1 - mul_tensor_1;  // sub_tensor
-      momentum_buffer_0_new_valid[j][p] = tail ? stq::valid(p, count) : stq::all(true);  // momentum_buffer_0_new
       const stq::i32v momentum_buffer_0_new_bits_of = stq::bits_of(add_tensor[j][p]);  // momentum_buffer_0_new
       const stq::i32v momentum_buffer_0_new_int_and = momentum_buffer_0_new_bits_of & 2147483647;  // momentum_buffer_0_new
-      const stq::i32v momentum_buffer_0_new_int_select = stq::select(momentum_buffer_0_new_valid[j][p], momentum_buffer_0_new_int_and, stq::all(0));  // momentum_buffer_0_new
+      const stq::i32v momentum_buffer_0_new_int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), momentum_buffer_0_new_int_and, stq::all(0));  // momentum_buffer_0_new
       momentum_buffer_0_new_absmax_lanes = stq::max(momentum_buffer_0_new_absmax_lanes, momentum_buffer_0_new_int_select);  // momentum_buffer_0_new
       stq::store(param_0 + p * stq::kLanes, sub_tensor);  // -> param_0
     }
     momentum_buffer_0_new_absmax[j] = stq::max_lanes(momentum_buffer_0_new_absmax_lanes);  // momentum_buffer_0_new
   }
+  const stq::i32b momentum_buffer_0_new_int_add = momentum_buffer_0_new_absmax + 65535;  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_shift_right = momentum_buffer_0_new_int_add >> 16;  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_max = stq::max(momentum_buffer_0_new_shift_right, stq::each(128));  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_min = stq::min(momentum_buffer_0_new_int_max, stq::each(32639));  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_eq = momentum_buffer_0_new_absmax == 0;  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_select_1 = stq::select(momentum_buffer_0_new_int_eq, stq::each(0), momentum_buffer_0_new_int_min);  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_lt = 2139095040 < momentum_buffer_0_new_absmax;  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_select_2 = stq::select(momentum_buffer_0_new_int_lt, stq::each(32704), stq::each(32640));  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_lt_1 = momentum_buffer_0_new_absmax < 2139095040;  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_int_select_3 = stq::select(momentum_buffer_0_new_int_lt_1, momentum_buffer_0_new_int_select_1, momentum_buffer_0_new_int_select_2);  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_shift_left = momentum_buffer_0_new_int_select_3 << 16;  // momentum_buffer_0_new
+  const stq::f32b momentum_buffer_0_new_from_bits = stq::from_bits(momentum_buffer_0_new_shift_left);  // momentum_buffer_0_new
+  const stq::i32b momentum_buffer_0_new_gt = momentum_buffer_0_new_from_bits > 0.0f;  // momentum_buffer_0_new
+  const stq::f32b momentum_buffer_0_new_div = 1.0f / momentum_buffer_0_new_from_bits;  // momentum_buffer_0_new
+  const stq::f32b momentum_buffer_0_new_select = stq::select(momentum_buffer_0_new_gt, momentum_buffer_0_new_div, stq::each(0.0f));  // momentum_buffer_0_new
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     uint8_t* momentum_buffer_0_codes = row.momentum_buffer_0_codes + index * 64;
-    const stq::BlockKey momentum_buffer_0_key = stq::block_key(row.momentum_buffer_0_key, step, row.first_block + index);
-    const int momentum_buffer_0_new_int_add = momentum_buffer_0_new_absmax[j] + 65535;  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_shift_right = momentum_buffer_0_new_int_add >> 16;  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_int_max = stq::max(momentum_buffer_0_new_shift_right, 128);  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_int_min = stq::min(momentum_buffer_0_new_int_max, 32639);  // momentum_buffer_0_new
-    const bool momentum_buffer_0_new_int_eq = momentum_buffer_0_new_absmax[j] == 0;  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_int_select_1 = stq::select(momentum_buffer_0_new_int_eq, 0, momentum_buffer_0_new_int_min);  // momentum_buffer_0_new
-    const bool momentum_buffer_0_new_int_lt = 2139095040 < momentum_buffer_0_new_absmax[j];  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_int_select_2 = stq::select(momentum_buffer_0_new_int_lt, 32704, 32640);  // momentum_buffer_0_new
-    const bool momentum_buffer_0_new_int_lt_1 = momentum_buffer_0_new_absmax[j] < 2139095040;  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_int_select_3 = stq::select(momentum_buffer_0_new_int_lt_1, momentum_buffer_0_new_int_select_1, momentum_buffer_0_new_int_select_2);  // momentum_buffer_0_new
-    const int momentum_buffer_0_new_shift_left = momentum_buffer_0_new_int_select_3 << 16;  // momentum_buffer_0_new
-    const float momentum_buffer_0_new_from_bits = stq::from_bits(momentum_buffer_0_new_shift_left);  // momentum_buffer_0_new
-    const bool momentum_buffer_0_new_gt = momentum_buffer_0_new_from_bits > 0.0f;  // momentum_buffer_0_new
-    const float momentum_buffer_0_new_div = 1.0f / momentum_buffer_0_new_from_bits;  // momentum_buffer_0_new
-    const float momentum_buffer_0_new_select = stq::select(momentum_buffer_0_new_gt, momentum_buffer_0_new_div, 0.0f);  // momentum_buffer_0_new
+    stq::BlockKey momentum_buffer_0_key = stq::block_key(row.momentum_buffer_0_key, step, row.first_block + index);
     stq::i32v getitem[stq::kPlanes];
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v momentum_buffer_0_new_momentum_buffer_0_key = stq::random24(momentum_buffer_0_key, p);  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_momentum_buffer_0_key = stq::random24(momentum_buffer_0_key);  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_abs = stq::abs(add_tensor[j][p]);  // momentum_buffer_0_new
-      const stq::f32v momentum_buffer_0_new_mul = momentum_buffer_0_new_abs * momentum_buffer_0_new_select;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_mul = momentum_buffer_0_new_abs * momentum_buffer_0_new_select[j];  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_min = stq::min(momentum_buffer_0_new_mul, stq::all(1.0f));  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_add = momentum_buffer_0_new_min + 1.0f;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul_1 = momentum_buffer_0_new_min * 14.0f;  // momentum_buffer_0_new
@@ -104,10 +107,10 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v momentum_buffer_0_new_copysign = stq::copysign(momentum_buffer_0_new_select_1, add_tensor[j][p]);  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_add_2 = momentum_buffer_0_new_copysign + 7.0f;  // momentum_buffer_0_new
       const stq::i32v momentum_buffer_0_new_to_int = stq::to_int(momentum_buffer_0_new_add_2);  // momentum_buffer_0_new
-      getitem[p] = stq::select(momentum_buffer_0_new_valid[j][p], momentum_buffer_0_new_to_int, stq::all(0));  // momentum_buffer_0_new
+      getitem[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), momentum_buffer_0_new_to_int, stq::all(0));  // momentum_buffer_0_new
     }
     stq::pack<4>(momentum_buffer_0_codes, getitem);  // -> momentum_buffer_0_codes
-    row.momentum_buffer_0_scales[index] = static_cast<uint16_t>(momentum_buffer_0_new_int_select_3);  // -> momentum_buffer_0_scales
+    row.momentum_buffer_0_scales[index] = static_cast<uint16_t>(momentum_buffer_0_new_int_select_3[j]);  // -> momentum_buffer_0_scales
   }
   if constexpr (tail) std::memcpy(row.param_0 + first * stq::kBlock, param_0_tail, count * 4);
 }

@@ -1,0 +1,90 @@
+"""Compiled kernels on disk, so that the next process starts warm.
+
+A kernel is machine code that gets loaded into the process, so the folder belongs to the user alone
+(mode 0700, checked each time), and a file is loaded only if its hash is the one that was noted when
+it was built. A damaged file is built again. Files appear under their final names complete, so that
+any number of processes may share the folder without locks.
+
+The folder is ``$STQ_CACHE_DIR``, else ``stq_compile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. If it
+cannot be used, kernels are built in a folder of this process alone, with a warning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from stq_compile.errors import KernelCacheWarning
+
+VARIABLE = "STQ_CACHE_DIR"
+
+
+def folder() -> Path:
+    """The folder of this user, made and checked."""
+    chosen = os.environ.get(VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return _checked(Path(chosen) if chosen else Path(base) / "stq_compile")
+
+
+@lru_cache(maxsize=8)
+def _checked(path: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = _unsafe(path)
+        if not reason:
+            with tempfile.TemporaryFile(dir=path):  # it can be written
+                return path
+    except OSError as error:
+        reason = str(error)
+    private = tempfile.mkdtemp(prefix="stq_compile_")  # mode 0700
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    warnings.warn(KernelCacheWarning(folder=path, reason=reason, variable=VARIABLE), stacklevel=2)
+    return Path(private)
+
+
+def _unsafe(path: Path) -> str:
+    """Why kernels must not be loaded from a folder; empty if they may."""
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is not a folder"
+    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        return "it belongs to another user"
+    if found.st_mode & 0o077:
+        path.chmod(0o700)
+    return ""
+
+
+def find(key: str) -> Path | None:
+    """The library that was kept under a key, if it is whole."""
+    library, noted = _paths(folder(), key)
+    try:
+        if noted.read_text() == _digest(library.read_bytes()):
+            return library
+    except (OSError, UnicodeDecodeError):
+        pass
+    return None
+
+
+def keep(key: str, built: Path) -> Path:
+    """Keep a library that was just built in `folder`, and its hash."""
+    library, noted = _paths(folder(), key)
+    digest = built.with_suffix(".sha256")
+    digest.write_text(_digest(built.read_bytes()))
+    os.replace(built, library)
+    os.replace(digest, noted)
+    return library
+
+
+def _paths(root: Path, key: str) -> tuple[Path, Path]:
+    return root / f"{key}.so", root / f"{key}.sha256"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

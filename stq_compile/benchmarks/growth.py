@@ -1,0 +1,75 @@
+"""How the cost of a packed step grows: with parameters, with tensors, with threads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stq_compile.benchmarks.contenders import Contender
+from stq_compile.benchmarks.measure import WARM_UP, compare, parameters
+
+WIDTH = 4096
+PARAMETERS = (1_000_000, 10_000_000, 100_000_000, 500_000_000)
+TENSORS = (10, 100, 1000, 2000)
+SMALL = 4096
+"""Elements of a tensor where tensors are counted: next to no arithmetic."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """``size`` parameters, tensors or threads, and what a step costs there."""
+
+    size: int
+    value: float
+
+
+def by_parameters(contender: Contender, most: int, rounds: int) -> list[Point]:
+    """Nanoseconds per parameter."""
+    found = []
+    for size in (s for s in PARAMETERS if s <= most):
+        shapes = [(max(1, size // WIDTH), WIDTH)]
+        (timing,) = compare(shapes, [contender], rounds=rounds)
+        found.append(Point(size, timing.ns))
+    return found
+
+
+def by_tensors(contender: Contender, most: int, rounds: int) -> list[Point]:
+    """Microseconds per tensor of 4,096 elements beyond what the elements cost, from the slope
+    between each size and the smallest."""
+    import time
+
+    totals = []
+    for count in (t for t in TENSORS if t <= most):
+        step, _ = contender.make(parameters([(SMALL,)] * count))
+        for _ in range(WARM_UP):
+            step()
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        totals.append(Point(count, statistics.median(times) * 1e6))
+    return [
+        Point(p.size, (p.value - totals[0].value) / (p.size - totals[0].size)) for p in totals[1:]
+    ]
+
+
+def by_threads(
+    shapes: Sequence[Sequence[int]],
+    make: Callable[[], Sequence[Contender]],
+    threads: Sequence[int],
+    rounds: int,
+) -> dict[int, list[float]]:
+    """Nanoseconds per parameter of each contender by number of threads."""
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            found[count] = [t.ns for t in compare(shapes, make(), rounds=rounds)]
+    finally:
+        torch.set_num_threads(before)
+    return found
