@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from stq_compile import api
 
 Step = Callable[[], Any]
 Make = Callable[[list[Parameter]], tuple[Step, Callable[[], int]]]
@@ -107,22 +110,18 @@ def _packed(
     options: dict[str, Any],
     params: list[Parameter],
 ) -> tuple[Step, Callable[[], int]]:
-    from stq_compile import api
-
     optimizer = api.compile(cls(params, **arguments), **options)
     return optimizer.step, lambda: api.report(optimizer).state_bytes
 
 
 def _bitsandbytes(lr: float, params: list[Parameter]) -> tuple[Step, Callable[[], int]]:
-    import bitsandbytes
-
-    optimizer = bitsandbytes.optim.AdamW8bit(params, lr=lr)
+    optim: Any = importlib.import_module("bitsandbytes.optim")
+    optimizer = optim.AdamW8bit(params, lr=lr)
     return optimizer.step, partial(state_bytes, optimizer)
 
 
 def _torchao(name: str, lr: float, params: list[Parameter]) -> tuple[Step, Callable[[], int]]:
-    from torchao import optim
-
+    optim: Any = importlib.import_module("torchao.optim")
     optimizer = getattr(optim, name)(params, lr=lr)
     return optimizer.step, partial(state_bytes, optimizer)
 
