@@ -110,7 +110,10 @@ UNDEFINED = (
     aten.new_empty.default,
     aten.new_empty_strided.default,
 )
-OVERWRITE = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
+OVERWRITE = (
+    *(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default),
+    *(aten.fill.Scalar, aten.zero.default, aten.copy.default),
+)
 """Factories of undefined values, and operators that ask them for nothing but their geometry."""
 
 COPY = torch.ops.aten.copy_.default
@@ -161,7 +164,8 @@ def _functionalize(
         decomposition_table=decompositions,
         _allow_non_fake_inputs=True,
     )(*inputs)
-    made = _collect_writes(unit, traced.graph, fold_constants(traced))
+    constants = fold_constants(traced)
+    made = _collect_writes(unit, traced.graph, constants, numbers=bool(decompositions))
     for node in made.calls:
         if node.target in UNDEFINED and any(u.target not in OVERWRITE for u in node.users):
             raise UnsupportedOperatorError(
@@ -252,17 +256,17 @@ def fold_constants(module: fx.GraphModule) -> dict[fx.Node, Tensor]:
     return known
 
 
-def _literal(graph: fx.Graph, value: Any) -> Any:
-    """A constant as an argument: a number if it has no dimension."""
+def _literal(graph: fx.Graph, value: Any, numbers: bool) -> Any:
+    """A constant as an argument; with ``numbers``, as a number if it has no dimension."""
     if not isinstance(value, Tensor):
         return value
-    if value.ndim == 0:
+    if value.ndim == 0 and numbers:
         return value.item()
     return graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype})
 
 
 def _collect_writes(
-    unit: StepGraph, traced: fx.Graph, constants: dict[fx.Node, Tensor]
+    unit: StepGraph, traced: fx.Graph, constants: dict[fx.Node, Tensor], numbers: bool
 ) -> StepGraph:
     """Turn the trailing ``copy_`` into inputs, as functionalization leaves them, into outputs."""
     graph = fx.Graph()
@@ -276,7 +280,7 @@ def _collect_writes(
             env[node] = graph.placeholder(original.name)
             env[node].meta = {**node.meta, "example": original.meta["example"]}
         elif node in constants:
-            env[node] = _literal(graph, constants[node])
+            env[node] = _literal(graph, constants[node], numbers)
         elif node.target is COPY and node.args[0].op == "placeholder":
             written[env[node.args[0]].name] = env[node.args[1]]
             env[node] = env[node.args[1]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stq_compile.step_graph import Program, verify
+
+LOG = logging.getLogger(__name__)
 
 PassFunction = Callable[[Program], Program]
 
@@ -44,19 +47,32 @@ def run_passes(
     """
     if stop_after is not None and stop_after not in [p.name for p in passes]:
         raise ValueError(f"no pass {stop_after!r}; the passes are {[p.name for p in passes]}")
-    stages = [Stage("input", program, 0.0)]
-    _dump(stages[0], dump, first)
-    verify(program, "input")
-    for step in passes:
-        start = time.perf_counter()
-        program = step.run(program)
-        seconds = time.perf_counter() - start
-        stages.append(Stage(step.name, program, seconds))
-        _dump(stages[-1], dump, first + len(stages) - 1)
-        verify(program, step.name)
-        if step.name == stop_after:
+    stages = []
+    for stage in iter_passes(program, passes, dump=dump, first=first):
+        stages.append(stage)
+        if stage.name == stop_after:
             break
     return stages
+
+
+def iter_passes(
+    program: Program, passes: Sequence[Pass], *, dump: Path | None = None, first: int = 0
+) -> Iterator[Stage]:
+    """The stages of `run_passes`, each as soon as it is verified."""
+    _dump(Stage("input", program, 0.0), dump, first)
+    verify(program, "input")
+    yield Stage("input", program, 0.0)
+    for number, step in enumerate(passes, first + 1):
+        start = time.perf_counter()
+        program = step.run(program)
+        stage = Stage(step.name, program, time.perf_counter() - start)
+        _dump(stage, dump, number)
+        verify(program, step.name)
+        LOG.debug(
+            "pass %s: %d graphs, %d nodes, %.1f ms",
+            stage.name, len(program.units), program.nodes, 1e3 * stage.seconds,
+        )  # fmt: skip
+        yield stage
 
 
 def _dump(stage: Stage, folder: Path | None, number: int) -> None:

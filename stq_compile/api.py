@@ -38,9 +38,9 @@ from stq_compile.errors import (
 )
 from stq_compile.options import Options
 from stq_compile.planner.history import History
-from stq_compile.report import Report, make_report
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.shards import local
+from stq_compile.state_report import Report, make_report
 from stq_compile.symbolic_math import symbolic_math
 
 REFUSED_OPTIONS = {
@@ -92,7 +92,7 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     name = type(optimizer).__name__
     if session_of(optimizer) is not None:
         raise AlreadyCompiledError(optimizer=name)
-    reason = _refusal(optimizer)
+    reason = refusal(optimizer)
     if reason:
         raise UnsupportedOptimizerError(optimizer=name, reason=reason)
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
@@ -102,7 +102,7 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     return optimizer
 
 
-def _refusal(optimizer: Optimizer) -> str:
+def refusal(optimizer: Optimizer) -> str:
     """Why an optimizer cannot be compiled at all; empty if it may be."""
     for refused, reason in REFUSED.items():
         if isinstance(optimizer, refused):
@@ -141,6 +141,20 @@ def history(optimizer: Optimizer) -> History:
     return History() if session.planner is None else session.planner.history
 
 
+def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
+    """Note the loss of the last step, for the report of the run (`Report.save`, ``record``).
+
+    A closure's loss is noted by itself.
+
+    Raises:
+        NotCompiledError: the optimizer is not compiled.
+    """
+    session = session_of(optimizer)
+    if session is None:
+        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    session.recording.loss(session.steps, float(loss))
+
+
 def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str, Any]:
     """The optimizer's state dict, packed (as ``optimizer.state_dict()``) or in float32.
 
@@ -168,7 +182,7 @@ class _Driver:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.closure_first = calls_closure_first(_raw_step(type(session.optimizer)))
+        self.closure_first = calls_closure_first(raw_step(type(session.optimizer)))
         self.for_good = False  # whether no step is compiled any more
         self.code: types.CodeType | None = None
         self.inner = self._compiled()
@@ -177,7 +191,7 @@ class _Driver:
         """The optimizer's step under Dynamo, with nothing captured yet."""
         if self.code is not None:
             reset_code(self.code)  # Dynamo lets go of what it captured, and so of its states
-        step = _own_code(_raw_step(type(self.session.optimizer)))
+        step = own_code(raw_step(type(self.session.optimizer)))
         self.code = step.__code__
         return torch.compile(step, backend=self._backend, fullgraph=True)
 
@@ -227,6 +241,8 @@ class _Driver:
         with torch.enable_grad():
             loss = arguments[0]()
         self.run(optimizer)
+        if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+            self.session.recording.loss(self.session.steps, float(loss))
         return loss
 
     def _eagerly(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -240,6 +256,7 @@ class _Driver:
             return self._eagerly(optimizer)
         if session.loaded:
             session.pack_loaded()
+            session.compiled_at.clear()  # captures that are due to loading say nothing of the step
             self.inner = self._compiled()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
@@ -250,17 +267,31 @@ class _Driver:
         except Exception as error:
             for param in born if session.steps == before else ():  # else the step was made
                 del optimizer.state[param]
-            translated = _translated(error, type(optimizer).__name__)
+            known = translated(error, type(optimizer).__name__)
             sharded = any(local(p) is not p for p in session.params())
-            if session.steps == before and isinstance(translated, RUN_EAGERLY) and not sharded:
-                announce(session, translated)
-                self.for_good = not isinstance(translated, TooManyGraphsError)
-                return self._eagerly(optimizer)
+            if session.steps == before and isinstance(known, RUN_EAGERLY) and not sharded:
+                return self._fall_back(optimizer, known)
             if session.compiles == 0:
                 self._uninstall(optimizer)
-            if translated is None:
+            if known is None:
                 raise
-            raise translated from error
+            raise known from error
+
+    def _fall_back(self, optimizer: Optimizer, reason: StqError) -> Any:
+        """Run this step eagerly, and all later ones but after a mere excess of graphs.
+
+        If that fails as well, the mistake is in what the step was given, and the next one may be
+        compiled again.
+        """
+        before = self.session.eager_reason
+        announce(self.session, reason)
+        try:
+            result = self._eagerly(optimizer)
+        except BaseException:
+            self.session.eager_reason = before
+            raise
+        self.for_good = not isinstance(reason, TooManyGraphsError)
+        return result
 
     def _captured(self, optimizer: Optimizer) -> Any:
         """Run the step; capture afresh where the old capture cannot serve."""
@@ -286,7 +317,7 @@ class _Driver:
         close_session(optimizer)
 
 
-def _translated(error: BaseException, optimizer: str) -> StqError | None:
+def translated(error: BaseException, optimizer: str) -> StqError | None:
     """Our own error out of Dynamo's wrapping; a graph break as an error of ours."""
     cause: BaseException | None = error
     while cause is not None:
@@ -297,19 +328,20 @@ def _translated(error: BaseException, optimizer: str) -> StqError | None:
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     if isinstance(error, dynamo_exc.BackendCompilerFailed):
         inner = error.inner_exception
-        return InternalError(optimizer=optimizer, reason=f"{type(inner).__name__}: {inner}")
+        reason = f"{type(inner).__name__}: {inner}"
+        return InternalError(optimizer=optimizer, reason=reason, repro="")
     if isinstance(error, dynamo_exc.TorchDynamoException):
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     return None
 
 
-def _raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
+def raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
     """``cls.step`` without torch's profiling and gradient-mode wrappers."""
     step: Callable[..., Any] = inspect.unwrap(cls.step)
     return step
 
 
-def _own_code(function: Callable[..., Any]) -> types.FunctionType:
+def own_code(function: Callable[..., Any]) -> types.FunctionType:
     """A copy with a code object of its own, under a name of its own.
 
     Dynamo's cache and its recompile limit belong to a code object, and what it remembers of inputs

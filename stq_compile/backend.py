@@ -26,6 +26,7 @@ def session_of(optimizer: Optimizer) -> Session | None:
 def open_session(optimizer: Optimizer, options: Options) -> Session:
     """Make and register the session of an optimizer."""
     session = Session(optimizer, options)
+    session.recording.open()
     _register(session)
     return session
 
@@ -60,6 +61,7 @@ def stq(
     session = _SESSIONS.get(optimizer)
     if session is None:
         session = Session(optimizer, Options.from_dict(options or {}))
+        session.recording.open()
     compiled = session.compile(gm)
     if optimizer not in _SESSIONS:
         _register(session)

@@ -8,6 +8,7 @@ by looking an object up among the optimizer's own, by identity.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +56,14 @@ def param_sources(optimizer: Optimizer) -> dict[int, Source]:
     return sources
 
 
-def capture(gm: fx.GraphModule, optimizer: Optimizer) -> Captured:
-    """Turn Dynamo's graph of ``optimizer.step`` into a program of one step graph."""
-    known = _known_tensors(optimizer)
+def capture(
+    gm: fx.GraphModule, optimizer: Optimizer, sources: Mapping[int, Source] | None = None
+) -> Captured:
+    """Turn Dynamo's graph of ``optimizer.step`` into a program of one step graph.
+
+    ``sources`` number the parameters as `param_sources` does, where the optimizer has only some.
+    """
+    known = _known_tensors(optimizer, sources or param_sources(optimizer))
     name = type(optimizer).__name__
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -152,9 +158,10 @@ def _attribute(gm: fx.GraphModule, target: str) -> Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _known_tensors(optimizer: Optimizer) -> dict[int, tuple[Role, Source]]:
+def _known_tensors(
+    optimizer: Optimizer, sources: Mapping[int, Source]
+) -> dict[int, tuple[Role, Source]]:
     known: dict[int, tuple[Role, Source]] = {}
-    sources = param_sources(optimizer)
     for g, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             known[id(param)] = (Role.PARAM, sources[id(param)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +25,8 @@ from stq_compile.compiler import (
     generate_measuring,
     measuring_program,
 )
+from stq_compile.dump import Dump
+from stq_compile.failures import reporting_defects
 from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
@@ -61,11 +62,12 @@ class Owner(Protocol):
     """What a step needs of the session that it belongs to."""
 
     options: Options
-    dump: Path | None
+    dump: Dump
     seed: int
     steps: int
     compiles: int
     info: dict[StateKey, StateInfo]
+    plan: dict[StateKey, int]
     planner: Planner | None
     look_bytes: int
 
@@ -110,7 +112,13 @@ class CompiledStep:
     def generate(self) -> Generated:
         """Compile kernels for the widths in force; changes nothing."""
         session = self.session
-        return generate(self.program, session.format_of, session.options.rounding, session.dump)
+        with reporting_defects(session, self.front[0].program):
+            return generate(
+                self.program,
+                session.format_of,
+                session.options.rounding,
+                session.dump.folder("generate"),
+            )
 
     def conversions(self) -> list[Conversion]:
         """The changes of format that `adopt` will make, at the widths in force."""
@@ -291,10 +299,8 @@ class CompiledStep:
         session, planner = self.session, self.session.planner
         assert planner is not None
         if self.measuring is None:
-            if self.measured is None:  # it depends on no format: traced once
-                rounding = session.options.rounding
-                self.measured = measuring_program(self.planned_program, rounding, session.dump)
-            units = generate_measuring(self.measured, session.format_of, session.dump).units
+            with reporting_defects(session, self.front[0].program):
+                units = self._measuring_units()
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
         sums: Sums = {}
         for bucket in self.measuring:
@@ -310,6 +316,15 @@ class CompiledStep:
             planner.look(finite)
             if calibrating:
                 planner.observe(perturbations(finite))
+
+    def _measuring_units(self) -> list[Unit]:
+        session = self.session
+        if self.measured is None:  # it depends on no format: traced once
+            rounding = session.options.rounding
+            folder = session.dump.folder("measure")
+            self.measured = measuring_program(self.planned_program, rounding, folder)
+        folder = session.dump.folder("generate_measuring")
+        return generate_measuring(self.measured, session.format_of, folder).units
 
     def _measure_directly(self, args: Sequence[Any], look: int) -> Sums:
         """Measure on samples; they are too small for a second thread to gain anything."""

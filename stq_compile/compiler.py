@@ -85,8 +85,7 @@ def measuring_program(program: Program, rounding: Rounding, dump: Path | None = 
     """The graphs that measure every template, before formats."""
     passes = (Pass("measure", partial(measure, rounding=rounding)),)
     fused = tuple(unit for unit in program.units if not unit.unfused)
-    program = Program(program.optimizer, fused)
-    return run_passes(program, passes, dump=dump, first=len(FRONT) + 1)[-1].program
+    return run_passes(Program(program.optimizer, fused), passes, dump=dump)[-1].program
 
 
 def generate_measuring(
@@ -100,9 +99,12 @@ def generate_measuring(
 
 
 def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:
-    stages = run_passes(program, passes, dump=dump, first=len(FRONT) + 1)
+    stages = run_passes(program, passes, dump=dump)
     graphs = [unit for unit in stages[-1].program.units if not unit.unfused]
     kernels = [lower_kernel(graph) for graph in graphs]
+    if dump is not None:
+        for kernel in kernels:
+            (dump / f"{kernel.name}.cpp").write_text(emit(kernel))
     compiled = compile_kernels(kernels)
     units = [Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)]
     return Generated(stages, units)

@@ -164,8 +164,12 @@ class TooManyGraphsError(StqError):
 class InternalError(StqError):
     message = (
         "{optimizer}: the compiler failed: {reason}\n"
-        "The optimizer is left as it was. This is a defect of stq_compile; please report it."
+        "The optimizer is left as it was. This is a defect of stq_compile; please report it{repro}"
     )
+
+
+class RunFileError(StqError):
+    message = "{file}, line {line}: {reason}; a run file is what stq.report(optimizer).save wrote"
 
 
 class TracingError(StqError):

@@ -2,54 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from stq_compile.codegen.cpp.emit import emit as emit_cpp
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.codegen.target import CPU, Target
-from stq_compile.codegen.triton.emit import emit
+from stq_compile.codegen.triton.emit import emit as emit_triton
 from stq_compile.codegen.triton.report import static_report
-from stq_compile.compiled_step import CompiledStep
-from stq_compile.compiler import Unit, lower_kernel
+from stq_compile.compiler import lower_kernel
+from stq_compile.step_graph import StepGraph
 
 
-def kernel_rows(step: CompiledStep, target: Target = CPU) -> list[dict[str, Any]]:
-    """One row per kernel; what only a GPU's compiler knows is None for the CPU."""
-    templates = [unit.name for unit in step.program.units]
-    rows = []
-    for bucket in step.buckets:
-        template = _template_of(bucket.unit, templates)
-        if target.is_gpu:
-            row = _gpu_row(bucket.unit, template, target)
-        else:
-            row = _cpu_row(bucket.unit, template)
-        rows.append({**row, "tensors": len(bucket.instances)})
-    return rows
+def kernel_row(graph: StepGraph, target: Target = CPU) -> dict[str, Any]:
+    """The kernel of a quantized unit; what only a GPU's compiler knows is None for the CPU."""
+    row = _gpu_row(graph, target) if target.is_gpu else _cpu_row(graph)
+    return {**row, "tensors": len(graph.instances)}
 
 
-def _cpu_row(unit: Unit, template: str) -> dict[str, Any]:
+def _cpu_row(graph: StepGraph) -> dict[str, Any]:
+    kernel = lower_kernel(graph)
     widths = {
         o.name.removesuffix("_codes"): o.width
-        for o in unit.kernel.operands
+        for o in kernel.operands
         if o.kind in (OperandKind.CODES, OperandKind.HALVES)
     }
     unknown = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "barriers"))
     return {
-        "name": unit.kernel.name,
-        "template": template,
+        "name": kernel.name,
+        "template": template_of(graph),
         "widths": widths,
         "target": CPU.name,
         **unknown,
-        "bytes_per_param": bytes_per_element(unit.kernel),
-        "source": unit.compiled.source,
+        "bytes_per_param": bytes_per_element(kernel),
+        "source": emit_cpp(kernel),
     }
 
 
-def _gpu_row(unit: Unit, template: str, target: Target) -> dict[str, Any]:
-    kernel = lower_kernel(unit.graph, target)
-    return static_report(kernel, emit(kernel), template, target).as_dict()
+def _gpu_row(graph: StepGraph, target: Target) -> dict[str, Any]:
+    kernel = lower_kernel(graph, target)
+    return static_report(kernel, emit_triton(kernel), template_of(graph), target).as_dict()
 
 
-def _template_of(unit: Unit, templates: list[str]) -> str:
+def template_of(graph: StepGraph) -> str:
     """A quantized unit is named after its template, with its formats behind."""
-    return max((t for t in templates if unit.graph.name.startswith(t)), key=len)
+    return re.sub(r"^(template_\d+).*", r"\1", graph.name)

@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from stq_compile.errors import (
@@ -52,6 +53,7 @@ class Options:
     dwell: int = 1
     rungs: int = 1
     alarm: float = 4.0
+    record: str | None = None
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Options:
@@ -63,6 +65,8 @@ class Options:
         values = dict(given)
         if isinstance(values.get("ladder"), list):
             values["ladder"] = tuple(values["ladder"])
+        if isinstance(values.get("record"), Path):
+            values["record"] = str(values["record"])
         if "exclude" in values:
             values["exclude"] = _patterns(values["exclude"])
         options = cls(**values)
@@ -141,6 +145,10 @@ class Options:
         _check_int("interval", self.interval, minimum=1)
         _check_int("min_numel", self.min_numel, minimum=0)
         _check_int("seed", self.seed, minimum=0)
+        if self.record is not None and not (isinstance(self.record, str) and self.record):
+            raise InvalidOptionError(
+                name="record", value=self.record, reason="give the name of a file to write"
+            )
         if self.rounding not in ("stochastic", "nearest"):
             raise InvalidOptionError(
                 name="rounding", value=self.rounding, reason="use 'stochastic' or 'nearest'"

@@ -7,10 +7,11 @@ optimizer as it was.
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -22,11 +23,13 @@ from stq_compile.checks import check_program
 from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
+from stq_compile.dump import Dump
 from stq_compile.errors import (
     InfeasibleBudgetError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
 )
+from stq_compile.failures import reporting_defects
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
@@ -35,9 +38,12 @@ from stq_compile.passes.measure import (
     formats_of,
     measured_states,
     sustained,
+    with_packed_normalizers,
 )
 from stq_compile.planner.planner import Managed, Planner
 from stq_compile.planner.prior import prior_errors
+from stq_compile.reporting.recording import Recording
+from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
 from stq_compile.shards import local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
@@ -51,14 +57,17 @@ runs eagerly, since what changes so often will change again."""
 WEIGHTS_WIDTH = BFLOAT16.width
 """The least width of a state that is a copy of its parameter (`working_set.is_like`)."""
 
+LOG = logging.getLogger(__name__)
+
 
 class Session:
     """Everything that stq_compile keeps for one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, options: Options, dump: Path | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, options: Options) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.options = options
-        self.dump = dump
+        self.dump = Dump(type(optimizer).__name__)
+        self.recording = Recording(options.record)
         self.seed = options.seed
         self.checkpoint_format: Literal["packed", "fp32"] = "packed"
         self.loaded = False
@@ -86,15 +95,17 @@ class Session:
 
     def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
+        start = time.perf_counter()
         captured = capture(gm, self.optimizer)
-        stages = analyse(captured.program, self.dump)
+        with reporting_defects(self, captured.program):
+            stages = analyse(captured.program, self.dump.folder("analyse"))
         program = stages[-1].program
         check_program(program)
         self._check_precision(program)
         step = CompiledStep(self, captured, stages)
         self._find_weights(captured)
         with self._attempt():
-            changes = self._enroll(step.planned_program)
+            changes = self.enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
             self._transition(changes, [*self.compiled, step])
             self.transitions += len(known)
@@ -102,6 +113,14 @@ class Session:
         self.compiled.add(step)
         self.compiles += 1
         self.compiled_at.append(self.steps)
+        LOG.info(
+            "%s: compiled %d templates to %d kernels in %.2f s",
+            captured.program.optimizer,
+            len(program.units),
+            len(step.buckets),
+            time.perf_counter() - start,
+        )
+        self._record()
         return step
 
     @property
@@ -109,6 +128,15 @@ class Session:
         """Whether so many graphs were captured lately that another would only be one more."""
         recent = [step for step in self.compiled_at if step > self.steps - GRAPH_WINDOW]
         return len(recent) >= MOST_GRAPHS
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Losses that were logged, with the number of steps before each."""
+        return self.recording.losses
+
+    def _record(self) -> None:
+        if self.recording.streams:
+            self.recording.update(run_of(self))
 
     def _find_weights(self, captured: Captured) -> None:
         """Of the states not packed yet, find those that are copies of their parameter."""
@@ -137,7 +165,7 @@ class Session:
                 params=", ".join(params[:3]) + (", ..." if len(params) > 3 else ""),
             )
 
-    def _enroll(self, program: Program) -> dict[StateKey, int]:
+    def enroll(self, program: Program) -> dict[StateKey, int]:
         """Let the planner give first widths to the states of a new program.
 
         States that the step is about to create have no key yet and share one width: the widest
@@ -157,6 +185,11 @@ class Session:
                 if width == self.options.ladder[0]:
                     raise
         raise AssertionError("the ladder has no width")
+
+    def plan_first(self, program: Program) -> None:
+        """Give the states of an analysed program the widths that a first step would give them."""
+        seen = with_packed_normalizers(program, self.options.pins_wide)
+        self.plan.update(self.enroll(seen))
 
     def _managed(self, unit: StepGraph) -> Iterator[Managed]:
         """The states of a unit whose width is the planner's to choose."""
@@ -227,7 +260,18 @@ class Session:
         planner = self.planner
         assert planner is not None
         with self._attempt():
-            self.change_widths(planner.decide(self.steps, *self._sizes(planner.managed)))
+            changes = planner.decide(self.steps, *self._sizes(planner.managed))
+            self.change_widths(changes)
+        record = planner.history.records[-1]
+        LOG.info(
+            "%s: step %d, %d changes of width, %.2f true bits, predicted error %.3g",
+            type(self.optimizer).__name__,
+            self.steps,
+            len(changes),
+            record.bits,
+            record.error,
+        )
+        self._record()
 
     def width_of_state(self, source: Source, numel: int) -> int:
         """The width that plan or options give a state of ``numel`` elements, 0 for a 0-dim one."""

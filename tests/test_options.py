@@ -76,6 +76,7 @@ def test_the_defaults() -> None:
         "dwell": 1,
         "rungs": 1,
         "alarm": 4.0,
+        "record": None,
     }
     assert Options().planned
     assert Options().tolerance_or_default == DEFAULT_TOLERANCE

@@ -37,7 +37,8 @@ def test_entry_points_can_be_loaded() -> None:
     for group in (project.get("scripts", {}), *project.get("entry-points", {}).values()):
         for target in group.values():
             module, _, name = target.partition(":")
-            assert callable(getattr(importlib.import_module(module), name)), target
+            found = importlib.import_module(module)
+            assert not name or callable(getattr(found, name)), target
 
 
 def test_headers_are_shipped() -> None:
@@ -45,3 +46,22 @@ def test_headers_are_shipped() -> None:
     for header in (ROOT / "codegen").rglob("*.h"):
         package = ".".join(("stq_compile", *header.parent.relative_to(ROOT).parts))
         assert "*.h" in data[package]
+
+
+def test_what_is_no_code_is_shipped() -> None:
+    data = _pyproject()["tool"]["setuptools"]["package-data"]
+    shipped = {
+        f
+        for package, patterns in data.items()
+        for pattern in patterns
+        for f in (ROOT / package.replace(".", "/").replace("stq_compile/codegen", "codegen")).glob(
+            pattern
+        )
+    }
+    present = {
+        f
+        for folder in ("stq_compile", *MAPPED)
+        for f in (ROOT / folder).rglob("*.*")
+        if f.is_file() and f.suffix not in (".py", ".pyc", ".so")
+    }
+    assert present <= shipped

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from golden import Golden
 from graphs import Sketch, aten, only, program, random_inputs, run, with_sizes
 from stq_compile.errors import InvalidGraphError
 from stq_compile.formats import FORMATS
 from stq_compile.passes.quantize import insert_quantize
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import (
     Instance,
     Operand,
@@ -106,16 +106,16 @@ def test_a_state_key_that_is_no_identifier_prints_as_python() -> None:
     compile(str(packed), "packed", "exec")
 
 
-def test_printed_in_place_graph(golden: Golden) -> None:
-    golden(print_graph(in_place()))
+def test_printed_in_place_graph(stq_golden: Golden) -> None:
+    stq_golden(print_graph(in_place()))
 
 
-def test_printed_template_with_regions(golden: Golden) -> None:
+def test_printed_template_with_regions(stq_golden: Golden) -> None:
     s = Sketch("template_0")
     step, p, g = s.counter(), s.param(), s.grad()
     new = s.call(aten.add.Tensor, step, 1, at="lib/adam.py:3 step_t += 1  # per tensor")
     unit = s.functional({step: new, p: s.call(aten.sub.Tensor, p, g, at="adam.py:5 p -= g")})
-    golden(print_graph(with_sizes(unit, (5, 6, 7)).replace(regions={"add_tensor": "scalar"})))
+    stq_golden(print_graph(with_sizes(unit, (5, 6, 7)).replace(regions={"add_tensor": "scalar"})))
 
 
 def test_programs_print_all_units_and_count_nodes() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from golden import Golden
 from graphs import Sketch, aten, only, program, with_sizes
 from kernels import Rig, compiled, differing, kernel_of, quantized, sgd_math
 from stq_compile.codegen.cpp.build import build
@@ -23,6 +22,7 @@ from stq_compile.codegen.schedule import INLINE
 from stq_compile.errors import KernelBuildError
 from stq_compile.formats import FORMATS, Format
 from stq_compile.passes.functionalize import functionalize
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import StepGraph
 from zoo import sgd
 
@@ -57,16 +57,16 @@ def source(unit: StepGraph, formats: dict[str, Format]) -> str:
 # Whole kernels. Three are enough: elsewhere tests assert structure and numbers. ---------------
 
 
-def test_adamw_float32(golden: Golden) -> None:
-    golden(source(adamw(), {}), ".cpp")
+def test_adamw_float32(stq_golden: Golden) -> None:
+    stq_golden(source(adamw(), {}), ".cpp")
 
 
-def test_adamw_packed(golden: Golden) -> None:
-    golden(source(adamw(), PACKED), ".cpp")
+def test_adamw_packed(stq_golden: Golden) -> None:
+    stq_golden(source(adamw(), PACKED), ".cpp")
 
 
-def test_sgd_packed(golden: Golden) -> None:
-    golden(source(sgd(), MOMENTUM), ".cpp")
+def test_sgd_packed(stq_golden: Golden) -> None:
+    stq_golden(source(sgd(), MOMENTUM), ".cpp")
 
 
 # Determinism. ---------------------------------------------------------------------------------

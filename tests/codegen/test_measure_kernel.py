@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from golden import Golden
 from graphs import only, program, with_sizes
 from kernels import Rig, compiled, differing, kernel_of, quantized, torch_threads
 from stq_compile.codegen.cpp.emit import emit
@@ -26,6 +25,7 @@ from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
 from stq_compile.planner.factors import rounded
+from stq_compile.pytest_plugin import Golden
 from stq_compile.runtime import MeasuringBucket
 from stq_compile.step_graph import Operand, Role, StepGraph
 from zoo import adam, sgd
@@ -281,5 +281,5 @@ def test_emission_is_deterministic_and_does_not_depend_on_the_tensors() -> None:
     assert few == many
 
 
-def test_sgd_measuring(golden: Golden) -> None:
-    golden(emit(kernel_of(quantized(measuring(sgd(), (300,)), MOMENTUM, "nearest"))), ".cpp")
+def test_sgd_measuring(stq_golden: Golden) -> None:
+    stq_golden(emit(kernel_of(quantized(measuring(sgd(), (300,)), MOMENTUM, "nearest"))), ".cpp")

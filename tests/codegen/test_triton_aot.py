@@ -16,7 +16,6 @@ import torch
 from test_emit import PACKED, adamw
 from test_triton_emit import with_dtype
 
-from golden import Golden
 from kernels import quantized
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.target import parse_target
@@ -24,6 +23,7 @@ from stq_compile.codegen.triton.aot import compile_for
 from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.report import static_report
 from stq_compile.formats import FORMATS, Format
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import StepGraph
 from zoo import ADAM_FACTS, adagrad, adam, adamax, amsgrad, lion, rmsprop, sgd
 
@@ -122,14 +122,16 @@ def test_the_count_of_instructions_agrees_with_the_kernels(
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_static_report(name: str, reports: dict[tuple[str, str], Report], golden: Golden) -> None:
+def test_static_report(
+    name: str, reports: dict[tuple[str, str], Report], stq_golden: Golden
+) -> None:
     """Source and what does not depend on the assembler's version."""
     found = reports[name, "cuda:90"]
     keys = ("name", "template", "widths", "target", "spill_bytes", "shared_bytes", "barriers")
     keys += ("widest_access_bits", "bytes_per_param", "counted_bytes_per_param")
     facts = json.dumps({k: found[k] for k in keys}, indent=1)
     commented = "\n".join(f"# {line}" for line in facts.splitlines())
-    golden(f"{commented}\n{found['source']}", ".txt")
+    stq_golden(f"{commented}\n{found['source']}", ".txt")
 
 
 def rounds_to_nearest() -> bool:

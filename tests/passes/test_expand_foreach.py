@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import fx
 
-from golden import Golden
 from graphs import Sketch, assert_pure, assert_same, only, program, random_inputs, run
 from stq_compile.passes.expand_foreach import expand_foreach
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import StepGraph, location_of
 
 
@@ -38,10 +38,10 @@ def _v(s: Sketch) -> Any:
     return lambda i: s.state("exp_avg_sq", i)
 
 
-def test_pass(golden: Golden) -> None:
+def test_pass(stq_golden: Golden) -> None:
     before = program(adam_like())
     after = assert_pure(expand_foreach, before)
-    golden(str(after))
+    stq_golden(str(after))
     inputs = random_inputs(adam_like(), positive=["exp_avg_sq"])
     assert_same(run(only(before), inputs), run(only(after), inputs), tolerance=1e-6)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from golden import Golden
 from graphs import Sketch, assert_pure, assert_same, program, random_inputs, run
 from stq_compile.passes.fold import fold, structural_hash
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import Program, Role, StepGraph
 
 GPT2_SHAPES: list[tuple[int, ...]] = [
@@ -61,9 +61,9 @@ def gpt2(decayed: float, plain: float) -> Program:
     return program(*units)
 
 
-def test_pass(golden: Golden) -> None:
+def test_pass(stq_golden: Golden) -> None:
     before = program(component(0), component(1, (7,)), component(2, decay=0.5, lr=0.2))
-    golden(str(assert_pure(fold, before)))
+    stq_golden(str(assert_pure(fold, before)))
 
 
 def test_a_template_runs_as_each_of_its_components() -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from golden import Golden
 from graphs import Sketch, assert_pure, assert_same, only, program, random_inputs, run
 from stq_compile.errors import UnsupportedOperatorError
 from stq_compile.passes.functionalize import functionalize
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import Instance, Role, StepGraph, location_of
 from zoo import adam
 
@@ -104,12 +104,12 @@ def test_what_remains_is_functional_core_aten(make: Callable[[], StepGraph]) -> 
             assert node.target in numbers, node.target
 
 
-def test_pass(golden: Golden) -> None:
-    golden(str(functionalize(program(momentum()))))
+def test_pass(stq_golden: Golden) -> None:
+    stq_golden(str(functionalize(program(momentum()))))
 
 
-def test_adam(golden: Golden) -> None:
-    golden(str(functionalize(program(torch_adam()))))
+def test_adam(stq_golden: Golden) -> None:
+    stq_golden(str(functionalize(program(torch_adam()))))
 
 
 def test_a_functional_unit_is_left_alone() -> None:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import stq_compile as stq
-from golden import Golden
 from graphs import Sketch, Values, assert_pure, aten, only, program, random_inputs, run, with_sizes
 from stq_compile import error_law
 from stq_compile.backend import session_of
@@ -33,6 +32,7 @@ from stq_compile.passes.measure import (
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import Recurrence, StepGraph
 from zoo import ADAM_FACTS, EPS, LR, adagrad, adam, adamax, amsgrad, descend, lion, rmsprop, sgd
 
@@ -398,8 +398,8 @@ def test_the_slots_are_named_in_order() -> None:
     assert unit.operands[-1].name == SUMS
 
 
-def test_sgd_measured(golden: Golden) -> None:
-    golden(str(only(measure(program(analysed(sgd())), "stochastic"))))
+def test_sgd_measured(stq_golden: Golden) -> None:
+    stq_golden(str(only(measure(program(analysed(sgd())), "stochastic"))))
 
 
 def with_rate() -> StepGraph:

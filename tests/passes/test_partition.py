@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import fx
 
-from golden import Golden
 from graphs import Sketch, assert_pure, aten, only, program
 from stq_compile.codegen.lower import why_not
 from stq_compile.passes.functionalize import functionalize
@@ -20,6 +19,7 @@ from stq_compile.passes.partition import (
     why_instance_unfused,
     why_unfused,
 )
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import Instance, StepGraph
 from zoo import adam, amsgrad
 
@@ -35,8 +35,8 @@ def with_scalars() -> StepGraph:
     return s.functional({step: new_step, p: s.call(aten.add.Tensor, p, update)})
 
 
-def test_pass(golden: Golden) -> None:
-    golden(str(assert_pure(partition, program(with_scalars()))))
+def test_pass(stq_golden: Golden) -> None:
+    stq_golden(str(assert_pure(partition, program(with_scalars()))))
 
 
 def test_the_graph_is_not_changed() -> None:

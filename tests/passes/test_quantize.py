@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden import Golden
 from graphs import Sketch, Values, assert_pure, aten, only, program, random_inputs, run, with_sizes
 from stq_compile import reference
 from stq_compile.formats import FLOAT32, FORMATS, Format
 from stq_compile.options import Rounding
 from stq_compile.passes.quantize import DEQUANTIZE, QUANTIZE, insert_quantize
+from stq_compile.pytest_plugin import Golden
 from stq_compile.rounding import NEAREST, Noise, signed64
 from stq_compile.step_graph import Facts, Program, Role, StepGraph, verify
 from zoo import ADAM_FACTS, adam, amsgrad, sgd
@@ -105,15 +105,15 @@ def test_the_graph_computes_what_is_computed_by_hand(
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_pass(golden: Golden, rounding: Rounding) -> None:
+def test_pass(stq_golden: Golden, rounding: Rounding) -> None:
     formats = {"momentum_buffer": FORMATS["softsign4"]}
-    golden(str(assert_pure(lambda x: quantize(formats, rounding, x), program(sgd()))))
+    stq_golden(str(assert_pure(lambda x: quantize(formats, rounding, x), program(sgd()))))
 
 
-def test_normalized(golden: Golden) -> None:
+def test_normalized(stq_golden: Golden) -> None:
     formats = adam_formats("midrise2", "adaptive_log3")
     before = program(adam(ADAM_FACTS))
-    golden(str(assert_pure(lambda x: quantize(formats, "nearest", x), before)))
+    stq_golden(str(assert_pure(lambda x: quantize(formats, "nearest", x), before)))
 
 
 def test_a_normalizer_is_decoded_first_and_encoded_first() -> None:

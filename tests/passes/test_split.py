@@ -7,10 +7,10 @@ import operator
 import pytest
 import torch
 
-from golden import Golden
 from graphs import Sketch, Values, assert_pure, assert_same, program, random_inputs, run
 from stq_compile.errors import StqError
 from stq_compile.passes.split import split
+from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import Program, StepGraph
 
 
@@ -44,10 +44,10 @@ def run_all(parts: Program, inputs: Values) -> Values:
     return after
 
 
-def test_pass(golden: Golden) -> None:
+def test_pass(stq_golden: Golden) -> None:
     before = program(interleaved())
     after = assert_pure(split, before)
-    golden(str(after))
+    stq_golden(str(after))
     inputs = random_inputs(interleaved())
     whole = run(interleaved(), inputs)
     named = {k.replace("created_", "returned "): v for k, v in whole.items()}

@@ -1,0 +1,93 @@
+"""Streams a run into a file while it goes on (option ``record``), and keeps the losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+import torch.distributed
+
+from stq_compile.errors import InvalidOptionError
+from stq_compile.planner.history import Record
+from stq_compile.reporting.run_file import (
+    Event,
+    Run,
+    decision_event,
+    head_event,
+    kernel_event,
+    line_of,
+    loss_event,
+    states_event,
+    template_event,
+)
+
+LIMIT = 10_000
+"""Losses that are kept in memory; beyond it every second one of the older half goes."""
+
+
+class Recording:
+    """What a session remembers of its run, and the file that it goes to, if any."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.losses: list[tuple[int, float]] = []
+        self._file: IO[str] | None = None
+        self._names: set[str] = set()
+        self._last: Record | None = None
+
+    def open(self) -> None:
+        """Begin the file; only the first of many processes writes.
+
+        Raises:
+            InvalidOptionError: it cannot be written.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.path is None or (distributed and torch.distributed.get_rank() != 0):
+            return
+        try:
+            self._file = self.path.open("w", buffering=1)  # line by line: a killed run is readable
+        except OSError as error:
+            raise InvalidOptionError(
+                name="record", value=str(self.path), reason=f"cannot be written: {error}"
+            ) from error
+
+    @property
+    def streams(self) -> bool:
+        return self._file is not None
+
+    def loss(self, step: int, loss: float) -> None:
+        """Take the loss after ``step`` steps."""
+        self.losses.append((step, loss))
+        if len(self.losses) > LIMIT:
+            half = LIMIT // 2
+            self.losses[:half] = self.losses[:half:2]
+        self._write(loss_event(step, loss))
+
+    def update(self, run: Run) -> None:
+        """Write what is new in a run."""
+        if not self.streams:
+            return
+        self._once("run", head_event(run))
+        for template in run.templates:
+            self._once(f"template {template.name}", template_event(template))
+        for kernel in run.kernels:
+            self._once(f"kernel {kernel.name}", kernel_event(kernel))
+        self._write(states_event(run))
+        for record in _after(run.decisions, self._last):
+            self._write(decision_event(record))
+            self._last = record
+
+    def _once(self, name: str, event: Event) -> None:
+        if name not in self._names:
+            self._names.add(name)
+            self._write(event)
+
+    def _write(self, event: Event) -> None:
+        if self._file is not None:
+            self._file.write(line_of(event))
+
+
+def _after(records: tuple[Record, ...], last: Record | None) -> tuple[Record, ...]:
+    """The records behind ``last``; all, if it is none of them."""
+    places = [i for i, record in enumerate(records) if record is last]
+    return records[places[-1] + 1 :] if places else records

@@ -1,0 +1,199 @@
+"""A run in a file: JSON lines, one event each, written at once or while the run goes on.
+
+    {"kind": "run", "version": 1, "optimizer": "AdamW", "options": {...}, ...}
+    {"kind": "template", ...}   a step graph before formats
+    {"kind": "kernel", ...}     one kernel, with its graph and source
+    {"kind": "states", ...}     what every state occupies after a number of steps
+    {"kind": "decision", ...}   a `planner.history.Record`
+    {"kind": "loss", "step": 10, "loss": 4.2}
+
+A later event of the same name replaces an earlier one; a last line that is cut short, as a killed
+run leaves it, is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stq_compile.errors import RunFileError
+from stq_compile.planner.history import History, Record
+from stq_compile.reporting.graph_data import GraphData
+
+VERSION = 1
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One state of one parameter. ``bytes`` counts codes and scales.
+
+    A sharded state is counted as a whole, over all shards of one copy; ``split_bytes`` of its bytes
+    would not be there if no border between shards lay inside of a block.
+    """
+
+    param: str
+    state: str
+    shape: tuple[int, ...]
+    format: str
+    width: int
+    bytes: int
+    fp32_bytes: int
+    reason: str = ""
+    split_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Template:
+    """A step graph before formats."""
+
+    name: str
+    tensors: int
+    text: str
+    graph: GraphData
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """A kernel that ran, and the graph that it was made of."""
+
+    name: str
+    template: str
+    tensors: int
+    elements: int
+    bytes_per_param: float
+    source: str
+    text: str
+    graph: GraphData
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is known of a run."""
+
+    optimizer: str
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    steps: int = 0
+    rows: tuple[Row, ...] = ()
+    decisions: tuple[Record, ...] = ()
+    losses: tuple[tuple[int, float], ...] = ()
+    templates: tuple[Template, ...] = ()
+    kernels: tuple[KernelInfo, ...] = ()
+
+
+def events_of(run: Run) -> Iterator[Event]:
+    """A whole run as events."""
+    yield head_event(run)
+    yield from (template_event(t) for t in run.templates)
+    yield from (kernel_event(k) for k in run.kernels)
+    yield states_event(run)
+    yield from (decision_event(d) for d in run.decisions)
+    yield from (loss_event(*point) for point in run.losses)
+
+
+def head_event(run: Run) -> Event:
+    return {
+        "kind": "run",
+        "version": VERSION,
+        "optimizer": run.optimizer,
+        "options": dict(run.options),
+        "versions": dict(run.versions),
+    }
+
+
+def template_event(template: Template) -> Event:
+    return {"kind": "template", **asdict(template)}
+
+
+def kernel_event(kernel: KernelInfo) -> Event:
+    return {"kind": "kernel", **asdict(kernel)}
+
+
+def states_event(run: Run) -> Event:
+    return {"kind": "states", "steps": run.steps, "rows": [asdict(row) for row in run.rows]}
+
+
+def decision_event(record: Record) -> Event:
+    return {"kind": "decision", **asdict(record)}
+
+
+def loss_event(step: int, loss: float) -> Event:
+    """JSON has no NaN: a loss that is not finite is null."""
+    return {"kind": "loss", "step": step, "loss": loss if math.isfinite(loss) else None}
+
+
+def line_of(event: Event) -> str:
+    return json.dumps(event, allow_nan=False) + "\n"
+
+
+def save(run: Run, path: Path) -> None:
+    """Write a whole run; the file is complete or as it was before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(map(line_of, events_of(run))))
+    partial.replace(path)
+
+
+def read(path: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        RunFileError: the file cannot be read or is no run; the line is named.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFileError(file=path, line=1, reason=f"not readable: {error}") from error
+    run: Run | None = None
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and number > 1 and not line.endswith("\n"):
+                break
+            raise RunFileError(file=path, line=number, reason=f"no JSON: {error}") from error
+        try:
+            run = _with(run, event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"not as expected: {type(error).__name__}: {error}"
+            raise RunFileError(file=path, line=number, reason=reason) from error
+    if run is None:
+        raise RunFileError(file=path, line=1, reason="the file is empty")
+    return run
+
+
+def _with(run: Run | None, event: Event) -> Run:
+    """The run with one more event."""
+    fields = dict(event)
+    kind = fields.pop("kind")
+    if kind == "run":
+        if fields.pop("version") != VERSION:
+            raise ValueError(f"version {event['version']}; this release reads {VERSION}")
+        return Run(**fields)
+    if run is None:
+        raise ValueError("the first line is no 'run' event")
+    match kind:
+        case "template":
+            return replace(run, templates=_named(run.templates, Template(**fields)))
+        case "kernel":
+            return replace(run, kernels=_named(run.kernels, KernelInfo(**fields)))
+        case "states":
+            rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in fields["rows"])
+            return replace(run, rows=rows, steps=max(run.steps, int(fields["steps"])))
+        case "decision":
+            (record,) = History.from_dict([fields])
+            steps = max(run.steps, record.step)
+            return replace(run, decisions=(*run.decisions, record), steps=steps)
+        case "loss":
+            step = int(fields["step"])
+            loss = math.nan if fields["loss"] is None else float(fields["loss"])
+            return replace(run, losses=(*run.losses, (step, loss)), steps=max(run.steps, step))
+    raise ValueError(f"an event of unknown kind {kind!r}")
+
+
+def _named(known: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
+    return (*(k for k in known if k.name != new.name), new)
