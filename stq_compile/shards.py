@@ -222,7 +222,11 @@ def distributed(
 
 def gathered(value: Any) -> Any:
     """All of a DTensor on every process (they must all call it); anything else as it is."""
-    return value.full_tensor() if type(value) is DTensor else value
+    if type(value) is not DTensor:
+        return value
+    if value.dtype == torch.int16:  # which gloo does not know
+        return value.to(torch.int32).full_tensor().to(torch.int16)
+    return value.full_tensor()
 
 
 def placed_as(shape: tuple[int, ...], layout: Layout, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-TIMEOUT = 300.0  # seconds for all of it
+TIMEOUT = 900.0  # seconds for all of it
 
 # Processes are forked from one that has imported torch already.
 _CONTEXT = multiprocessing.get_context("forkserver")

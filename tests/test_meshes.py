@@ -23,6 +23,8 @@ from processes import run_processes
 from sharded import outcome, widths
 from stq_compile.shards import local
 
+pytestmark = pytest.mark.timeout(1800)
+
 STEPS = 16
 BATCH = 32
 OPTIONS = {"interval": 5, "min_numel": 1000}
@@ -109,7 +111,7 @@ def expected_run(options: dict[str, Any]) -> Any:
 
 def check(result: Any, expected: Any, error: float) -> None:
     assert result["losses"] == pytest.approx(expected["losses"], abs=error)
-    assert result["losses"][-1] < result["losses"][0] - 0.5
+    assert result["losses"][-1] < result["losses"][0] - 0.2
 
 
 @pytest.mark.slow

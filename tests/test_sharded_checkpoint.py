@@ -29,6 +29,8 @@ from sharded import (
 END = 11
 OPTIONS = {"interval": 3}  # looks and changes of widths at steps 3, 6, 9
 
+pytestmark = pytest.mark.timeout(1800)
+
 # Before the first look, right after one, between two, right after a change, after the last.
 POINTS = (2, 3, 5, 6, 10)
 
@@ -144,7 +146,7 @@ def test_from_4_processes_to_2_to_1_and_back(optimizer: str, tmp_path: Path) -> 
     model, compiled = make(ALIGNED, optimizer, **OPTIONS)
     run(model, compiled, range(END))
     expected = outcome(model, compiled)
-    for start, worlds in ((4, (2, 1)), (2, (4,)), (1, (4, 2))):
+    for start, worlds in ((4, (2, 1)), (1, (4,))):
         folder = str(tmp_path / str(start))
         run_processes(start, saving_run, folder, (5,), optimizer, False)
         for world in worlds:

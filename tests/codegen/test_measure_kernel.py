@@ -26,7 +26,7 @@ from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
 from stq_compile.planner.factors import rounded
 from stq_compile.pytest_plugin import Golden
-from stq_compile.runtime import MeasuringBucket
+from stq_compile.runtime import SPOILED, MeasuringBucket
 from stq_compile.step_graph import Operand, Role, StepGraph
 from zoo import adam, sgd
 
@@ -92,14 +92,16 @@ class Looks:
         """The sums by parameter number, of those that are not left out."""
         self.bucket.strides = [1] * len(self.sizes)
         self.bucket.fill((), {})
-        return self.bucket.look(0)
+        found = self.bucket.look(0)
+        return {i: sums for i, sums in found.items() if not sums[SPOILED]}
 
     def look(self, stride: int = 1, offset: int = 0, threads: int = 1) -> list[dict[str, float]]:
         self.bucket.strides = [stride] * len(self.sizes)
         with torch_threads(threads):
             self.bucket.fill((), {})
             found = self.bucket.look(offset)
-        return [found[i] for i in range(len(self.sizes))]
+        rows = [found[i] for i in range(len(self.sizes))]
+        return [{k: v for k, v in row.items() if k != SPOILED} for row in rows]
 
     def eager(self, i: int) -> dict[str, float]:
         """The float32 graph on the decoded states of tensor ``i``."""
