@@ -118,7 +118,7 @@ def test_trace_of_what_is_refused_says_so_in_one_line(monkeypatch: pytest.Monkey
     assert found["refused"] in line
     code, text, errors = run("passes", "refused_target:make")
     assert code == 2
-    assert "functionalize" in text
+    assert "fold" in text
     assert "partition" not in text
     assert len(errors.strip().splitlines()) == 1
     code, text, errors = run("kernels", "refused_target:make")
