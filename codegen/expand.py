@@ -16,6 +16,7 @@ from stq_compile.formats import (
     EXP2_COEFFICIENTS,
     MEAN_PULL,
     MIDRISE_CLIP,
+    MIDRISE_SHRINK,
     MIDRISE_SLACK,
     OCTAVE,
     RANGE_STEP,
@@ -200,7 +201,7 @@ def _encode_adaptive_log(
     bounded = b.op("max", below, b.op("neg", octave_range))
     t = b.op("fma", bounded, ratio, levels)
     if isinstance(noise, Value):
-        f = b.op("sub", t, b.op("floor", t))
+        f = b.op("fraction", t)
         spacing = b.op("min", b.op("mul", octave_range, 1.0 / levels), 1.0)
         pull = b.op("neg", b.op("mul", spacing, MEAN_PULL))
         t = b.op("fma", b.op("fma", f, b.op("neg", f), f), pull, t)
@@ -235,10 +236,12 @@ def _encode_midrise(
         reach = b.op("mul", b.op("from_bits", absmax(b, u)), MIDRISE_SLACK / half)
     word = scale_up(b, magnitude_bits(b, reach), 16)
     inverse = reciprocal(b, b.op("from_bits", b.op("shift_left", word, 16)))
+    if format.width not in MIDRISE_CLIP:
+        inverse = b.op("mul", inverse, MIDRISE_SHRINK)
     code = b.op("fma", noise, 2.0**-24, b.op("fma", u, inverse, half))
     if format.width in MIDRISE_CLIP:
-        code = b.op("max", code, 0.0)
-    return b.op("min", code, float(format.top_code)), word
+        code = b.op("min", b.op("max", code, 0.0), float(format.top_code))
+    return code, word
 
 
 def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:

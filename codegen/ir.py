@@ -51,6 +51,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "sign": ((F,), F),
     "copysign": ((F, F), F),
     "floor": ((F,), F),
+    "fraction": ((F,), F),  # x - floor(x)
     "ceil": ((F,), F),
     "min": ((F, F), F),  # of numbers: either argument if one is NaN
     "max": ((F, F), F),

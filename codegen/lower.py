@@ -229,14 +229,14 @@ for _opcode, _targets in {
     "mul": (aten.mul.Tensor, aten.mul.Scalar, operator.mul),
     "neg": (aten.neg.default, operator.neg),
     "abs": (aten.abs.default, operator.abs),
-    "sqrt": (aten.sqrt.default,),
+    "sqrt": (aten.sqrt.default, torch.sym_sqrt),
     "exp": (aten.exp.default,),
     "log": (aten.log.default,),
     "sign": (aten.sign.default, aten.sgn.default),
     "floor": (aten.floor.default,),
     "ceil": (aten.ceil.default,),
-    "maximum": (aten.maximum.default,),
-    "minimum": (aten.minimum.default,),
+    "maximum": (aten.maximum.default, torch.sym_max),
+    "minimum": (aten.minimum.default, torch.sym_min),
     "lt": (aten.lt.Tensor, aten.lt.Scalar),
     "le": (aten.le.Tensor, aten.le.Scalar),
     "gt": (aten.gt.Tensor, aten.gt.Scalar),
@@ -337,7 +337,7 @@ def _clamp(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @lowers(aten.clone.default, aten.alias.default, aten.alias_copy.default, aten.expand.default)
-@lowers(aten.detach.default, aten.detach_copy.default, aten.copy.default)
+@lowers(aten.detach.default, aten.detach_copy.default, aten.copy.default, torch.sym_float)
 def _same(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value itself; of ``copy(target, source)``, the source."""
     return args[1] if len(args) > 1 and isinstance(args[1], Value) else args[0]

@@ -75,7 +75,7 @@ class _Law:
                 factor = b.op("mul", factor, factor)
             return b.op("mul", b.op("mul", square, factor), 1 / 12)
         ratio = b.op("div", increment, distance)
-        position = b.op("sub", ratio, b.op("floor", ratio))
+        position = b.op("fraction", ratio)
         spread = b.op("mul", position, b.op("sub", 1.0, position))
         return b.op("mul", b.op("mul", square, spread), factor)
 

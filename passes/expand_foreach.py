@@ -75,7 +75,7 @@ def _one(graph: fx.Graph, base: str, args: list[Any], kwargs: dict[str, Any]) ->
         kwargs = {**kwargs, "value": args.pop()}
     if base.rstrip("_") == "norm":
         return [graph.call_function(torch.linalg.vector_norm, tuple(args), kwargs)]
-    if base.rstrip("_") in ("maximum", "minimum") and not isinstance(args[1], fx.Node):
+    if base.rstrip("_") in ("maximum", "minimum") and not _is_tensor(args[1]):
         clamp = {"maximum": "clamp_min", "minimum": "clamp_max"}[base.rstrip("_")]
         base = base.replace(base.rstrip("_"), clamp)
     if hasattr(Tensor, base) and isinstance(args[0], fx.Node):
@@ -85,3 +85,9 @@ def _one(graph: fx.Graph, base: str, args: list[Any], kwargs: dict[str, Any]) ->
     if base.endswith("_"):
         return [value, graph.call_method("copy_", (args[0], value))]
     return [value]
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor; a node may stand for a Python number as well."""
+    number = (torch.SymFloat, torch.SymInt, float, int)
+    return isinstance(value, fx.Node) and not isinstance(value.meta.get("example_value"), number)

@@ -12,6 +12,7 @@ present value, and both branches are the same function.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +24,15 @@ from torch._inductor import inductor_prims
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or_true
 
 from stq_compile.errors import UnsupportedOperatorError
+from stq_compile.passes.partition import (
+    Supports,
+    by_geometry,
+    why_instance_unfused,
+    why_unfused,
+)
 from stq_compile.step_graph import (
     Instance,
     Operand,
@@ -50,8 +57,20 @@ def _times(a: Tensor, factor: Any) -> Tensor:
     return a if not isinstance(factor, torch.SymFloat) and factor == 1 else a.mul(factor)
 
 
+def _in_float32(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Half-precision tensors are computed on in float32 and rounded once, as eager kernels do."""
+
+    def compute(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.dtype not in (torch.bfloat16, torch.float16):
+            return formula(first, *args, **kwargs)
+        wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+        return formula(first.float(), *wide, **kwargs).to(first.dtype)
+
+    return compute
+
+
 def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
-    if abs(weight) < 0.5:
+    if guard_or_true(abs(weight) < 0.5):  # of a weight that depends on data nothing is known
         return _fma(end - start, weight, start)
     return end - (end - start) * (1 - weight)  # type: ignore[no-any-return]
 
@@ -71,27 +90,68 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 DECOMPOSITIONS = {
     **core_aten_decompositions(),
-    torch.ops.aten.lerp.Scalar: _lerp,
-    torch.ops.aten.addcmul.default: _addcmul,
-    torch.ops.aten.addcdiv.default: _addcdiv,
+    torch.ops.aten.lerp.Scalar: _in_float32(_lerp),
+    torch.ops.aten.addcmul.default: _in_float32(_addcmul),
+    torch.ops.aten.addcdiv.default: _in_float32(_addcdiv),
     torch.ops.aten.copy.default: _copy,
 }
 """Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind or rounds
 otherwise than the eager kernels do: these round as eager does, operation by operation."""
 
+NOT_FUNCTIONALIZED = ("square_",)
+"""Methods for which ``torch.func.functionalize`` has no rule."""
+
+aten = torch.ops.aten
+UNDEFINED = (
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_permuted.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+)
+OVERWRITE = (
+    *(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default),
+    *(aten.fill.Scalar, aten.zero.default, aten.copy.default),
+)
+"""Factories of undefined values, and operators that ask them for nothing but their geometry."""
+
 COPY = torch.ops.aten.copy_.default
 
 
-def functionalize(program: Program) -> Program:
-    """Functionalize and decompose every unit that still updates its inputs in place."""
-    return Program(
-        program.optimizer, tuple(_functionalize(unit, program.optimizer) for unit in program.units)
-    )
+def functionalize(program: Program, why_not: Supports = lambda node: "") -> Program:
+    """Functionalize and decompose every unit that still updates its inputs in place.
+
+    Those that are no kernel are divided by shape, and traced for each (`partition`).
+    """
+    units = [part for unit in program.units for part in _parts(unit, program.optimizer, why_not)]
+    return Program(program.optimizer, tuple(units))
 
 
-def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
+def _parts(unit: StepGraph, optimizer: str, why_not: Supports) -> list[StepGraph]:
     if unit.writes is not None:
-        return unit
+        return [unit]
+    whole = _functionalize(unit, optimizer)
+    misfits = {i for i, row in enumerate(whole.instances) if why_instance_unfused(row)}
+    parts = []
+    if why_unfused(whole, why_not):
+        misfits = set(range(len(whole.instances)))
+    elif len(misfits) < len(whole.instances):
+        fitting = tuple(row for i, row in enumerate(whole.instances) if i not in misfits)
+        parts.append(whole.replace(instances=fitting))
+    if misfits:
+        rows = tuple(row for i, row in enumerate(unit.instances) if i in misfits)
+        for part in by_geometry(unit.replace(instances=rows)):
+            traced = _functionalize(part, optimizer)
+            reason = why_unfused(traced, why_not) or why_instance_unfused(traced.instances[0])
+            plain = _functionalize(part, optimizer, {}) if reason else None
+            parts.append(traced.replace(unfused=reason, plain=plain))
+    return parts
+
+
+def _functionalize(
+    unit: StepGraph, optimizer: str, decompositions: Mapping[Any, Any] = DECOMPOSITIONS
+) -> StepGraph:
     module = fx.GraphModule({}, unit.graph)
     inputs = fake_inputs(unit)
 
@@ -101,17 +161,28 @@ def _functionalize(unit: StepGraph, optimizer: str) -> StepGraph:
 
     traced = make_fx(
         torch.func.functionalize(run, remove="mutations_and_views"),
-        decomposition_table=DECOMPOSITIONS,
+        decomposition_table=decompositions,
         _allow_non_fake_inputs=True,
     )(*inputs)
-    return _collect_writes(unit, traced.graph)
+    constants = fold_constants(traced)
+    made = _collect_writes(unit, traced.graph, constants, numbers=bool(decompositions))
+    for node in made.calls:
+        if node.target in UNDEFINED and any(u.target not in OVERWRITE for u in node.users):
+            raise UnsupportedOperatorError(
+                optimizer=optimizer,
+                source=unit.instances[0].param.source,
+                operator=node.target,
+                reason="what it leaves undefined is read before it is seen to be written",
+                location=location_of(node),
+            )
+    return made
 
 
 class _Interpreter(fx.Interpreter):
     """Reading a hyperparameter (``lr.item()``) gives the symbolic float that stands for it.
 
-    An operator that cannot run here (a matrix product: stand-ins have one dimension) is refused
-    with its line.
+    An in-place operator that torch does not functionalize (``square_``, and any with ``out=``)
+    becomes the ordinary one and a copy. What cannot run here at all is refused with its line.
     """
 
     def __init__(self, module: fx.GraphModule, optimizer: str, unit: StepGraph) -> None:
@@ -130,9 +201,22 @@ class _Interpreter(fx.Interpreter):
                 location=location_of(n),
             ) from error
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = kwargs.get("out")
+        if out is None:
+            return super().call_function(target, args, kwargs)
+        rest = {k: v for k, v in kwargs.items() if k != "out"}
+        value = super().call_function(target, args, rest)
+        if isinstance(out, Tensor):
+            return out.copy_(value)
+        return type(value)(o.copy_(v) for o, v in zip(out, value, strict=True))
+
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "item" and isinstance(args[0], torch.SymFloat):
             return args[0]
+        if target in NOT_FUNCTIONALIZED:
+            value = getattr(args[0], target.removesuffix("_"))(*args[1:], **kwargs)
+            return args[0].copy_(value)
         return super().call_method(target, args, kwargs)
 
 
@@ -160,10 +244,33 @@ def fake_inputs(unit: StepGraph) -> list[Any]:
     return inputs
 
 
-def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
+def fold_constants(module: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """Values of the nodes that depend on nothing but tensors made of numbers in the step's code."""
+    known: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(module, str(node.target))
+        elif node.op == "call_function" and known.keys() >= set(node.all_input_nodes) != set():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    return known
+
+
+def _literal(graph: fx.Graph, value: Any, numbers: bool) -> Any:
+    """A constant as an argument; with ``numbers``, as a number if it has no dimension."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 0 and numbers:
+        return value.item()
+    return graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype})
+
+
+def _collect_writes(
+    unit: StepGraph, traced: fx.Graph, constants: dict[fx.Node, Tensor], numbers: bool
+) -> StepGraph:
     """Turn the trailing ``copy_`` into inputs, as functionalization leaves them, into outputs."""
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[fx.Node, Any] = {}
     written: dict[str, fx.Node] = {}
     returned: tuple[Any, ...] = ()
     names = iter(unit.placeholders)
@@ -172,6 +279,8 @@ def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
             original = next(names)
             env[node] = graph.placeholder(original.name)
             env[node].meta = {**node.meta, "example": original.meta["example"]}
+        elif node in constants:
+            env[node] = _literal(graph, constants[node], numbers)
         elif node.target is COPY and node.args[0].op == "placeholder":
             written[env[node.args[0]].name] = env[node.args[1]]
             env[node] = env[node.args[1]]
@@ -184,7 +293,8 @@ def _collect_writes(unit: StepGraph, traced: fx.Graph) -> StepGraph:
     written |= {operand.name: value for operand, value in created}
     graph.output(tuple(written.values()))
     graph.eliminate_dead_code()
-    instances = tuple(_with_created(i, [o for o, _ in created]) for i in unit.instances)
+    param, new = unit.instances[0].param, [operand for operand, _ in created]
+    instances = tuple(_with_created(i, new, param) for i in unit.instances)
     return unit.replace(graph=graph, instances=instances, writes=tuple(written))
 
 
@@ -208,19 +318,20 @@ def _created_states(
     return created
 
 
-def _with_created(instance: Instance, created: list[Operand]) -> Instance:
+def _with_created(instance: Instance, created: list[Operand], traced: Operand) -> Instance:
+    """``traced``: the parameter that the graph was traced with; other shapes are its own."""
     param = instance.param
     operands = []
     for operand, position in zip(created, instance.returns, strict=True):
-        scalar = operand.shape == ()
+        like_param = operand.shape != () and operand.shape == traced.shape
         operands.append(
             replace(
                 operand,
                 source=Source(param.source.param, param.source.name, operand.source.key),
-                shape=() if scalar else param.shape,
-                stride=() if scalar else param.stride,
+                shape=param.shape if like_param else operand.shape,
+                stride=param.stride if like_param else operand.stride,
                 returned=position,
-                region=None if scalar else param.region,
+                region=param.region if like_param else None,
             )
         )
     return Instance((*instance.operands, *operands))

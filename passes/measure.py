@@ -62,7 +62,9 @@ SUMS = "sums"
 
 
 def measured_states(unit: StepGraph) -> list[Operand]:
-    """The states of a unit that a planner may choose a width for."""
+    """The states of a unit that a planner may choose a width for; none of a region."""
+    if unit.unfused:
+        return []
     written = set(unit.writes or ())
     users = {n.name: bool(n.users) for n in unit.placeholders}
     return [

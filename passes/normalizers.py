@@ -40,6 +40,8 @@ def find_normalizers(program: Program) -> Program:
 
 
 def _find(unit: StepGraph) -> StepGraph:
+    if unit.unfused:
+        return unit
     states = {
         o.source.key: o.name
         for n, o in zip(unit.placeholders, unit.operands, strict=True)

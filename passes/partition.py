@@ -1,9 +1,11 @@
-"""Labels every node with where it runs: once per tensor, once per element, or not at all.
+"""Where every node runs: once per tensor, once per element, or outside of kernels.
 
-``scalar``: values that one tensor has one of (step counts, bias corrections), computed once per
-tensor in float64. ``fused``: elements, computed in float32 registers between the decoding and the
-encoding of the packed states. An operator that the code generator has no kernel for is an error
-that names the operator and the line of the optimizer that it came from.
+A graph whose values all have one number per element of the parameter, or one per tensor, is one
+kernel: ``scalar`` nodes are computed once per tensor in float64, ``fused`` ones per element in
+float32 registers between the decoding and the encoding of the packed states. A graph with anything
+else in it (matrix products, reductions, sorts, states of other shapes, other dtypes) is a *region*:
+its packed states are decoded for one parameter at a time, all its nodes run on ordinary tensors,
+and what it wrote is encoded (`regions`).
 """
 
 from __future__ import annotations
@@ -11,46 +13,92 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from stq_compile.errors import UnsupportedOperatorError
-from stq_compile.step_graph import Program, Role, StepGraph, location_of
+from stq_compile.packed_state import is_dense
+from stq_compile.step_graph import Instance, Program, Role, StepGraph, location_of
 
 Supports = Callable[[fx.Node], str]
 """Why the code generator cannot lower a node; empty if it can."""
 
 
-def partition(program: Program, why_not: Supports) -> Program:
-    """Add ``regions`` to every unit; raises `UnsupportedOperatorError` for what cannot be fused."""
-    units = tuple(_partition(unit, program.optimizer, why_not) for unit in program.units)
-    return Program(program.optimizer, units)
+def partition(program: Program) -> Program:
+    """Add ``regions`` to every unit."""
+    return Program(program.optimizer, tuple(_partition(unit) for unit in program.units))
 
 
-def refuse_unsupported(program: Program, why_not: Supports) -> Program:
-    """The program as it is; raises for an operator without a kernel, before any pass runs it."""
-    for unit in program.units:
-        _refuse(unit, program.optimizer, why_not)
-    return program
-
-
-def _refuse(unit: StepGraph, optimizer: str, why_not: Supports) -> None:
-    for node in unit.calls:
-        reason = why_not(node)
-        if reason:
-            raise UnsupportedOperatorError(
-                optimizer=optimizer,
-                source=unit.instances[0].param.source,
-                operator=getattr(node.target, "_name", None) or str(node.target),
-                reason=reason,
-                location=location_of(node),
-            )
-
-
-def _partition(unit: StepGraph, optimizer: str, why_not: Supports) -> StepGraph:
-    _refuse(unit, optimizer, why_not)
+def _partition(unit: StepGraph) -> StepGraph:
+    if unit.unfused:
+        return unit.replace(regions={n.name: "region" for n in unit.calls})
     elements = element_nodes(unit)
     regions = {n.name: "fused" if n in elements else "scalar" for n in unit.calls}
     return unit.replace(regions=regions)
+
+
+def why_unfused(unit: StepGraph, why_not: Supports) -> str:
+    """Why a functional graph is no kernel: the first node that is in the way, and its line."""
+    shapes = ((), unit.instances[0].param.shape)
+    for node in unit.calls:
+        reason = why_not(node)
+        value = node.meta.get("val")
+        if not reason and isinstance(value, Tensor) and tuple(value.shape) not in shapes:
+            reason = f"its shape {tuple(value.shape)} is not the parameter's"
+        if reason:
+            name = getattr(node.target, "_name", None) or str(node.target)
+            where = location_of(node)
+            return f"{name}: {reason}" + (f", at {where}" if where else "")
+    return ""
+
+
+def why_instance_unfused(instance: Instance) -> str:
+    """Why the tensors of one parameter do not fit a kernel: it walks them in memory order."""
+    params = [o for o in instance.operands if o.role is Role.PARAM]
+    if len(params) != 1:
+        return f"it updates {len(params)} parameters together"
+    param = params[0]
+    for operand in instance.operands:
+        if operand.role not in (Role.PARAM, Role.GRAD, Role.STATE):
+            continue
+        what = f"the {operand.role} {operand.source}"
+        if operand.dtype != torch.float32:
+            return f"{what} is {operand.dtype}"
+        if operand.role is Role.STATE and operand.shape == ():
+            continue
+        if operand.shape != param.shape:
+            return f"{what} has the shape {operand.shape}, the parameter {param.shape}"
+        if operand.role is Role.STATE and operand.stride != param.stride:
+            return f"{what} has the strides {operand.stride}, the parameter {param.stride}"
+    if not is_dense(torch.empty_strided(param.shape, param.stride, device="meta")):
+        return f"the memory of {param.source} is not dense (strides {param.stride})"
+    return ""
+
+
+def by_geometry(unit: StepGraph) -> list[StepGraph]:
+    """One unit per shape and layout of its tensors, with stand-ins that have them.
+
+    A region is traced for its shapes: that of a mean is in the graph as the number it divides by.
+    """
+    groups: dict[Any, list[Instance]] = {}
+    for instance in unit.instances:
+        key = tuple((o.shape, o.stride, o.dtype) for o in instance.operands)
+        groups.setdefault(key, []).append(instance)
+    parts = []
+    for i, instances in enumerate(groups.values()):
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for node in unit.graph.nodes:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        for node, operand in zip(
+            graph.find_nodes(op="placeholder"), instances[0].operands, strict=True
+        ):
+            if operand.shape != ():
+                node.meta["example"] = torch.empty_strided(
+                    operand.shape, operand.stride, dtype=operand.dtype, device="meta"
+                )
+        name = f"{unit.name}_{i}" if len(groups) > 1 else unit.name
+        parts.append(unit.replace(name=name, graph=graph, instances=tuple(instances)))
+    return parts
 
 
 def element_nodes(unit: StepGraph) -> set[fx.Node]:

@@ -37,9 +37,15 @@ QUANTIZE = torch.ops.stq.quantize.default
 
 
 def insert_quantize(program: Program, format_of: FormatOf, rounding: Rounding) -> Program:
-    """One unit per template and assignment of formats, with its reads and writes quantized."""
+    """One unit per template and assignment of formats, with its reads and writes quantized.
+
+    Regions stay as they are: their states are decoded before them and encoded after them.
+    """
     units = []
     for unit in program.units:
+        if unit.unfused:
+            units.append(unit)
+            continue
         groups: dict[tuple[Format | None, ...], list[Instance]] = defaultdict(list)
         for instance in unit.instances:
             groups[_assignment(instance, unit, format_of)].append(instance)

@@ -2,7 +2,8 @@
 
 Interval analysis by coinduction: assume every state non-negative, propagate intervals through the
 update, drop the states whose new value may be negative, and repeat until nothing changes. What
-remains is non-negative forever if it starts so (which packing checks).
+remains is non-negative forever if it starts so (which packing checks). A state whose new value is
+itself under a root counts as non-negative too: if it were not, the step would give NaN.
 
 A root or logarithm of a value that may be negative only by error (RMSprop's centered variance)
 makes the states behind it *fragile*: a quantization error there could turn a small positive
@@ -12,7 +13,7 @@ difference into NaN, so they stay in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from stq_compile.step_graph import Program, Role, StepGraph, location_of
 
 Interval = tuple[float, float]
 INF = math.inf
+ROOTS = ("sqrt", "rsqrt", "log", "log2", "log10")
+"""Operators that have no value below zero."""
 ANY: Interval = (-INF, INF)
 NONNEGATIVE: Interval = (0.0, INF)
 
@@ -41,9 +44,10 @@ def _analyse(unit: StepGraph) -> StepGraph:
     scalars = {o.source.key for o in unit.operands if o.shape == ()}
     written = dict(zip(unit.writes or (), unit.outputs, strict=True))
     assumed = {name for name in states if name in written}
+    rooted = _under_roots(unit, states)
     while True:
         values = _propagate(unit, assumed)
-        proven = {n for n in assumed if _interval(written[n], values)[0] >= 0}
+        proven = {n for n in assumed if n in rooted or _interval(written[n], values)[0] >= 0}
         if proven == assumed:
             break
         assumed = proven
@@ -56,13 +60,25 @@ def _analyse(unit: StepGraph) -> StepGraph:
 def _propagate(unit: StepGraph, assumed: set[str]) -> dict[fx.Node, Interval]:
     values: dict[fx.Node, Interval] = {}
     constants = _constants(unit)
+    counters = _counters(unit)
     for node in unit.graph.nodes:
         if node.op == "placeholder":
-            values[node] = NONNEGATIVE if node.name in assumed else constants.get(node.name, ANY)
+            counts = node.name in counters
+            known = NONNEGATIVE if node.name in assumed or counts else ANY
+            values[node] = constants.get(node.name, known)
         elif node.op == "call_function":
             rule = RULES.get(base_name(node))
             values[node] = ANY if rule is None else rule(node, values)
     return values
+
+
+def _counters(unit: StepGraph) -> set[str]:
+    """Whole Python numbers among the inputs: steps are counted in them, from zero or one up."""
+    return {
+        o.name
+        for n, o in zip(unit.placeholders, unit.operands, strict=True)
+        if o.number and float(n.meta["example"]).is_integer() and float(n.meta["example"]) >= 0
+    }
 
 
 def _constants(unit: StepGraph) -> dict[str, Interval]:
@@ -79,15 +95,73 @@ def _fragile(
     unit: StepGraph, values: Mapping[fx.Node, Interval], states: Mapping[str, str]
 ) -> dict[str, str]:
     fragile: dict[str, str] = {}
+    stored = {out for out in unit.outputs if isinstance(out, fx.Node)}
     for node in unit.calls:
-        if base_name(node) not in ("sqrt", "rsqrt", "log", "log2", "log10"):
-            continue
-        if _interval(node.args[0], values)[0] >= 0:
-            continue
-        for name in _ancestors(node):
-            if name in states:
-                fragile[states[name]] = f"{base_name(node)} of a difference at {location_of(node)}"
+        if base_name(node) in ROOTS and _is_difference(node.args[0], values, stored):
+            for name in _ancestors(node):
+                if name in states:
+                    where = location_of(node)
+                    fragile[states[name]] = f"{base_name(node)} of a difference at {where}"
     return fragile
+
+
+def _is_difference(
+    node: Any, values: Mapping[fx.Node, Interval], stored: Collection[fx.Node]
+) -> bool:
+    """Whether a value may be negative because something is subtracted in it.
+
+    Not where the value is itself the new value of a state: what is subtracted there was
+    subtracted from the state, and the optimizer's own rule keeps it above zero (Yogi). Nor where
+    only the sign of a factor or the meaning of an operator is not known.
+    """
+    stack, seen = [node], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or not isinstance(node, fx.Node) or node in stored:
+            continue
+        seen.add(node)
+        if _interval(node, values)[0] >= 0 or base_name(node) not in RULES:
+            continue
+        if any(low < 0 and high <= 0 for low, high in _addends(node, values)):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _addends(node: fx.Node, values: Mapping[fx.Node, Interval]) -> list[Interval]:
+    """What a node adds up, as intervals; of a value that may be of either sign in a subtraction,
+    the worse one."""
+    name = base_name(node)
+    if name == "fma":
+        return [_product(node.args[0], node.args[1], values), _interval(node.args[2], values)]
+    if name == "add":
+        alpha = _interval(alpha_of(node), values)
+        return [_interval(node.args[0], values), _mul(alpha, _interval(node.args[1], values))]
+    if name in ("sub", "rsub"):
+        taken = _interval(node.args[1 if name == "sub" else 0], values)
+        return [(-INF, 0.0) if taken[1] > 0 else (0.0, INF)]
+    return []
+
+
+def _under_roots(unit: StepGraph, states: Mapping[str, str]) -> set[str]:
+    """States whose new value is itself under a root or logarithm: a negative one would be NaN.
+
+    Factors and additions of constants (bias corrections, epsilons) on the way are looked through.
+    """
+    written = {value: name for name, value in zip(unit.writes or (), unit.outputs, strict=True)}
+    found = set()
+    for node in unit.calls:
+        if base_name(node) not in ROOTS:
+            continue
+        value = node.args[0]
+        while isinstance(value, fx.Node) and value not in written:
+            if base_name(value) not in ("add", "mul", "div", "clone", "alias"):
+                break
+            value = value.args[0]
+        name = written.get(value, "") if isinstance(value, fx.Node) else ""
+        if name in states:
+            found.add(name)
+    return found
 
 
 def _ancestors(node: fx.Node) -> set[str]:
@@ -288,6 +362,7 @@ RULES: dict[str, Rule] = {
     "neg": _unary(_neg),
     "abs": _unary(_abs),
     "sqrt": _unary(_sqrt),
+    "_sym_sqrt": _unary(_sqrt),
     "rsqrt": _unary(lambda a: _div((1.0, 1.0), _sqrt(a))),
     "reciprocal": _unary(lambda a: _div((1.0, 1.0), a)),
     "exp": lambda node, values: NONNEGATIVE,
@@ -302,6 +377,14 @@ RULES: dict[str, Rule] = {
     "scalar_tensor": _first,
     "copy": _last,
     "clone": _first,
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "max", "min", "sort", "cumsum"), _first),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "permute", "t"), _first),
+    **dict.fromkeys(("squeeze", "unsqueeze", "select", "slice", "index", "detach"), _first),
+    "linalg_vector_norm": lambda node, values: NONNEGATIVE,
+    "sigmoid": lambda node, values: (0.0, 1.0),
+    "sym_float": _first,
+    "sym_max": _rule_maximum,
+    "sym_min": _rule_minimum,
     "alias": _first,
     "_to_copy": _rule_to_copy,
 }

@@ -30,11 +30,14 @@ Coefficient = Any
 """Coefficient of the state in a node, a sympy expression; None if the node depends on the state in
 no affine way. (sympy has no types of its own to check against.)"""
 
+LEAST_SHARE = 0.5
+"""Share of the parameter in a created state from which on it counts as a copy."""
+
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 
 def find_recurrences(program: Program) -> Program:
-    """Add ``recurrences`` to every unit's facts."""
+    """Add ``recurrences`` and ``copies`` to every unit's facts."""
     return Program(program.optimizer, tuple(_find(unit) for unit in program.units))
 
 
@@ -42,6 +45,10 @@ def _find(unit: StepGraph) -> StepGraph:
     scalars = _scalar_expressions(unit)
     values = _scalar_values(unit)
     results = dict(zip(unit.writes or (), unit.outputs, strict=True))
+    copies = _copies(unit, results, scalars, values)
+    unit = unit.replace(facts=replace(unit.facts, copies=copies))
+    if unit.unfused:
+        return unit
     found = {
         operand.source.key: _recurrence(unit, node, results[node.name], scalars, values)
         for node, operand in zip(unit.placeholders, unit.operands, strict=True)
@@ -51,6 +58,24 @@ def _find(unit: StepGraph) -> StepGraph:
         and node.users
     }
     return unit.replace(facts=replace(unit.facts, recurrences=found))
+
+
+def _copies(
+    unit: StepGraph,
+    results: Mapping[str, fx.Node],
+    scalars: Mapping[fx.Node, sympy.Expr],
+    values: Mapping[sympy.Symbol, float],
+) -> frozenset[str]:
+    """States that the step creates as its parameter plus something else."""
+    by_name = {n.name: n for n in unit.placeholders}
+    param = by_name[unit.instances[0].param.name]
+    created = [o for o in unit.operands if o.returned >= 0 and o.shape != ()]
+    found = set()
+    for operand in created:
+        relation = _recurrence(unit, param, results[operand.name], scalars, values)
+        if relation.value is not None and relation.value > LEAST_SHARE:
+            found.add(operand.source.key)
+    return frozenset(found)
 
 
 def _recurrence(

@@ -1,8 +1,8 @@
 """One step graph per parameter: the connected components of the step, scalars aside.
 
-Scalars that all parameters share (``lr`` as an input, and what is computed from it alone) are
-copied into each component. Two parameters in one component mean that one's update reads the other's
-tensors; that is refused, since their update is not one kernel over independent elements.
+What depends on shared scalars alone (``lr`` as an input, and what is computed from it) and is not
+written in place connects nothing: it is copied into each component. A component with several
+parameters is one whose update reads values of all of them (a global norm); it stays together.
 """
 
 from __future__ import annotations
@@ -12,33 +12,28 @@ from typing import Any
 
 from torch import fx
 
-from stq_compile.errors import (
-    CoupledParametersError,
-    SharedScalarError,
-    UnsupportedOutputError,
-)
+from stq_compile.errors import SharedScalarError, UnsupportedOutputError
 from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph, location_of
 
 IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
-
 
 VIEWS = ("detach", "view", "view_as", "reshape")
 """Methods of Dynamo's graph that return their first argument's memory."""
 
 
 def split(program: Program) -> Program:
-    """Split every unit of one instance into one unit per parameter, in parameter order."""
+    """Split every unit of one instance into one unit per component, in parameter order."""
     units = [part for unit in program.units for part in _split(unit, program.optimizer)]
     return Program(program.optimizer, tuple(units))
 
 
 def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
-    owner = _owners(unit, optimizer)
+    _check_outputs(unit, optimizer)
+    shared = _copied(unit, optimizer)
     by_name = {o.name: o for o in unit.operands}
     positions = unit.instances[0].returns
     units = []
-    for param in sorted({p for p in owner.values() if p is not None}):
-        members = {n for n, p in owner.items() if p == param}
+    for members in _components(unit, shared):
         needed = members | _scalars_of(members)
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
@@ -50,17 +45,17 @@ def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
         kept = [
             (out, position)
             for out, position in zip(unit.outputs, positions, strict=True)
-            if isinstance(out, fx.Node) and owner.get(out) == param
+            if isinstance(out, fx.Node) and out in members
         ]
         graph.output(tuple(env[out] for out, _ in kept))
         instance = Instance(tuple(operands), tuple(position for _, position in kept))
-        units.append(StepGraph(f"{unit.name}_{param}", graph, (instance,)))
-    _check_outputs(unit, optimizer, sum(len(u.instances[0].returns) for u in units))
+        first = min(o.source.param for o in operands if o.source.param >= 0)
+        units.append(StepGraph(f"{unit.name}_{first}", graph, (instance,)))
     return units
 
 
-def _check_outputs(unit: StepGraph, optimizer: str, kept: int) -> None:
-    """Every returned value must be a new state of one parameter."""
+def _check_outputs(unit: StepGraph, optimizer: str) -> None:
+    """A returned value must be new: a state of one parameter, or a number (`numbers`)."""
     for out in unit.outputs:
         base = out
         while isinstance(base, fx.Node) and base.target in VIEWS:
@@ -71,37 +66,73 @@ def _check_outputs(unit: StepGraph, optimizer: str, kept: int) -> None:
                 found=f"a view of {base.name}, where a state of its own is expected",
                 location=location_of(out),
             )
-    if kept != len(unit.outputs):
-        raise UnsupportedOutputError(
-            optimizer=optimizer,
-            found="a number or tensor that belongs to no single parameter, such as a step counter "
-            "kept as a Python number",
-            location=next((location_of(o) for o in unit.outputs if isinstance(o, fx.Node)), ""),
-        )
 
 
-def _owners(unit: StepGraph, optimizer: str) -> dict[fx.Node, int | None]:
-    """Which parameter each node belongs to; None for what depends on shared scalars only."""
-    owner: dict[fx.Node, int | None] = {}
-    names: dict[int, str] = {}
-    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
-        owner[node] = None if operand.role is Role.SCALAR else operand.source.param
-        names[operand.source.param] = operand.source.name
-    for node in unit.calls:
-        found = {owner[a] for a in node.all_input_nodes if owner[a] is not None}
-        if len(found) > 1:
-            first, second = (names[p] for p in sorted(p for p in found if p is not None)[:2])
-            raise CoupledParametersError(
-                optimizer=optimizer, first=first, second=second, location=location_of(node)
+def _copied(unit: StepGraph, optimizer: str) -> set[fx.Node]:
+    """Nodes that every component gets a copy of: values of shared scalars, never written."""
+    shared: set[fx.Node] = set()
+    written: list[fx.Node] = []
+    for node in unit.graph.nodes:
+        if node.op == "placeholder":
+            if unit.operand_of(node).role is Role.SCALAR:
+                shared.add(node)
+        elif node.op != "output" and all(a in shared for a in node.all_input_nodes):
+            shared.add(node)
+        if is_in_place(node) and node.all_input_nodes[0] in shared:
+            written.append(node)
+    for node in written:
+        base = node.all_input_nodes[0]
+        while base.op != "placeholder" and base in shared and base.all_input_nodes:
+            changed = is_in_place(base) or base.target in VIEWS
+            if not changed:
+                break
+            base = base.all_input_nodes[0]
+        if base.op == "placeholder":
+            raise SharedScalarError(
+                optimizer=optimizer, source=base.name, location=location_of(node)
             )
-        owner[node] = found.pop() if found else None
-        if owner[node] is None and _is_in_place(node):
-            source = node.all_input_nodes[0].name
-            raise SharedScalarError(optimizer=optimizer, source=source, location=location_of(node))
-    return owner
+        # A tensor of some component's own, made from nothing: so is all that comes of it.
+        owned = {base}
+        for other in unit.graph.nodes:
+            if other in shared and any(a in owned for a in other.all_input_nodes):
+                owned.add(other)
+        shared -= owned
+    return shared
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def _components(unit: StepGraph, shared: set[fx.Node]) -> list[set[fx.Node]]:
+    """The connected components of all other nodes that have a parameter's tensor in them.
+
+    All tensors of one parameter are in one component.
+    """
+    parent: dict[Any, Any] = {}
+
+    def find(x: Any) -> Any:
+        while parent.setdefault(x, x) != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        return x
+
+    nodes = [n for n in unit.graph.nodes if n.op != "output" and n not in shared]
+    for node in nodes:
+        find(node)
+        if node.op == "placeholder":
+            parent[find(node)] = find(("param", unit.operand_of(node).source.param))
+        for other in node.all_input_nodes:
+            if other not in shared:
+                parent[find(node)] = find(other)
+    groups: dict[Any, set[fx.Node]] = {}
+    for node in nodes:
+        groups.setdefault(find(node), set()).add(node)
+    owned = [g for g in groups.values() if any(n.op == "placeholder" for n in g)]
+    return sorted(owned, key=lambda g: min(_numbers(unit, g)))
+
+
+def _numbers(unit: StepGraph, group: set[fx.Node]) -> list[int]:
+    return [unit.operand_of(n).source.param for n in group if n.op == "placeholder"]
+
+
+def is_in_place(node: fx.Node) -> bool:
     """Whether a call of Dynamo's graph writes its first argument (``add_``, ``+=``)."""
     if node.op == "call_method":
         name = str(node.target)

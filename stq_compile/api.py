@@ -17,6 +17,8 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from stq_compile.backend import close_session, open_session, session_of
 from stq_compile.birth import init_states
 from stq_compile.checkpoint import StateFormat
+from stq_compile.closures import calls_closure_first
+from stq_compile.eager import announce, run_eagerly
 from stq_compile.errors import (
     AlreadyCompiledError,
     ChangedTensorError,
@@ -25,18 +27,38 @@ from stq_compile.errors import (
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
+    RandomStepError,
+    SharedScalarError,
     StqError,
+    TooManyGraphsError,
+    UnknownInputError,
+    UnsupportedOperatorError,
     UnsupportedOptimizerError,
+    UnsupportedOutputError,
 )
 from stq_compile.options import Options
 from stq_compile.planner.history import History
-from stq_compile.session import Session
+from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
+from stq_compile.shards import local
 from stq_compile.state_report import Report, make_report
+from stq_compile.symbolic_math import symbolic_math
 
 REFUSED_OPTIONS = {
     "differentiable": "asks for a step that autograd sees",
     "fused": "hides its arithmetic in one operator; leave it out, the compiled step is fused too",
 }
+
+RUN_EAGERLY = (
+    GraphBreakError,
+    InternalError,
+    SharedScalarError,
+    TooManyGraphsError,
+    UnknownInputError,
+    UnsupportedOperatorError,
+    UnsupportedOutputError,
+    RandomStepError,
+)
+"""Why a step is not compiled, but runs eagerly on packed states."""
 
 Opt = TypeVar("Opt", bound=Optimizer)
 
@@ -89,8 +111,6 @@ def refusal(optimizer: Optimizer) -> str:
         for option, reason in REFUSED_OPTIONS.items():
             if group.get(option):
                 return f"{option}=True {reason}"
-    if list(inspect.signature(raw_step(type(optimizer))).parameters)[1:] not in ([], ["closure"]):
-        return "its step takes other arguments than a closure"
     own = optimizer.__dict__.get("step")
     if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
         return "its step was replaced on the instance; compile first and wrap the step afterwards"
@@ -132,7 +152,8 @@ def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
     session = session_of(optimizer)
     if session is None:
         raise NotCompiledError(optimizer=type(optimizer).__name__)
-    session.recording.loss(session.steps, float(loss))
+    value = loss.item() if isinstance(loss, torch.Tensor) else float(loss)
+    session.recording.loss(session.steps, value)
 
 
 def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str, Any]:
@@ -162,6 +183,8 @@ class _Driver:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.closure_first = calls_closure_first(raw_step(type(session.optimizer)))
+        self.for_good = False  # whether no step is compiled any more
         self.code: types.CodeType | None = None
         self.inner = self._compiled()
 
@@ -174,7 +197,13 @@ class _Driver:
         return torch.compile(step, backend=self._backend, fullgraph=True)
 
     def _backend(self, gm: Any, example_inputs: Any) -> Any:
+        if self.session.out_of_graphs:
+            raise self._too_many_graphs()
         return self.session.compile(gm)
+
+    def _too_many_graphs(self) -> TooManyGraphsError:
+        name = type(self.session.optimizer).__name__
+        return TooManyGraphsError(optimizer=name, graphs=MOST_GRAPHS, steps=GRAPH_WINDOW)
 
     def step_function(self, scheduled: bool) -> Callable[..., Any]:
         """A function to bind as ``optimizer.step``; hooks run around it as around the original.
@@ -185,17 +214,10 @@ class _Driver:
         driver = self
 
         @functools.wraps(type(self.session.optimizer).step)
-        def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if scheduled:
                 self._opt_called = True  # type: ignore[attr-defined]
-            result = driver.run(self)
-            if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
-                driver.session.recording.loss(driver.session.steps, float(loss))
-            return result if closure is None else loss
+            return driver.step(self, args, kwargs)
 
         hooked: Any = Optimizer.profile_hook_step(step)
         hooked = torch.compiler.disable(hooked)  # type: ignore[no-untyped-call]  # torch's
@@ -203,10 +225,39 @@ class _Driver:
             hooked._wrapped_by_lr_sched = True
         return hooked  # type: ignore[no-any-return]
 
+    def step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One step with the arguments that the user gave.
+
+        A closure that the step merely calls first is called here, before the compiled step. What
+        else a step does with its arguments, it does eagerly.
+        """
+        arguments = [a for a in (*args, *kwargs.values()) if a is not None]
+        if not arguments:
+            return self.run(optimizer)
+        if self.for_good or len(arguments) > 1 or not self.closure_first:
+            where = "its step makes use of the closure or of other arguments as it goes"
+            name = type(optimizer).__name__
+            announce(self.session, UnsupportedOptimizerError(optimizer=name, reason=where))
+            return self._eagerly(optimizer, *args, **kwargs)
+        with torch.enable_grad():
+            loss = arguments[0]()
+        self.run(optimizer)
+        if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+            self.session.recording.loss(self.session.steps, float(loss))
+        return loss
+
+    def _eagerly(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        cls = type(optimizer)
+        step = cls.step.__wrapped__ if hasattr(cls.step, "hooked") else cls.step  # type: ignore[attr-defined]
+        return run_eagerly(self.session, step, optimizer, *args, **kwargs)
+
     def run(self, optimizer: Optimizer) -> Any:
         session = self.session
+        if self.for_good:
+            return self._eagerly(optimizer)
         if session.loaded:
             session.pack_loaded()
+            session.compiled_at.clear()  # captures that are due to loading say nothing of the step
             self.inner = self._compiled()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
@@ -217,20 +268,48 @@ class _Driver:
         except Exception as error:
             for param in born if session.steps == before else ():  # else the step was made
                 del optimizer.state[param]
+            known = translated(error, type(optimizer).__name__)
+            sharded = any(local(p) is not p for p in session.params())
+            if session.steps == before and isinstance(known, RUN_EAGERLY) and not sharded:
+                return self._fall_back(optimizer, known)
             if session.compiles == 0:
                 self._uninstall(optimizer)
-            known = translated(error, type(optimizer).__name__)
             if known is None:
                 raise
             raise known from error
 
+    def _fall_back(self, optimizer: Optimizer, reason: StqError) -> Any:
+        """Run this step eagerly, and all later ones but after a mere excess of graphs.
+
+        If that fails as well, the mistake is in what the step was given, and the next one may be
+        compiled again.
+        """
+        before = self.session.eager_reason
+        announce(self.session, reason)
+        try:
+            result = self._eagerly(optimizer)
+        except BaseException:
+            self.session.eager_reason = before
+            raise
+        self.for_good = not isinstance(reason, TooManyGraphsError)
+        return result
+
     def _captured(self, optimizer: Optimizer) -> Any:
         """Run the step; capture afresh where the old capture cannot serve."""
-        try:
-            return self.inner(optimizer)
-        except (ChangedTensorError, dynamo_exc.FailOnRecompileLimitHit):
-            self.inner = self._compiled()
-            return self.inner(optimizer)
+        if self.session.out_of_graphs:
+            try:
+                with torch.compiler.set_stance("fail_on_recompile"):
+                    return self.inner(optimizer)
+            except RuntimeError as error:
+                if "fail_on_recompile" in str(error):
+                    raise self._too_many_graphs() from error
+                raise
+        with symbolic_math():
+            try:
+                return self.inner(optimizer)
+            except (ChangedTensorError, dynamo_exc.FailOnRecompileLimitHit):
+                self.inner = self._compiled()
+                return self.inner(optimizer)
 
     @staticmethod
     def _uninstall(optimizer: Optimizer) -> None:

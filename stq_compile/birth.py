@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from stq_compile.formats import CONSTANT
 from stq_compile.packed_state import PackedState, is_dense
@@ -43,28 +43,36 @@ class Birth(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        value = _constant_of(func, args)
-        if value is None:
-            return func(*args, **kwargs)
-        shape = torch.empty(0, device="meta")
-        outer = args[0] if isinstance(args[0], Tensor) else shape
-        like = local(outer)
-        with torch.utils._python_dispatch._disable_current_modes():
-            meta_args = (like.to("meta"), *args[1:]) if isinstance(args[0], Tensor) else args
-            meta = func(*meta_args, **{**kwargs, "device": "meta"})
-        device = kwargs.get("device") or (like.device if like is not shape else "cpu")
-        sharded = like is not outer
-        if (
-            (outer if sharded else meta).numel() < self.min_numel
-            or (sharded and meta.shape != like.shape)  # as large as the whole tensor
-            or meta.dtype != torch.float32
-            or torch.device(device).type != "cpu"
-            or not is_dense(meta)
-        ):
-            return func(*args, **kwargs)
-        state = PackedState.zeros_like(meta, CONSTANT)
-        state.packed.fill(value)
-        return wrap(state, outer)
+        born = newborn(func, args, kwargs, self.min_numel)
+        return func(*args, **kwargs) if born is None else born
+
+
+def newborn(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], min_numel: int
+) -> Tensor | None:
+    """The packed constant that a call of a factory is answered with; None if it is none."""
+    value = _constant_of(func, args)
+    if value is None:
+        return None
+    shape = torch.empty(0, device="meta")
+    outer = args[0] if isinstance(args[0], Tensor) else shape
+    like = local(outer)
+    with _disable_current_modes():
+        meta_args = (like.to("meta"), *args[1:]) if isinstance(args[0], Tensor) else args
+        meta = func(*meta_args, **{**kwargs, "device": "meta"})
+    device = kwargs.get("device") or (like.device if like is not shape else "cpu")
+    sharded = like is not outer
+    if (
+        (outer if sharded else meta).numel() < min_numel
+        or (sharded and meta.shape != like.shape)  # as large as the whole tensor
+        or meta.dtype != torch.float32
+        or torch.device(device).type != "cpu"
+        or not is_dense(meta)
+    ):
+        return None
+    state = PackedState.zeros_like(meta, CONSTANT)
+    state.packed.fill(value)
+    return wrap(state, outer)
 
 
 def _constant_of(func: Any, args: tuple[Any, ...]) -> float | None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from stq_compile.errors import UnknownInputError
 from stq_compile.shards import local, region_of
+from stq_compile.state_tree import leaves
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
 
 
@@ -128,7 +129,12 @@ NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _as_tensor(example: Any) -> Tensor:
-    """A Python number that Dynamo made an input, as a 0-dim tensor."""
+    """A Python number that Dynamo made an input, as a 0-dim tensor.
+
+    A symbolic number's present value is its hint; to convert it would be a guard on that value.
+    """
+    if isinstance(example, (torch.SymInt, torch.SymFloat)):
+        example = example.node.hint
     if isinstance(example, NUMBERS):
         return torch.tensor(float(example), dtype=torch.float64)
     tensor: Tensor = example
@@ -164,13 +170,10 @@ def _known_tensors(
         for key, value in group.items():
             if isinstance(value, Tensor):
                 known[id(value)] = (Role.SCALAR, Source(-1, "", f"param_groups[{g}][{key!r}]"))
-    for param, state in optimizer.state.items():
-        owner = sources.get(id(param))
-        if owner is None:
-            continue
-        for key, value in state.items():
-            if isinstance(value, Tensor) and id(value) not in known:  # a parameter stays one
-                known[id(value)] = (Role.STATE, Source(owner.param, owner.name, str(key)))
+    for leaf in leaves(optimizer):
+        owner = sources.get(id(leaf.owner))
+        if owner is not None and id(leaf.value) not in known:  # a parameter stays one
+            known[id(leaf.value)] = (Role.STATE, Source(owner.param, owner.name, leaf.key))
     return known
 
 

@@ -65,6 +65,8 @@ def attach(session: Session) -> None:
         pending.pop().apply(session)
         session.loaded = True
 
+    if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+        return  # a wrapper that never called Optimizer.__init__ has no hooks
     session.hooks = [
         optimizer.register_state_dict_post_hook(save),
         optimizer.register_load_state_dict_pre_hook(load),

@@ -6,9 +6,9 @@ kernels run on; which width a state has is the `Session`'s to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -27,18 +27,22 @@ from stq_compile.compiler import (
 )
 from stq_compile.dump import Dump
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import FLOAT32, Format
+from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import with_packed_normalizers
+from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly, perturbations
 from stq_compile.planner.planner import Planner
-from stq_compile.rounding import mixed_step
-from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live
+from stq_compile.regions import Region
+from stq_compile.rounding import mixed_step, stream_id
+from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
 from stq_compile.shards import local, wrap
+from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
 from stq_compile.storage import Codec, PackedStorage
+from stq_compile.working_set import can_be_packed, format_for
 
 StateKey = tuple[int, str]
 """A state: (number of its parameter over all groups, its key)."""
@@ -70,6 +74,7 @@ class Owner(Protocol):
     @property
     def optimizer(self) -> Optimizer: ...
     def params(self) -> list[Tensor]: ...
+    def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
     def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
@@ -87,9 +92,12 @@ class CompiledStep:
         self.front = stages
         self.stages = stages
         self.buckets: list[Bucket] = []
+        self.regions: list[Region] = []
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
+        kept = {operand.returned for _, operand in self._created_by()}
+        self.shared = shared_results(captured.program.units[0], kept)
 
     @property
     def program(self) -> Program:
@@ -152,6 +160,8 @@ class CompiledStep:
                     if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
                         format = session.format_of(operand, unit)
                         reason = unit.facts.fragile.get(operand.source.key, "")
+                        if unit.unfused:
+                            format = _format_now(self._live((Role.STATE, operand.source)), format)
                         info = StateInfo(operand.source, format, unit.facts, reason)
                         found.append((operand, info))
         return found
@@ -161,16 +171,18 @@ class CompiledStep:
         session = self.session
         held = [(local(self._live((Role.STATE, o.source))), info) for o, info in wanted]
         following = {v.packed: info.format for v, info in held if isinstance(v, PackedState)}
+        places = {(source.param, leaf.key): leaf.put for leaf, source in session.leaves()}
         for operand, info in sorted(wanted, key=lambda pair: pair[1].format.normalized):
             where = (Role.STATE, operand.source)
             value = local(self._live(where))
             if not isinstance(value, PackedState):
-                if info.format == FLOAT32:
+                assert isinstance(value, Tensor)
+                if info.format == FLOAT32 or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
-                assert isinstance(value, Tensor)
                 value = session.unencoded(value, operand.source)
-                self._replace_state(operand.source, value)
+                put = places[(operand.source.param, operand.source.key)]
+                self._replace_state(operand.source, value, put)
             storage = value.packed
             for name, option in session.storage_options(operand.source).items():
                 setattr(storage, name, option)
@@ -186,21 +198,25 @@ class CompiledStep:
         assert isinstance(other, PackedState)
         return other.packed
 
-    def _replace_state(self, source: Source, value: PackedState) -> None:
-        """Put a packed state where the float32 one was; the latter is dropped."""
-        param = self.session.params()[source.param]
-        state = wrap(value, param)
+    def _replace_state(
+        self, source: Source, value: PackedState, put: Callable[[Tensor], None]
+    ) -> None:
+        """Let the step hold a packed state where it held the float32 one, and the optimizer."""
+        state = wrap(value, self.session.params()[source.param])
         binding = self.bindings[(Role.STATE, source)]
         if isinstance(binding, Argument):
             self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
         else:
             self.bindings[(Role.STATE, source)] = state
-        entries = self.session.optimizer.state[param]
-        key = next((k for k in entries if str(k) == source.key), source.key)
-        entries[key] = state
+        put(state)
 
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
+        self.regions = [
+            Region(unit, self._resolve, partial(self._width_of, unit))
+            for unit in self.program.units
+            if unit.unfused
+        ]
         self.measuring = None
         self.created = [
             operand
@@ -210,12 +226,23 @@ class CompiledStep:
             if operand.returned >= 0
         ]
         self._formats = {
-            o.returned: self.session.format_of(o, u)
-            for u in self.program.units
-            for i in u.instances
-            for o in i.operands
-            if o.returned >= 0 and o.shape != ()
+            o.returned: self._format_at_birth(o, u) for u, o in self._created_by() if o.shape != ()
         }
+
+    def _width_of(self, unit: StepGraph, operand: Operand) -> int:
+        return self.session.format_of(operand, unit).width
+
+    def _created_by(self) -> Iterator[tuple[StepGraph, Operand]]:
+        for unit in self.program.units:
+            for instance in unit.instances:
+                yield from ((unit, o) for o in instance.operands if o.returned >= 0)
+
+    def _format_at_birth(self, operand: Operand, unit: StepGraph) -> Format:
+        """A region's states get their format when they are first written, from their values."""
+        format = self.session.format_of(operand, unit)
+        if operand.dtype != torch.float32:
+            return FLOAT32
+        return CONSTANT if unit.unfused and format != FLOAT32 else format
 
     def _resolve(self, operand: Operand) -> Any:
         if operand.returned >= 0 or operand.role is Role.SUMS:
@@ -225,20 +252,47 @@ class CompiledStep:
 
     def __call__(self, *args: Tensor) -> tuple[Any, ...]:
         session = self.session
-        created = {o.returned: self._create(o) for o in self.created}
+        created: dict[int, Any] = {o.returned: self._create(o) for o in self.created}
+        shared = self._shared_results(args)
         step = mixed_step(session.seed, session.steps)
         for bucket in self.buckets:
             bucket.fill(args, created)
-        looks = session.planner is not None and session.planner.due(session.steps + 1)
+        for region in self.regions:
+            region.fill(args, created)
+        planner = session.planner if self.buckets else None
+        looks = planner is not None and planner.due(session.steps + 1)
         if looks:
             self._look(args, created)
         written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
+        for region in self.regions:
+            region.launch()
         tracked = [tensor for tensor in written if not tensor.is_inference()]
         torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
         session.steps += 1
         if looks:
             session.replan()
-        return tuple(created[i] for i in sorted(created))
+        results = created | shared
+        return tuple(results[i] for i in sorted(results))
+
+    def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
+        """The step's new numbers, by output position; from its inputs before they change."""
+        if self.shared is None:
+            return {}
+        inputs = [present(self._resolve(operand), args) for operand in self.shared.operands]
+        found = dict(zip(self.shared.positions, self.shared.module(*inputs), strict=True))
+        return {position: self._packed_at_birth(v, position) for position, v in found.items()}
+
+    def _packed_at_birth(self, value: Any, position: int) -> Any:
+        """A state that was made from nothing and is of no parameter's graph yet, packed."""
+        options = self.session.options
+        width = options.width_of_created("")
+        large = isinstance(value, Tensor) and value.numel() >= max(options.min_numel, 2)
+        if not large or width == FLOAT32.width or not can_be_packed(value):
+            return value
+        stream = stream_id(len(self.session.params()), f"created_{position}")
+        rounding, seed = options.rounding, self.session.seed
+        format = format_for(value, width)
+        return PackedState.pack(value, format, rounding=rounding, seed=seed, stream=stream)
 
     def _look(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
         """Measure the states as they are before the step, for the planner."""
@@ -279,7 +333,7 @@ class CompiledStep:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in self.planned_program.units:
+            for unit in (u for u in self.planned_program.units if not u.unfused):
                 found |= measure_directly(
                     unit,
                     lambda operand: live(operand, self._resolve(operand), args),
@@ -303,3 +357,16 @@ class CompiledStep:
         if operand.region is None:
             return state
         return wrap(state, self.session.params()[operand.source.param])
+
+
+def _format_now(value: Any, format: Format) -> Format:
+    """The format of a region's state: what it is in, if that has the width asked for.
+
+    The graph of a region proves little, so the sign is that of the values.
+    """
+    if isinstance(value, PackedState):
+        waiting = value.format == CONSTANT or value.format.width == format.width
+        if waiting and value.format != FLOAT32:
+            return value.format
+        value = value.dequantize()
+    return format if format == FLOAT32 else format_for(value, format.width)

@@ -25,7 +25,7 @@ from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.passes.measure import measure
 from stq_compile.passes.normalizers import find_normalizers
-from stq_compile.passes.partition import partition, refuse_unsupported
+from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import FormatOf, insert_quantize
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
@@ -37,8 +37,7 @@ FRONT: Sequence[Pass] = (
     Pass("expand_foreach", expand_foreach),
     Pass("split", split),
     Pass("fold", fold),
-    Pass("functionalize", functionalize),
-    Pass("refuse", partial(refuse_unsupported, why_not=why_not)),
+    Pass("functionalize", partial(functionalize, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),
     Pass("recurrences", find_recurrences),
@@ -49,7 +48,7 @@ def back(format_of: FormatOf, rounding: Rounding) -> Sequence[Pass]:
     """The passes that depend on the formats."""
     return (
         Pass("quantize", partial(insert_quantize, format_of=format_of, rounding=rounding)),
-        Pass("partition", partial(partition, why_not=why_not)),
+        Pass("partition", partition),
     )
 
 
@@ -69,7 +68,7 @@ def analyse(program: Program, dump: Path | None = None) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Generated:
-    """The back passes' stages, and their last one compiled."""
+    """The back passes' stages, and the kernels of their last one; regions have none."""
 
     stages: list[Stage]
     units: list[Unit]
@@ -85,7 +84,8 @@ def generate(
 def measuring_program(program: Program, rounding: Rounding, dump: Path | None = None) -> Program:
     """The graphs that measure every template, before formats."""
     passes = (Pass("measure", partial(measure, rounding=rounding)),)
-    return run_passes(program, passes, dump=dump)[-1].program
+    fused = tuple(unit for unit in program.units if not unit.unfused)
+    return run_passes(Program(program.optimizer, fused), passes, dump=dump)[-1].program
 
 
 def generate_measuring(
@@ -100,7 +100,7 @@ def generate_measuring(
 
 def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:
     stages = run_passes(program, passes, dump=dump)
-    graphs = stages[-1].program.units
+    graphs = [unit for unit in stages[-1].program.units if not unit.unfused]
     kernels = [lower_kernel(graph) for graph in graphs]
     if dump is not None:
         for kernel in kernels:

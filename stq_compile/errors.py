@@ -33,6 +33,14 @@ class StqWarning(UserWarning):
         super().__init__(self.message.format(**fields))
 
 
+class EagerStepWarning(StqWarning):
+    message = (
+        "{optimizer}: its step runs eagerly, on packed states, because it cannot be compiled. "
+        "Results are right and states stay packed between steps, but every step decodes and "
+        "encodes them in plain torch, which takes several times as long. {reason}"
+    )
+
+
 class KernelCacheWarning(StqWarning):
     message = (
         "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "
@@ -104,33 +112,25 @@ class UnsupportedOptimizerError(StqError):
     message = "{optimizer} cannot be compiled: {reason}. It is left as it was."
 
 
-class UnsupportedParameterError(StqError):
+class ShardedRegionError(StqError):
     message = (
-        "{optimizer}, {source}: {reason}. Exclude the parameter from this optimizer or change "
-        "its dtype or layout; the optimizer is left as it was."
+        "{optimizer}, {source}: its update is not element by element ({reason}), and the parameter "
+        "is sharded: no process has what it would need. The optimizer is left as it was."
     )
 
 
-class UnsupportedStateError(StqError):
+class RandomStepError(StqError):
     message = (
-        "{optimizer}, state {state!r} of {source}: {reason}\n  read at {location}\n"
-        "Give it precision 32 (precision={{{state!r}: 32}}) to leave it as it is; "
-        "the optimizer is left as it was."
+        "{optimizer}: the step draws random numbers ({operator}), and a compiled step would draw "
+        "them in another order\n  at {location}\nThe optimizer is left as it was."
     )
 
 
 class UnsupportedOperatorError(StqError):
     message = (
-        "{optimizer}, {source}: no kernel for the operator {operator} ({reason})\n"
+        "{optimizer}, {source}: the operator {operator} cannot be traced ({reason})\n"
         "  at {location}\n"
-        "The optimizer is left as it was; use it without stq_compile, or rewrite that line."
-    )
-
-
-class CoupledParametersError(StqError):
-    message = (
-        "{optimizer}: the update of {first} reads values of {second}, so their updates cannot "
-        "become one kernel each\n  at {location}\nThe optimizer is left as it was."
+        "The optimizer is left as it was; rewrite that line to have its step compiled."
     )
 
 
@@ -151,6 +151,13 @@ class UnsupportedOutputError(StqError):
 class ChangedTensorError(StqError):
     message = (
         "{source}: its {what} changed since the step was compiled: {found}, compiled for {expected}"
+    )
+
+
+class TooManyGraphsError(StqError):
+    message = (
+        "{optimizer}: its step was captured {graphs} times in {steps} steps, and needs yet another "
+        "graph: something in it changes again and again (a Python number, a branch, a shape)"
     )
 
 

@@ -55,6 +55,8 @@ codes reach to the largest value of the block."""
 
 MIDRISE_SLACK = 1.0 - 2.0**-20
 """What the reach of those loses, so that rewriting a block does not round its step up again."""
+MIDRISE_SHRINK = 1.0 - 2.0**-19
+"""What their values lose, so that none lies beyond the last level and no code has to be cut off."""
 
 # Least-maximum polynomials, fitted once in float64 and rounded to float32.
 # A float's bit pattern, read as an integer, is its log2 in units of 2^-23 octaves but for a bend

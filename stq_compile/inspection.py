@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from stq_compile.api import own_code, raw_step, refusal, translated
 from stq_compile.birth import init_states
 from stq_compile.capture import Captured, capture, param_sources
-from stq_compile.checks import check_dtypes, check_program
+from stq_compile.checks import check_program
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.compiler import FRONT, back
 from stq_compile.errors import StqError, UnsupportedOptimizerError
@@ -149,6 +149,7 @@ def inspect_optimizer(
         except StqError as error:
             found.refused = error
             return found
+        session.check_precision(program)
         session.plan_first(program)
         _keep(found, program, back(session.format_of, options.rounding), "generate")
     return found
@@ -157,7 +158,6 @@ def inspect_optimizer(
 def _analyse(found: Inspection, classes: Sequence[Sequence[int]]) -> Program:
     """Run the passes that need no formats, keeping the stages that were reached."""
     program = found.captured.program
-    check_dtypes(program)
     _keep(found, program, FRONT, "analyse")
     if classes:
         last = found.stages[-1]

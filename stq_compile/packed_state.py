@@ -176,11 +176,11 @@ class PackedState(Tensor):
                 found="a change of its shape in place",
                 expected="the operator that returns a new view",
             )
-        if _is_view(func) and isinstance(args[0], PackedState):
+        if is_view(func) and isinstance(args[0], PackedState):
             return _view(func, args, kwargs)
         if any(isinstance(a, PackedState) and a._storage is None for a in args):
             _check_tracing(func)
-        return _run_dense(func, args, kwargs)
+        return run_dense(func, args, kwargs)
 
 
 def memory_order(values: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _keeps_layout(state: PackedState, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether the result shares memory with the first argument and writes nothing."""
     returns = func._schema.returns
     return bool(returns) and all(
@@ -265,10 +265,17 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tree_map(wrap, func(window, *args[1:], **kwargs))
 
 
-def _run_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_dense(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read: Callable[[PackedStorage], Tensor] = PackedStorage.read,
+    write: Callable[[PackedStorage, Tensor], None] = PackedStorage.write,
+) -> Any:
     """Run ``func`` on decoded values, then encode what it wrote.
 
-    Windows on one storage become windows on one decoded copy, so aliasing is kept.
+    Windows on one storage become windows on one decoded copy, so aliasing is kept. ``read`` and
+    ``write`` say where decoded values come from and go to.
     """
     flats: dict[int, Tensor] = {}
     dense_of: dict[int, Tensor] = {}
@@ -283,7 +290,7 @@ def _run_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             else:
                 key = id(x._storage)
                 if key not in flats:
-                    flats[key] = x._storage.read()
+                    flats[key] = read(x._storage)
                 value = flats[key].as_strided(x.size(), x.stride(), x.storage_offset())
             dense_of[id(x)] = value
             originals[id(value)] = x
@@ -292,7 +299,7 @@ def _run_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     out = func(*tree_map(dense, args), **tree_map(dense, kwargs))
     for state in _written(func, args, kwargs):
         if state._storage is not None and id(state._storage) in flats:
-            state._storage.write(flats.pop(id(state._storage)))
+            write(state._storage, flats.pop(id(state._storage)))
     return tree_map(lambda x: originals.get(id(x), x) if isinstance(x, Tensor) else x, out)
 
 

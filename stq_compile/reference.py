@@ -26,6 +26,7 @@ from stq_compile.formats import (
     MAX_RANGE,
     MEAN_PULL,
     MIDRISE_CLIP,
+    MIDRISE_SHRINK,
     MIDRISE_SLACK,
     OCTAVE,
     PLANES,
@@ -333,6 +334,8 @@ def _encode_midrise(
         reach = float_from_bits(magnitude_bits(u).amax(1, keepdim=True)) * (MIDRISE_SLACK / half)
     step = _scale_up(magnitude_bits(reach), 16)
     inverse = _reciprocal(float_from_bits(step << 16))
+    if format.width not in MIDRISE_CLIP:
+        inverse = inverse * MIDRISE_SHRINK
     t = fma(u, inverse, half)
     code = torch.clamp(torch.floor(t + uniform), 0.0, float(format.top_code))
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), step.view(-1)

@@ -193,9 +193,9 @@ class Bucket:
             elif column.role is Role.GRAD:
                 value = self._gradient(value, operand, param)
             elif value.stride() != operand.stride or value.shape != operand.shape:
-                raise _changed(operand, "layout", value)
+                raise changed(operand, "layout", value)
             if value.dtype != operand.dtype and column.role not in (Role.CODES, Role.SCALES):
-                raise _changed(operand, "dtype", value)
+                raise changed(operand, "dtype", value)
             tensors.append(value)
         column.tensors = tensors
         self.table[:, column.index] = [t.data_ptr() for t in tensors]
@@ -203,7 +203,7 @@ class Bucket:
     def _gradient(self, grad: Tensor, operand: Operand, param: Operand) -> Tensor:
         """The gradient in the parameter's memory order, which the kernel walks; else a copy."""
         if grad.layout != torch.strided or grad.shape != operand.shape:
-            raise _changed(operand, "layout", grad)
+            raise changed(operand, "layout", grad)
         if grad.stride() == param.stride:
             return grad
         copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)
@@ -319,7 +319,7 @@ def live(operand: Operand, source: Any, args: Sequence[Any]) -> Any:
     return present(source, args)
 
 
-def _changed(operand: Operand, what: str, value: Tensor) -> ChangedTensorError:
+def changed(operand: Operand, what: str, value: Tensor) -> ChangedTensorError:
     def describe(dtype: object, shape: object, stride: object) -> str:
         return f"{dtype}{list(shape)} with strides {list(stride)}"  # type: ignore[call-overload]
 

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stq_compile.capture import capture, param_sources
-from stq_compile.checks import check_dtypes, check_program
+from stq_compile.capture import Argument, Captured, capture, param_sources
+from stq_compile.checks import check_program
 from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
 from stq_compile.compiler import analyse
@@ -30,7 +30,7 @@ from stq_compile.errors import (
     UnsupportedWidthError,
 )
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import (
@@ -46,7 +46,16 @@ from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
 from stq_compile.shards import local, region_of, wrap
+from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
+from stq_compile.working_set import can_be_packed, is_like
+
+MOST_GRAPHS, GRAPH_WINDOW = 4, 100
+"""How many graphs `stq.compile` captures in how many steps; a step that needs yet another one
+runs eagerly, since what changes so often will change again."""
+
+WEIGHTS_WIDTH = BFLOAT16.width
+"""The least width of a state that is a copy of its parameter (`working_set.is_like`)."""
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +74,9 @@ class Session:
         self.hooks: list[RemovableHandle] = []
         self.steps = 0
         self.compiles = 0
+        self.compiled_at: list[int] = []
+        self.weights: set[StateKey] = set()
+        self.eager_reason = ""
         self.transitions = 0
         self.look_bytes = 0
         self.reencoded: tuple[str, ...] = ()
@@ -85,13 +97,13 @@ class Session:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         start = time.perf_counter()
         captured = capture(gm, self.optimizer)
-        check_dtypes(captured.program)
         with reporting_defects(self, captured.program):
             stages = analyse(captured.program, self.dump.folder("analyse"))
         program = stages[-1].program
         check_program(program)
-        self._check_precision(program)
+        self.check_precision(program)
         step = CompiledStep(self, captured, stages)
+        self._find_weights(captured)
         with self._attempt():
             changes = self.enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
@@ -100,6 +112,7 @@ class Session:
         step.release(gm)
         self.compiled.add(step)
         self.compiles += 1
+        self.compiled_at.append(self.steps)
         LOG.info(
             "%s: compiled %d templates to %d kernels in %.2f s",
             captured.program.optimizer,
@@ -111,6 +124,12 @@ class Session:
         return step
 
     @property
+    def out_of_graphs(self) -> bool:
+        """Whether so many graphs were captured lately that another would only be one more."""
+        recent = [step for step in self.compiled_at if step > self.steps - GRAPH_WINDOW]
+        return len(recent) >= MOST_GRAPHS
+
+    @property
     def losses(self) -> list[tuple[int, float]]:
         """Losses that were logged, with the number of steps before each."""
         return self.recording.losses
@@ -119,7 +138,18 @@ class Session:
         if self.recording.streams:
             self.recording.update(run_of(self))
 
-    def _check_precision(self, program: Program) -> None:
+    def _find_weights(self, captured: Captured) -> None:
+        """Of the states not packed yet, find those that are copies of their parameter."""
+        params = self.params()
+        for (role, source), binding in captured.bindings.items():
+            value = binding.live if isinstance(binding, Argument) else binding
+            if role is not Role.STATE or not isinstance(value, Tensor):
+                continue
+            wide = isinstance(value, PackedState) and value.format == BFLOAT16  # created as a copy
+            if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
+                self.weights.add((source.param, source.key))
+
+    def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
         operands = [o for u in program.units for i in u.instances for o in i.operands]
         states = {key for _, _, key, _ in self.states()}
@@ -243,21 +273,32 @@ class Session:
         )
         self._record()
 
-    def width_of(self, operand: Operand) -> int:
-        """The width that the plan, or else the options, give a state."""
-        key = (operand.source.param, operand.source.key)
+    def width_of_state(self, source: Source, numel: int) -> int:
+        """The width that plan or options give a state of ``numel`` elements, 0 for a 0-dim one."""
+        key = (source.param, source.key)
         if key in self.plan:
             return self.plan[key]
-        if operand.shape == () or operand.numel < self.options.min_numel:
+        if numel < max(self.options.min_numel, 1) or self.options.excludes(source.name):
             return 32
-        if self.options.excludes(operand.source.name):
-            return 32
-        if operand.returned >= 0:
+        pinned = self.options.width_of(source.name, source.key)
+        width = self.options.unplanned_width if pinned is None else pinned
+        return max(width, WEIGHTS_WIDTH) if key in self.weights else width
+
+    def keep_as_weights(self, number: int, key: str, width: int) -> int:
+        """Remember that a state is a copy of its parameter; its width from now on."""
+        self.weights.add((number, key))
+        return max(width, WEIGHTS_WIDTH)
+
+    def width_of(self, operand: Operand) -> int:
+        """The width of an operand; of a state that the step will create, whose key is unknown."""
+        numel = operand.numel if operand.shape != () else 0
+        known = (operand.source.param, operand.source.key) in self.plan
+        wide = numel < self.options.min_numel or self.options.excludes(operand.source.name)
+        if operand.returned >= 0 and not known and not wide and operand.shape != ():
             if self.options.target_bits is not None:
                 return self.created_width
             return self.options.width_of_created(operand.source.name)
-        pinned = self.options.width_of(operand.source.name, operand.source.key)
-        return self.options.unplanned_width if pinned is None else pinned
+        return self.width_of_state(operand.source, numel)
 
     def format_of(self, operand: Operand, unit: StepGraph) -> Format:
         """The format of a state: its width, and what the graph proved about it."""
@@ -272,8 +313,11 @@ class Session:
                 operand.shape, operand.stride, operand.dtype, region=operand.region,
             )  # fmt: skip
             normalizable = self.width_of(other) < 32
+        width = self.width_of(operand)
+        if width < FLOAT32.width and key in facts.copies:
+            width = max(width, WEIGHTS_WIDTH)
         return choose_format(
-            self.width_of(operand),
+            width,
             nonnegative=key in facts.nonnegative,
             normalizable=normalizable,
             where=f"{type(self.optimizer).__name__}, {operand.source}",
@@ -324,26 +368,36 @@ class Session:
         """All parameters, in the order of `Source.param`."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]:
-        """Every state: (parameter, its source, key, value)."""
+    def leaves(self) -> Iterator[tuple[Leaf, Source]]:
+        """Every tensor among the states, and its source.
+
+        What belongs to no parameter of the optimizer is numbered after the parameters.
+        """
         sources = param_sources(self.optimizer)
-        for param, state in self.optimizer.state.items():
-            for key, value in state.items():
-                yield param, sources[id(param)], str(key), value
+        for leaf in leaves(self.optimizer):
+            owner = sources.get(id(leaf.owner))
+            if owner is None:
+                name = leaf.owner if isinstance(leaf.owner, str) else type(leaf.owner).__name__
+                owner = sources[id(leaf.owner)] = Source(len(sources), name)
+            yield leaf, Source(owner.param, owner.name, leaf.key)
+
+    def states(self) -> Iterator[tuple[Tensor, Source, str, Tensor]]:
+        """Every tensor among the states: (parameter, its source, key, value)."""
+        for leaf, source in self.leaves():
+            yield leaf.owner, source, leaf.key, leaf.value
 
     def pack_loaded(self) -> None:
         """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
         if not self.loaded:
             return
         self.loaded = False
-        for param, source, key, value in list(self.states()):
-            info = self.info.get((source.param, key))
-            held = local(value)
-            if info is None or not isinstance(held, Tensor) or isinstance(held, PackedState):
+        for leaf, source in list(self.leaves()):
+            info = self.info.get((source.param, leaf.key))
+            held = local(leaf.value)
+            if info is None or isinstance(held, PackedState) or not can_be_packed(held):
                 continue
-            if info.format != FLOAT32 and value.shape == param.shape:
-                state = self.unencoded(held, info.source)
-                self.optimizer.state[param][key] = wrap(state, param)
+            if info.format != FLOAT32:
+                leaf.put(wrap(self.unencoded(held, info.source), self.params()[source.param]))
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""

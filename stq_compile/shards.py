@@ -225,8 +225,8 @@ def gathered(value: Any) -> Any:
     if type(value) is not DTensor:
         return value
     if value.dtype == torch.int16:  # which gloo does not know
-        wider: Any = value.to(torch.int32)
-        return wider.full_tensor().to(torch.int16)
+        wide: Any = value.to(torch.int32)
+        return wide.full_tensor().to(torch.int16)
     return value.full_tensor()
 
 

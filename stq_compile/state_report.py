@@ -33,6 +33,7 @@ class Report:
     run: Run = field(repr=False)
     look_bytes: int = 0
     reencoded: tuple[str, ...] = ()
+    note: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write the run so far as JSON lines, which ``stq report`` shows."""
@@ -89,6 +90,8 @@ class Report:
             yield f"{human(self.split_bytes)} of it since shards cut blocks in two"
         if self.reencoded:
             yield f"encoded anew when they were loaded: {', '.join(self.reencoded)}"
+        if self.note:
+            yield self.note
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110)
@@ -117,4 +120,21 @@ def make_report(session: Session) -> Report:
         run,
         session.look_bytes,
         session.reencoded,
+        _note(session),
     )
+
+
+def _note(session: Session) -> str:
+    """What does not run in kernels, and why."""
+    lines = [f"Steps run eagerly: {session.eager_reason}"] if session.eager_reason else []
+    reasons = {
+        unit.unfused: len(unit.instances)
+        for step in session.compiled
+        for unit in step.program.units
+        if unit.unfused
+    }
+    lines += [
+        f"Outside of kernels, operator by operator ({count} parameters): {reason}"
+        for reason, count in reasons.items()
+    ]
+    return "\n".join(lines)

@@ -106,7 +106,12 @@ class Instance:
 
     @property
     def param(self) -> Operand:
-        return next(o for o in self.operands if o.role is Role.PARAM)
+        """The parameter, or what stands for it in a graph that leaves it alone."""
+        for role in (Role.PARAM, Role.GRAD, Role.STATE):
+            for operand in self.operands:
+                if operand.role is role:
+                    return operand
+        raise InvalidGraphError(stage="instance", reason="no tensor of a parameter", graph=self)
 
 
 @dataclass(frozen=True)
@@ -135,13 +140,15 @@ class Facts:
 
     ``nonnegative``: never below zero. ``normalizers``: the update divides the state by the root of
     another. ``fragile``: why an error in the state could break the step (root of a difference).
-    ``recurrences``: how the state carries over from step to step.
+    ``recurrences``: how the state carries over from step to step. ``copies``: states that the step
+    creates as copies of its parameter.
     """
 
     nonnegative: frozenset[str] = frozenset()
     normalizers: Mapping[str, str] = field(default_factory=dict)
     fragile: Mapping[str, str] = field(default_factory=dict)
     recurrences: Mapping[str, Recurrence] = field(default_factory=dict)
+    copies: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,10 @@ class StepGraph:
 
     ``writes`` is None while the graph updates its inputs in place; a functional graph returns a
     tuple, and ``writes[i]`` names the placeholder that output ``i`` replaces. ``formats`` holds the
-    format behind each codes placeholder, ``regions`` the region of each node.
+    format behind each codes placeholder, ``regions`` the region of each node. ``unfused`` says why
+    the graph is no kernel (`passes.partition`); it is empty for one that is. ``plain`` is then what
+    runs: the same function in the eager step's own operators, which round as eager does, while
+    ``graph`` is decomposed for the passes to look at.
     """
 
     name: str
@@ -160,6 +170,8 @@ class StepGraph:
     facts: Facts = Facts()
     formats: Mapping[str, Format] = field(default_factory=dict)
     regions: Mapping[str, str] = field(default_factory=dict)
+    unfused: str = ""
+    plain: StepGraph | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:

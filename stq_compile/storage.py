@@ -91,6 +91,8 @@ class PackedStorage:
         sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
         replacements: counts those of all states.
+        working: float32 ``[numel]``, while an eager step works on decoded values; they are then
+            the state, and the codes are behind.
     """
 
     replacements = 0
@@ -118,6 +120,7 @@ class PackedStorage:
         self.sharded = sharded
         self.eager_writes = 0
         self.version = 0
+        self.working: Tensor | None = None
         self.codes, self.scales = reference.empty_buffers(format, numel)
         self._dependents: weakref.WeakSet[PackedStorage] = weakref.WeakSet()
         if normalizer is not None:
@@ -130,6 +133,8 @@ class PackedStorage:
 
     def read(self) -> Tensor:
         """The values, float32 ``[numel]``, in a new tensor."""
+        if self.working is not None:
+            return self.working.clone()
         unit = None if self.normalizer is None else self.normalizer.read()
         return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
 
@@ -155,6 +160,16 @@ class PackedStorage:
         format = FLOAT32 if self.format == CONSTANT else self.format
         made = self._converted(source, format, self.buffers.unit, REFERENCE)
         self._replace(made, self.normalizer)
+
+    def rewrite(self, values: Tensor, format: Format) -> None:
+        """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
+        _check_normalizer(format, None, self.numel)
+        source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
+        made = self._converted(source, format, None, REFERENCE)
+        former = self.normalizer
+        self._replace(made, None)
+        if former is not None:
+            former._dependents.discard(self)
 
     def reencode(
         self,
@@ -286,7 +301,12 @@ class PackedStorage:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_dependents"}
+        state = {k: v for k, v in self.__dict__.items() if k != "_dependents"}
+        if self.working is not None:
+            codes, scales = reference.encode(self.working, FLOAT32, NEAREST)
+            plain = {"format": FLOAT32, "codes": codes, "scales": scales, "normalizer": None}
+            state |= {**plain, "working": None}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

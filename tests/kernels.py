@@ -14,7 +14,7 @@ from stq_compile import reference
 from stq_compile.codegen.cpp.build import CompiledKernel, build
 from stq_compile.codegen.cpp.emit import emit
 from stq_compile.codegen.ir import Kernel
-from stq_compile.codegen.lower import lower, why_not
+from stq_compile.codegen.lower import lower
 from stq_compile.codegen.tabulate import tabulate
 from stq_compile.compiler import Unit
 from stq_compile.formats import FLOAT32, Format
@@ -54,7 +54,7 @@ def adam_math(p: Tensor, g: Tensor, s: States) -> tuple[Tensor, States]:
 def quantized(unit: StepGraph, formats: Formats, rounding: Rounding) -> StepGraph:
     """The unit with its states in ``formats``, ready to be lowered."""
     packed = insert_quantize(program(unit), lambda o, _: formats.get(o.source.key), rounding)
-    return only(partition(packed, why_not))
+    return only(partition(packed))
 
 
 def kernel_of(unit: StepGraph, *, tables: bool = True) -> Kernel:

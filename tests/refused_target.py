@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 
 
-class Sorting(Optimizer):
-    """Adds the sorted gradient."""
+class Undefined(Optimizer):
+    """Adds what memory happens to hold."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})
@@ -18,8 +18,8 @@ class Sorting(Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                p.add_(torch.sort(p.grad.flatten())[0].view_as(p), alpha=-group["lr"])
+                p.add_(torch.empty_like(p) * p.grad, alpha=-group["lr"])
 
 
 def make() -> Optimizer:
-    return Sorting([torch.nn.Parameter(torch.ones(64, 64))])
+    return Undefined([torch.nn.Parameter(torch.ones(64, 64))])

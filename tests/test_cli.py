@@ -108,17 +108,17 @@ def test_trace(target: tuple[str, ...]) -> None:
 
 
 def test_trace_of_what_is_refused_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that calls a sort stands for all that cannot be compiled."""
+    """A step that reads undefined memory stands for all that cannot be compiled."""
     code, text, errors = run("trace", "refused_target:make")
     assert code == 0
-    assert "torch.sort" in text
+    assert "torch.empty_like" in text
     (line,) = errors.strip().splitlines()
-    assert line.startswith("stq: not compiled: Sorting, group0.param0: ")
+    assert line.startswith("stq: not compiled: Undefined, group0.param0: ")
     found = read("trace", "refused_target:make")
     assert found["refused"] in line
     code, text, errors = run("passes", "refused_target:make")
     assert code == 2
-    assert "functionalize" in text
+    assert "fold" in text
     assert "partition" not in text
     assert len(errors.strip().splitlines()) == 1
     code, text, errors = run("kernels", "refused_target:make")
@@ -394,6 +394,7 @@ def test_shapes_from_a_file_and_arguments(tmp_path: Path) -> None:
         (("diff", "SGD", "nothing"), "no such pass"),
         (("kernels", "LBFGS"), "line search"),
         (("kernels", "AdamW", "--precision", "7"), "the widths are"),
+        (("facts", "AdamW", "--precision", "exp_avgg=4"), "matches no state of any parameter"),
         (("kernels", "AdamW", "--target-bits", "4", "--tolerance", "0.1"), "contradict"),
         (("plan", "AdamW", "--target-bits", "0.5"), "budget"),
         (("report", "nowhere.jsonl"), "not readable"),
@@ -462,6 +463,16 @@ def test_every_verb_has_a_schema_and_an_example() -> None:
 def test_shells_can_complete() -> None:
     done = stq("", _STQ_COMPLETE="complete_bash", COMP_WORDS="stq tr", COMP_CWORD="1")
     assert done.stdout.strip() == "trace"
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    line = "stq trace AdamW --model vit-b --json | head -c 10; echo ${PIPESTATUS[0]}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert (done.stdout.splitlines()[-1], done.stderr) == ('{"optimize0', "")
 
 
 MEASURED = """

@@ -80,7 +80,13 @@ def commands() -> list[tuple[str, str]]:
 
 
 COMMANDS = commands()
-STQ = [(c, shown) for c, shown in COMMANDS if c.startswith("stq ")]
+LONG = ("cuda:", "gpt2", "llama", "vit", "doctor")
+"""What takes seconds; other tests run the same verbs on the same subjects by default."""
+STQ = [
+    pytest.param(c, shown, id=c, marks=[pytest.mark.slow] * any(word in c for word in LONG))
+    for c, shown in COMMANDS
+    if c.startswith("stq ")
+]
 MAKE = [c for c, _ in COMMANDS if c.startswith("make ")]
 OTHERS = [c for c, _ in COMMANDS if not c.startswith(("stq ", "make ", "pytest"))]
 
@@ -95,7 +101,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("command", "shown"), STQ, ids=[c for c, _ in STQ])
+@pytest.mark.parametrize(("command", "shown"), STQ)
 def test_stq(command: str, shown: str, folder: Path) -> None:
     arguments = shlex.split(command)[1:]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "100"})
@@ -118,6 +124,7 @@ def test_make_targets_exist(command: str) -> None:
     assert set(words) <= set(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", OTHERS)
 def test_examples_have_the_options_that_are_shown(command: str) -> None:
     """They train for minutes or hours; tests/test_examples.py and others run them briefly."""

@@ -92,11 +92,9 @@ def test_fields_may_hold_braces_and_objects() -> None:
             "exp_avg of w: a width of 7 bits does not exist; the widths are (2, 3)",
         ),
         (
-            errors.UnsupportedStateError(
-                optimizer="Adam", state="exp_avg", source="w", reason="int64", location="adam.py:7"
-            ),
-            "Adam, state 'exp_avg' of w: int64\n  read at adam.py:7\nGive it precision 32 "
-            "(precision={'exp_avg': 32}) to leave it as it is; the optimizer is left as it was.",
+            errors.SharedScalarError(optimizer="Adam", source="beta", location="adam.py:7"),
+            "Adam: the step changes beta, which all parameters share\n  at adam.py:7\n"
+            "The optimizer is left as it was.",
         ),
         (StqError(detail="something"), "something"),
     ],

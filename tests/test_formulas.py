@@ -68,7 +68,10 @@ def numbers(formulas: Formulas, values: dict[str, torch.Tensor]) -> dict[str, to
     return found
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    ["AdamW", "SGD", *(pytest.param(n, marks=pytest.mark.slow) for n in list(OPTIMIZERS)[2:])],
+)
 def test_new_values_and_sensitivities(name: str) -> None:
     unit = template(name)
     formulas = formulas_of(unit)

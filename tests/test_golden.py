@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,8 +152,6 @@ def test_the_example_fails_readably_when_weight_decay_changes(
     pytester: pytest.Pytester, pytest_in: Run
 ) -> None:
     project = shutil.copytree(EXAMPLE, pytester.path, dirs_exist_ok=True)
-    code, output = pytest_in()
-    assert code == 0, output
     module = project / "my_optimizer.py"
     text = module.read_text()
     assert "weight_decay=0.1" in text
@@ -166,4 +165,6 @@ def test_the_example_fails_readably_when_weight_decay_changes(
     assert "Traceback" not in output
     assert "torch.__trace" not in output
     assert "run pytest with --stq-update if it is right" in output
-    assert "test_the_plan_is_what_it_was" not in output.split("short test summary")[1]
+    assert "1 failed, 1 passed" in output  # the plan is what it was
+    changes = [line for line in output.splitlines() if re.match(r"[-+](?![-+])", line)]
+    assert len(changes) == 2

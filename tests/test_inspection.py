@@ -46,7 +46,15 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("options", [{"precision": 4}, {"target_bits": 5.0}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_bits": 5.0},
+        pytest.param({"precision": 4}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_formats_and_kernels_are_those_of_the_first_step(options: dict[str, Any]) -> None:
     options = {**options, "min_numel": 64}
     model = make_model()

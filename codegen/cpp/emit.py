@@ -15,6 +15,7 @@ from stq_compile.codegen.cpp.syntax import (
     float_literal,
     int_literal,
 )
+from stq_compile.codegen.hoist import MASK, hoist
 from stq_compile.codegen.ir import (
     OPCODES,
     REDUCTIONS,
@@ -44,6 +45,9 @@ class _Emitter:
         self.schedule = Schedule(kernel)
         self.said: set[str] = set()
         self.measures = kernel.slots > 0
+        self.hoisted = hoist(kernel)
+        self.key_of = {id(t): group.key for group in self.hoisted for t in group.tables}
+        self.unused = self._unused()
         self.exact = {
             id(a)
             for v in kernel.body
@@ -57,6 +61,7 @@ class _Emitter:
             f'// {self.kernel.summary}\n#include "stq_kernel.h"',
             self._row(),
             self._scalars(),
+            *self._constants(),
             self._tile(),
             self._run(),
         ]
@@ -140,6 +145,52 @@ class _Emitter:
         self.said.add(v.origin)
         return f"  // {text}"
 
+    # Tables that are computed once.
+    def _unused(self) -> set[int]:
+        """Operations that only serve the making of hoisted tables."""
+        inside = {id(v) for group in self.hoisted for v in group.body}
+        outside = {
+            id(a)
+            for v in self.kernel.body
+            if id(v) not in inside
+            for a in v.args
+            if isinstance(a, Value)
+        }
+        for group in self.hoisted:
+            for v in reversed(group.body):
+                if id(v) in outside and id(v) not in self.key_of:
+                    outside |= {id(a) for a in v.args if isinstance(a, Value)}
+        return {i for i in inside if i not in outside}
+
+    def _constants(self) -> list[str]:
+        if not self.hoisted:
+            return []
+        lines = ["// Decoding tables by the range of a block, in units of its scale."]
+        lines += ["struct Tables {"]
+        for group in self.hoisted:
+            lines += [f"  stq::f32v {c_name(t.name)}[{MASK + 1}];" for t in group.tables]
+        lines += ["  Tables() {", f"    for (int i = 0; i <= {MASK}; ++i) {{"]
+        lines += ["      constexpr int j = 0;"]
+        for group in self.hoisted:
+            lines.append("      {")
+            key = group.key
+            lines.append(
+                f"        const stq::i32b {c_name(key.name)} = stq::each(i);{self._note(key)}"
+            )
+            lines += [f"        {self._constant(v)}{self._note(v)}" for v in group.body]
+            for t in group.tables:
+                last = "[0]" if id(t) in self.schedule.crossing else ""
+                lines.append(f"        this->{c_name(t.name)}[i] = {c_name(t.name)}{last};")
+            lines.append("      }")
+        return ["\n".join([*lines, "    }", "  }", "};", "static const Tables tables;"])]
+
+    def _constant(self, v: Value) -> str:
+        """A step on the way to a table; what crosses is an array, here of one."""
+        name, expression = c_name(v.name), self._expression(v)
+        if v.space is Space.TABLE and id(v) in self.schedule.crossing:
+            return f"const {c_type(v)} {name}[1] = {{{expression}}};"
+        return f"const {c_type(v)} {name} = {expression};"
+
     # The tile function.
     def _tile(self) -> str:
         more = ", int64_t stride, double* totals" if self.measures else ""
@@ -153,9 +204,12 @@ class _Emitter:
             *self._crossing(),
         ]
         for phase in self.schedule.phases:
-            lines += [f"  {self._block(v)}{self._note(v)}" for v in phase.blocks]
+            blocks = [v for v in phase.blocks if id(v) not in self.unused]
+            lines += [f"  {self._block(v)}{self._note(v)}" for v in blocks]
             tables = [
-                f"    {self._assign(v, self._expression(v))}{self._note(v)}" for v in phase.tables
+                f"    {self._table(v)}{self._note(v)}"
+                for v in phase.tables
+                if id(v) not in self.unused
             ]
             elements = self._pointers(phase) + self._planes(phase)
             elements += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
@@ -241,6 +295,13 @@ class _Emitter:
         else:
             expression = self._expression(v)
         return f"const {c_type(v)} {c_name(v.name)} = {expression};"
+
+    def _table(self, v: Value) -> str:
+        """A table of one block, made or looked up."""
+        key = self.key_of.get(id(v))
+        if key is None:
+            return self._assign(v, self._expression(v))
+        return self._assign(v, f"tables.{c_name(v.name)}[{c_name(key.name)}[j]]")
 
     def _planes(self, phase: Phase) -> list[str]:
         if not phase.planes:

@@ -113,6 +113,11 @@ STQ_INLINE f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m5
 STQ_INLINE f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
 STQ_INLINE f32v floor(f32v x) { return (f32v)_mm512_roundscale_ps((__m512)x, 0x09); }
 STQ_INLINE f32v ceil(f32v x) { return (f32v)_mm512_roundscale_ps((__m512)x, 0x0A); }
+#if defined(__AVX512DQ__)
+STQ_INLINE f32v fraction(f32v x) { return (f32v)_mm512_reduce_ps((__m512)x, 0x09); }
+#else
+STQ_INLINE f32v fraction(f32v x) { return x - floor(x); }
+#endif
 STQ_INLINE f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 STQ_INLINE f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 STQ_INLINE i32v min(i32v a, i32v b) { return (i32v)_mm512_min_epi32((__m512i)a, (__m512i)b); }
@@ -160,6 +165,12 @@ STQ_INLINE i32v max(i32v a, i32v b) { return a > b ? a : b; }
 STQ_INLINE i32v to_int(f32v x) { return __builtin_convertvector(x, i32v); }
 STQ_INLINE f32v lookup(f32v table, i32v code) { return lanes([&](int i) { return table[code[i] & 15]; }); }
 #endif
+
+#if !defined(__AVX512F__)
+STQ_INLINE f32v fraction(f32v x) { return x - floor(x); }
+#endif
+STQ_INLINE f32b fraction(f32b x) { return x - floor(x); }
+STQ_INLINE double fraction(double x) { return x - floor(x); }
 
 // NaN if either argument is, as torch.minimum and torch.maximum.
 STQ_INLINE f32v minimum(f32v a, f32v b) { return (a < b) | (a != a) ? a : b; }

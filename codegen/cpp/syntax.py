@@ -41,7 +41,7 @@ TEMPLATES: dict[str, str] = {
         for name in ("min", "max", "minimum", "maximum", "pow", "copysign", "lookup")
     },
     **{name: f"stq::{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "sign")},
-    **{name: f"stq::{name}({{0}})" for name in ("floor", "ceil", "to_float", "to_int")},
+    **{name: f"stq::{name}({{0}})" for name in ("floor", "fraction", "ceil", "to_float", "to_int")},
     **{name: f"stq::{name}({{0}})" for name in ("bits_of", "from_bits")},
 }
 
@@ -70,7 +70,8 @@ RESERVED = frozenset((
     "while", "xor",
     # names of the generated code
     "blocks", "count", "first", "first_block", "index", "j", "numel", "p", "row", "run", "s",
-    "scalars", "size", "std", "step", "stq", "stride", "offset", "tail", "tile", "totals",
+    "scalars", "size", "std", "step", "stq", "stride", "offset", "tables", "tail", "tile", "totals",
+    "i", "this", "Tables",
 ))
 # fmt: on
 

@@ -35,6 +35,7 @@ _SHARED: dict[str, str] = {
     "select": "tl.where({0}, {1}, {2})",
     "abs": "tl.abs({0})",
     "floor": "tl.floor({0})",
+    "fraction": "({0} - tl.floor({0}))",
     "ceil": "tl.ceil({0})",
     "min": "tl.minimum({0}, {1})",
     "max": "tl.maximum({0}, {1})",

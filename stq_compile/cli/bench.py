@@ -144,7 +144,7 @@ def _print(
     copy = f"copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s"
     caption = f"{machine['machine']}; torch {machine['torch']}; {copy}"
     table = Table(title=title, caption=caption)
-    table.add_column("step")
+    table.add_column("step", no_wrap=True)
     for name in ("ns per parameter", "quartiles", "ratio", "true bits", "bytes moved", "bandwidth"):
         table.add_column(name, justify="right", no_wrap=name != "ns per parameter")
     for t in timings:

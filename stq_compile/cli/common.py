@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterator, Mapping
@@ -82,6 +83,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
                 given["subject"] = Subject(given.pop("target"), picked)
             function(**given)
 
+    run.__doc__ = _paragraphs(inspect.getdoc(function) or "")
     first = [
         inspect.Parameter("target", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Target)
     ]
@@ -99,6 +101,11 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     )
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
+
+
+def _paragraphs(text: str) -> str:
+    """Without the line breaks of the source: typer keeps them, and wraps besides."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 class Subject:
@@ -153,8 +160,12 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
     """Errors as one line on standard error. Exit code 2 for what the user can mend, else 1."""
     try:
         yield
+        sys.stdout.flush()
     except (typer.Exit, typer.Abort):
         raise
+    except BrokenPipeError:  # as in `stq trace AdamW | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
     except Exception as error:
         if traceback:
             tracebacks.print_exc()

@@ -53,12 +53,20 @@ def plan(
     _print(subject.title, made, largest, CAPACITIES)
 
 
+def _count(number: int) -> str:
+    """``124.4 M``."""
+    for letter, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {letter}"
+    return str(number)
+
+
 def _print(title: str, made: MemoryPlan, largest: int, capacities: tuple[int, ...]) -> None:
     from stq_compile.state_report import human
 
     gpus = f"on each of {made.world_size} GPUs" if made.world_size > 1 else "on one GPU"
     table = Table(
-        title=f"{title}: {made.elements / 1e6:,.1f} M parameters, {gpus}",
+        title=f"{title}: {_count(made.elements)} parameters, {gpus}",
         caption="activations and temporary buffers come on top",
     )
     table.add_column("", no_wrap=True)

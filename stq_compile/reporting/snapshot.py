@@ -29,6 +29,7 @@ class Live(Protocol):
     options: Options
     steps: int
     info: dict[StateKey, StateInfo]
+    weights: set[StateKey]
     planner: Planner | None
 
     @property
@@ -59,13 +60,21 @@ def run_of(live: Live) -> Run:
 def rows_of(live: Live) -> tuple[Row, ...]:
     """What every state occupies now."""
     return tuple(
-        _row(source.name, key, value, live.info.get((source.param, key)))
+        _row(source.name, key, value, _reason(live, (source.param, key)))
         for _, source, key, value in live.states()
         if isinstance(value, Tensor)
     )
 
 
-def _row(param: str, key: str, value: Tensor, info: StateInfo | None) -> Row:
+def _reason(live: Live, key: StateKey) -> str:
+    """Why a state is wider than was asked for."""
+    if key in live.weights:
+        return "a copy of the weights"
+    info = live.info.get(key)
+    return "" if info is None else info.reason
+
+
+def _row(param: str, key: str, value: Tensor, reason: str) -> Row:
     held = local(value)
     packed = held.packed if isinstance(held, PackedState) else None
     format = FLOAT32 if packed is None else packed.format
@@ -82,7 +91,7 @@ def _row(param: str, key: str, value: Tensor, info: StateInfo | None) -> Row:
         8 * value.element_size() if packed is None else format.width,
         nbytes,
         4 * value.numel(),
-        "" if info is None else info.reason,
+        reason,
         split,
     )
 

@@ -14,7 +14,7 @@ from graphs import program, with_sizes
 from interpreter import interpreted, run_triton
 from kernels import Rig, quantized, sgd_math
 from stq_compile.codegen.ir import Builder, Kernel, KernelOperand, OperandKind
-from stq_compile.codegen.lower import bytes_per_element, lower, why_not
+from stq_compile.codegen.lower import bytes_per_element, lower
 from stq_compile.codegen.target import CPU, parse_target
 from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.kernel import tile_map, vector_of
@@ -117,7 +117,7 @@ def gpt2_units(format_of: Callable[[int, str], Format]) -> list[StepGraph]:
     packed = insert_quantize(
         program(unit), lambda o, _: format_of(o.source.param, o.source.key), "stochastic"
     )
-    return list(partition(packed, why_not).units)
+    return list(partition(packed).units)
 
 
 def launches(unit: StepGraph) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graphs import Sketch, assert_pure, assert_same, only, program, random_inputs, run
+from stq_compile.errors import UnsupportedOperatorError
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.pytest_plugin import Golden
 from stq_compile.step_graph import Instance, Role, StepGraph, location_of
@@ -209,3 +210,24 @@ def test_dead_arithmetic_is_gone() -> None:
     s.call("add_", p, g)
     (node,) = only(functionalize(program(s.inplace()))).calls
     assert node.target is torch.ops.aten.add.Tensor
+
+
+def test_out_arguments_are_written() -> None:
+    """``torch.mul(g, g, out=b)`` on a buffer that begins undefined (Muon's products)."""
+    s = Sketch()
+    p, g = s.param(), s.grad()
+    buffer = s.call(torch.empty_like, g)
+    s.call(torch.mul, g, g, out=buffer)
+    s.call("sub_", p, buffer)
+    before = s.inplace()
+    after = only(functionalize(program(before)))
+    inputs = random_inputs(before)
+    assert_same(run(before, inputs), run(after, inputs))
+
+
+def test_undefined_values_are_not_compiled() -> None:
+    s = Sketch()
+    p, g = s.param(), s.grad()
+    s.call("sub_", p, s.call("mul", g, s.call(torch.empty_like, g)))
+    with pytest.raises(UnsupportedOperatorError, match="undefined"):
+        functionalize(program(s.inplace()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,16 @@ from torch import fx
 
 from graphs import Sketch, assert_pure, aten, only, program
 from stq_compile.codegen.lower import why_not
-from stq_compile.errors import UnsupportedOperatorError
-from stq_compile.passes.partition import element_nodes, partition
+from stq_compile.passes.functionalize import functionalize
+from stq_compile.passes.partition import (
+    element_nodes,
+    partition,
+    why_instance_unfused,
+    why_unfused,
+)
 from stq_compile.pytest_plugin import Golden
-from stq_compile.step_graph import StepGraph
+from stq_compile.step_graph import Instance, StepGraph
 from zoo import adam, amsgrad
-
-
-def supports_all(node: fx.Node) -> str:
-    return ""
 
 
 def with_scalars() -> StepGraph:
@@ -33,18 +36,18 @@ def with_scalars() -> StepGraph:
 
 
 def test_pass(stq_golden: Golden) -> None:
-    stq_golden(str(assert_pure(lambda x: partition(x, supports_all), program(with_scalars()))))
+    stq_golden(str(assert_pure(partition, program(with_scalars()))))
 
 
 def test_the_graph_is_not_changed() -> None:
     before = with_scalars()
-    after = only(partition(program(before), supports_all))
+    after = only(partition(program(before)))
     assert after.graph is before.graph
     assert after.replace(regions={}) == before
 
 
 def test_every_node_has_a_region() -> None:
-    unit = only(partition(program(amsgrad()), supports_all))
+    unit = only(partition(program(amsgrad())))
     assert set(unit.regions) == {n.name for n in unit.calls}
     scalars = {name for name, region in unit.regions.items() if region == "scalar"}
     by_name = {n.name: n for n in unit.calls}
@@ -74,39 +77,80 @@ def test_an_element_value_written_to_a_scalar_reaches_what_reads_it() -> None:
     assert {"k_0", from_k.name} <= {n.name for n in element_nodes(unit)}
 
 
-def test_an_unsupported_operator_is_named_with_optimizer_line_and_parameter() -> None:
+def functional(update: Any) -> StepGraph:
+    """``param -= update(grad)``, as the functionalizing pass leaves it."""
     s = Sketch()
     p, g = s.param(), s.grad()
-    update = s.call(aten.mm.default, g, g, at="muon.py:31 x = g @ g")
-    unit = s.functional({p: s.call(aten.sub.Tensor, p, update)})
-    with pytest.raises(UnsupportedOperatorError) as error:
-        partition(program(adam(), unit), why_not)
-    for part in ("Sketched", "p0", "aten::mm", "muon.py:31 x = g @ g", "pointwise"):
-        assert part in str(error.value)
+    s.call("sub_", p, update(s, g))
+    return only(functionalize(program(s.inplace()), why_not))
 
 
-@pytest.mark.parametrize(
-    "target", [aten.mean.default, aten.sum.default, aten.cumsum.default, torch.ops.aten.t.default]
-)
-def test_what_is_not_pointwise_is_refused(target: torch._ops.OpOverload) -> None:
-    s = Sketch()
-    p, g = s.param(), s.grad()
-    unit = s.functional({p: s.call(aten.sub.Tensor, p, s.call(target, g))})
-    with pytest.raises(UnsupportedOperatorError, match=target._schema.name):
-        partition(program(unit), why_not)
+def test_a_matrix_product_makes_a_region_and_is_named_with_its_line() -> None:
+    def update(s: Sketch, g: fx.Node) -> fx.Node:
+        side = s.call("t", g, at="muon.py:31 x = g @ g.T")
+        return s.call("matmul", s.call("matmul", g, side), g)
+
+    unit = only(partition(program(functional(update))))
+    for part in ("aten::permute", "pointwise", "muon.py:31 x = g @ g.T"):
+        assert part in unit.unfused
+    assert set(unit.regions.values()) == {"region"}
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float16, torch.bfloat16])
-def test_values_of_other_dtypes_are_refused_with_the_dtype(dtype: torch.dtype) -> None:
-    s = Sketch()
-    p, g = s.param(), s.grad()
-    cast = s.call(aten._to_copy.default, g, dtype=dtype, at="odd.py:2 g.to(dtype)")
-    cast.meta["val"] = torch.empty(3, 5, dtype=dtype, device="meta")
-    unit = s.functional({p: s.call(aten.sub.Tensor, p, s.call(aten.mul.Tensor, cast, 2))})
-    with pytest.raises(UnsupportedOperatorError, match=rf"{dtype}[\s\S]*odd.py:2"):
-        partition(program(unit), why_not)
+@pytest.mark.parametrize("name", ["mean", "sum", "t", "cumsum"])
+def test_what_is_not_pointwise_makes_a_region(name: str) -> None:
+    arguments = (0,) if name == "cumsum" else ()
+
+    def update(s: Sketch, g: fx.Node) -> fx.Node:
+        value = s.call(name, g, *arguments)
+        return s.call("t", value) if name == "t" else value
+
+    assert functional(update).unfused
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_of_other_dtypes_make_a_region(dtype: torch.dtype) -> None:
+    unit = functional(lambda s, g: s.call("to", g, dtype))
+    assert str(dtype) in unit.unfused
+
+
+def test_pointwise_graphs_are_kernels() -> None:
+    assert not functional(lambda s, g: s.call("mul", g, 0.1)).unfused
+    assert not why_unfused(adam(), why_not)
 
 
 def test_the_reason_is_the_code_generators() -> None:
-    with pytest.raises(UnsupportedOperatorError, match="it is Tuesday"):
-        partition(program(adam()), lambda node: "it is Tuesday")
+    assert "it is Tuesday" in why_unfused(adam(), lambda node: "it is Tuesday")
+
+
+def test_regions_are_traced_for_each_shape() -> None:
+    """``grad.mean()`` divides by the number of elements: a constant of each shape."""
+    s = Sketch()
+    p, g = s.param(), s.grad()
+    s.call("sub_", p, s.call("mean", g))
+    unit = s.inplace()
+    (row,) = unit.instances
+    tall = tuple(replace(o, shape=(7, 2), stride=(2, 1)) for o in row.operands)
+    both = unit.replace(instances=(row, Instance(tall)))
+    parts = functionalize(program(both), why_not).units
+    assert [len(part.instances) for part in parts] == [1, 1]
+    for part, numel in zip(parts, (15, 14), strict=True):
+        x = torch.arange(float(numel)).view(part.operands[0].shape)
+        assert torch.equal(part.run(torch.zeros_like(x), x)[0], torch.zeros_like(x) - x.mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"shape": (3, 1), "stride": (1, 1)}, "shape"),
+        ({"stride": (1, 3)}, "strides"),
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+    ],
+)
+def test_a_state_that_does_not_lie_like_its_parameter_makes_a_region(
+    change: dict[str, Any], reason: str
+) -> None:
+    unit = adam()
+    (row,) = unit.instances
+    assert not why_instance_unfused(row)
+    odd = (replace(o, **change) if o.source.key == "exp_avg" else o for o in row.operands)
+    assert reason in why_instance_unfused(Instance(tuple(odd)))

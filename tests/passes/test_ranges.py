@@ -96,11 +96,23 @@ def test_a_centered_variance_makes_both_its_states_fragile() -> None:
 
 
 @pytest.mark.parametrize("target", [aten.log.default, aten.log2.default, aten.rsqrt.default])
-def test_a_logarithm_of_a_signed_state_is_fragile(target: object) -> None:
+def test_a_state_under_a_root_counts_as_non_negative(target: object) -> None:
+    """If it were not, the step would give NaN."""
     s = Sketch()
     p, g, m = s.param(), s.grad(), s.state("m")
     new = s.call(add, m, g)
     unit = s.functional({m: new, p: s.call(sub, p, s.call(target, new))})
+    facts = only(find_ranges(program(unit))).facts
+    assert facts.nonnegative == {"m"}
+    assert not facts.fragile
+
+
+def test_a_root_of_less_than_a_state_is_fragile() -> None:
+    s = Sketch()
+    p, g, m = s.param(), s.grad(), s.state("m")
+    new = s.call(add, m, s.call(aten.mul.Tensor, g, g))
+    less = s.call(sub, new, s.call(aten.mul.Tensor, g, g))
+    unit = s.functional({m: new, p: s.call(sub, p, s.call(aten.sqrt.default, less))})
     assert set(only(find_ranges(program(unit))).facts.fragile) == {"m"}
 
 

@@ -41,6 +41,42 @@ static void scalars(const Row& row, Scalars& s) {
   s.div_1 = static_cast<float>(div_1);
 }
 
+// Decoding tables by the range of a block, in units of its scale.
+struct Tables {
+  stq::f32v exp_avg_sq_0_mul_3_table[32];
+  Tables() {
+    for (int i = 0; i <= 31; ++i) {
+      constexpr int j = 0;
+      {
+        const stq::i32b exp_avg_sq_0_int_and = stq::each(i);  // exp_avg_sq_0
+        const stq::i32v code_of_3_bits = stq::iota() & 7;  // exp_avg_sq_0
+        const stq::i32v exp_avg_sq_0_int_sub_table = code_of_3_bits - 7;  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_to_float_1_table = stq::to_float(exp_avg_sq_0_int_sub_table);  // exp_avg_sq_0
+        const stq::f32b exp_avg_sq_0_to_float = stq::to_float(exp_avg_sq_0_int_and);  // exp_avg_sq_0
+        const stq::f32b exp_avg_sq_0_add = exp_avg_sq_0_to_float + 1.0f;  // exp_avg_sq_0
+        const stq::f32b exp_avg_sq_0_mul = exp_avg_sq_0_add * 0.4375f;  // exp_avg_sq_0
+        const stq::f32b exp_avg_sq_0_mul_1 = exp_avg_sq_0_mul * 0.14285715f;  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_mul_2_table = exp_avg_sq_0_to_float_1_table * exp_avg_sq_0_mul_1[j];  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_add_1_table = exp_avg_sq_0_mul_2_table + 0.5f;  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_floor_table = stq::floor(exp_avg_sq_0_add_1_table);  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_sub_table = exp_avg_sq_0_mul_2_table - exp_avg_sq_0_floor_table;  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_fma_table = stq::fma(exp_avg_sq_0_sub_table, stq::all(0.0013264727f), stq::all(0.009671513f));  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_fma_1_table = stq::fma(exp_avg_sq_0_fma_table, exp_avg_sq_0_sub_table, stq::all(0.05550733f));  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_fma_2_table = stq::fma(exp_avg_sq_0_fma_1_table, exp_avg_sq_0_sub_table, stq::all(0.24022244f));  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_fma_3_table = stq::fma(exp_avg_sq_0_fma_2_table, exp_avg_sq_0_sub_table, stq::all(0.693147f));  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_fma_4_table = stq::fma(exp_avg_sq_0_fma_3_table, exp_avg_sq_0_sub_table, stq::all(1.0f));  // exp_avg_sq_0
+        const stq::i32v exp_avg_sq_0_to_int_table = stq::to_int(exp_avg_sq_0_floor_table);  // exp_avg_sq_0
+        const stq::i32v exp_avg_sq_0_int_add_table = exp_avg_sq_0_to_int_table + 127;  // exp_avg_sq_0
+        const stq::i32v exp_avg_sq_0_shift_left_1_table = exp_avg_sq_0_int_add_table << 23;  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_from_bits_1_table = stq::from_bits(exp_avg_sq_0_shift_left_1_table);  // exp_avg_sq_0
+        const stq::f32v exp_avg_sq_0_mul_3_table = exp_avg_sq_0_fma_4_table * exp_avg_sq_0_from_bits_1_table;  // exp_avg_sq_0
+        this->exp_avg_sq_0_mul_3_table[i] = exp_avg_sq_0_mul_3_table;
+      }
+    }
+  }
+};
+static const Tables tables;
+
 template <bool tail>
 STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,
                      int blocks, int count) {
@@ -63,10 +99,6 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b exp_avg_0_from_bits = stq::from_bits(exp_avg_0_shift_left);  // exp_avg_0
   const stq::i32b exp_avg_sq_0_word = stq::load_words(row.exp_avg_sq_0_scales + first, blocks, 1);  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_int_and = exp_avg_sq_0_word & 31;  // exp_avg_sq_0
-  const stq::f32b exp_avg_sq_0_to_float = stq::to_float(exp_avg_sq_0_int_and);  // exp_avg_sq_0
-  const stq::f32b exp_avg_sq_0_add = exp_avg_sq_0_to_float + 1.0f;  // exp_avg_sq_0
-  const stq::f32b exp_avg_sq_0_mul = exp_avg_sq_0_add * 0.4375f;  // exp_avg_sq_0
-  const stq::f32b exp_avg_sq_0_mul_1 = exp_avg_sq_0_mul * 0.14285715f;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_shift_right = exp_avg_sq_0_word >> 5;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_shift_left = exp_avg_sq_0_shift_right << 20;  // exp_avg_sq_0
   const stq::f32b exp_avg_sq_0_from_bits = stq::from_bits(exp_avg_sq_0_shift_left);  // exp_avg_sq_0
@@ -79,23 +111,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     const stq::f32v exp_avg_0_sub_table = 14.0f - exp_avg_0_abs_table;  // exp_avg_0
     const stq::f32v exp_avg_0_div_table = exp_avg_0_to_float_table / exp_avg_0_sub_table;  // exp_avg_0
     exp_avg_0_table[j] = exp_avg_0_div_table * exp_avg_0_from_bits[j];  // exp_avg_0
-    const stq::i32v code_of_3_bits = stq::iota() & 7;  // exp_avg_sq_0
-    const stq::i32v exp_avg_sq_0_int_sub_table = code_of_3_bits - 7;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_to_float_1_table = stq::to_float(exp_avg_sq_0_int_sub_table);  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_mul_2_table = exp_avg_sq_0_to_float_1_table * exp_avg_sq_0_mul_1[j];  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_add_1_table = exp_avg_sq_0_mul_2_table + 0.5f;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_floor_table = stq::floor(exp_avg_sq_0_add_1_table);  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_sub_table = exp_avg_sq_0_mul_2_table - exp_avg_sq_0_floor_table;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_table = stq::fma(exp_avg_sq_0_sub_table, stq::all(0.0013264727f), stq::all(0.009671513f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_1_table = stq::fma(exp_avg_sq_0_fma_table, exp_avg_sq_0_sub_table, stq::all(0.05550733f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_2_table = stq::fma(exp_avg_sq_0_fma_1_table, exp_avg_sq_0_sub_table, stq::all(0.24022244f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_3_table = stq::fma(exp_avg_sq_0_fma_2_table, exp_avg_sq_0_sub_table, stq::all(0.693147f));  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_fma_4_table = stq::fma(exp_avg_sq_0_fma_3_table, exp_avg_sq_0_sub_table, stq::all(1.0f));  // exp_avg_sq_0
-    const stq::i32v exp_avg_sq_0_to_int_table = stq::to_int(exp_avg_sq_0_floor_table);  // exp_avg_sq_0
-    const stq::i32v exp_avg_sq_0_int_add_table = exp_avg_sq_0_to_int_table + 127;  // exp_avg_sq_0
-    const stq::i32v exp_avg_sq_0_shift_left_1_table = exp_avg_sq_0_int_add_table << 23;  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_from_bits_1_table = stq::from_bits(exp_avg_sq_0_shift_left_1_table);  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_mul_3_table = exp_avg_sq_0_fma_4_table * exp_avg_sq_0_from_bits_1_table;  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_mul_3_table = tables.exp_avg_sq_0_mul_3_table[exp_avg_sq_0_int_and[j]];  // exp_avg_sq_0
     const stq::f32v exp_avg_sq_0_table = exp_avg_sq_0_from_bits[j] * exp_avg_sq_0_mul_3_table;  // exp_avg_sq_0
     mul_2_1_table[j] = exp_avg_sq_0_table * 0.99f;  // mul_2  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
   }
@@ -270,10 +286,9 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random24(exp_avg_sq_0_key);  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_max_2 = stq::max(exp_avg_sq_0_new_fma_12[j][p], stq::all(exp_avg_sq_0_new_neg_2[j]));  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_fma_13 = stq::fma(exp_avg_sq_0_new_max_2, stq::all(exp_avg_sq_0_new_div_1[j]), stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_floor = stq::floor(exp_avg_sq_0_new_fma_13);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_sub_4 = exp_avg_sq_0_new_fma_13 - exp_avg_sq_0_new_floor;  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_neg_4 = -(exp_avg_sq_0_new_sub_4);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_14 = stq::fma(exp_avg_sq_0_new_sub_4, exp_avg_sq_0_new_neg_4, exp_avg_sq_0_new_sub_4);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fraction = stq::fraction(exp_avg_sq_0_new_fma_13);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_neg_4 = -(exp_avg_sq_0_new_fraction);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_14 = stq::fma(exp_avg_sq_0_new_fraction, exp_avg_sq_0_new_neg_4, exp_avg_sq_0_new_fraction);  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_fma_15 = stq::fma(exp_avg_sq_0_new_fma_14, stq::all(exp_avg_sq_0_new_neg_3[j]), exp_avg_sq_0_new_fma_13);  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_fma_16 = stq::fma(exp_avg_sq_0_new_exp_avg_sq_0_key, stq::all(5.9604645e-08f), exp_avg_sq_0_new_fma_15);  // exp_avg_sq_0_new
       const stq::f32v exp_avg_sq_0_new_min_2 = stq::min(exp_avg_sq_0_new_fma_16, stq::all(7.0f));  // exp_avg_sq_0_new

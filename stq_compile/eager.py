@@ -1,0 +1,125 @@
+"""What happens to a step that cannot be compiled: it runs as it is, on packed states.
+
+The optimizer's own ``step`` runs under a `WorkingSet`, its states are born packed (`birth`), and
+what it stored as ordinary tensors is packed after the step. Correct for any optimizer, packed
+between steps, and slow: states are decoded and encoded in plain torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from stq_compile.errors import EagerStepWarning, StqError
+from stq_compile.formats import FLOAT32
+from stq_compile.packed_state import PackedState
+from stq_compile.rounding import stream_id
+from stq_compile.session import Session
+from stq_compile.state_tree import Leaf
+from stq_compile.working_set import WorkingSet, can_be_packed, format_for, is_like
+
+LEFT_ALONE = "The optimizer is left as it was"
+"""How errors end that leave the optimizer to run without stq_compile; here it runs with it."""
+
+
+def announce(session: Session, error: StqError) -> None:
+    """Say once why steps of an optimizer are not compiled; the report says it too."""
+    if session.eager_reason:
+        return
+    session.eager_reason = str(error).split(LEFT_ALONE)[0].strip()
+    optimizer = type(session.optimizer).__name__
+    warning = EagerStepWarning(optimizer=optimizer, reason=session.eager_reason)
+    warnings.warn(warning, stacklevel=2)
+
+
+def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``step(*args, **kwargs)`` on packed states and pack what it leaves unpacked.
+
+    Functions among the arguments (closures) run as outside of the step.
+    """
+    wide = session.options.precision == FLOAT32.width
+    min_numel = None if wide else max(session.options.min_numel, 1)
+    with WorkingSet(lambda: _owners(session), min_numel), torch.compiler.set_stance("force_eager"):
+        args = tuple(_outside(a) for a in args)
+        result = step(*args, **{k: _outside(v) for k, v in kwargs.items()})
+    pack_states(session)
+    session.steps += 1
+    return result
+
+
+def _outside(argument: Any) -> Any:
+    """A closure that runs the model as it would without this step around it."""
+    if not callable(argument):
+        return argument
+
+    def closure(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes(), torch.compiler.set_stance("default"):
+            return argument(*args, **kwargs)
+
+    return closure
+
+
+def pack_states(session: Session) -> None:
+    """Bring every state into packed form: newborn ones, and ordinary tensors that were stored."""
+    memory = {p.untyped_storage().data_ptr() for p in session.params()}
+    packed: dict[int, PackedState] = {}
+    for leaf, number, width in _widths(session):
+        value = leaf.value
+        if id(value) in packed:
+            leaf.put(packed[id(value)])
+        elif isinstance(value, PackedState):
+            _settle(session, leaf, value, number, width)
+        elif width < FLOAT32.width and can_be_packed(value) and not _shares(value, memory):
+            if is_like(value, leaf.owner):
+                width = session.keep_as_weights(number, leaf.key, width)
+            format = format_for(value, width)
+            state = PackedState.pack(value, format, **_storage_options(session, number, leaf.key))
+            state.packed.eager_writes = session.steps  # other random numbers than last time
+            packed[id(value)] = state
+            leaf.put(state)
+
+
+def _settle(session: Session, leaf: Leaf, state: PackedState, number: int, width: int) -> None:
+    """Give a state that was born in this step its format, and its own random numbers."""
+    storage = state.packed
+    if width == FLOAT32.width:
+        leaf.put(state.dequantize())
+        return
+    if storage.format == FLOAT32:  # written before the optimizer had stored it
+        if is_like(state, leaf.owner):
+            width = session.keep_as_weights(number, leaf.key, width)
+        storage.rewrite(storage.read(), format_for(storage.codes, width))
+    for name, option in _storage_options(session, number, leaf.key).items():
+        setattr(storage, name, option)
+
+
+def _storage_options(session: Session, number: int, key: str) -> dict[str, Any]:
+    return {
+        "rounding": session.options.rounding,
+        "seed": session.seed,
+        "stream": stream_id(number, key),
+    }
+
+
+def _shares(value: Tensor, memory: set[int]) -> bool:
+    return value.untyped_storage().data_ptr() in memory
+
+
+def _widths(session: Session) -> Iterator[tuple[Leaf, int, int]]:
+    """Every state with the number of what it belongs to, and its width."""
+    for leaf, source in session.leaves():
+        numel = leaf.value.numel() if leaf.value.ndim else 0
+        yield leaf, source.param, session.width_of_state(source, numel)
+
+
+def _owners(session: Session) -> dict[int, tuple[int, int]]:
+    return {
+        id(leaf.value.packed): (number, width)
+        for leaf, number, width in _widths(session)
+        if isinstance(leaf.value, PackedState)
+    }

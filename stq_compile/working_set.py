@@ -1,0 +1,151 @@
+"""A step that runs eagerly on packed states: decode, run the optimizer's own code, encode.
+
+Every operator of the step is answered on decoded values (`packed_state.run_dense`), but a state is
+not encoded after each operator that writes it. A `WorkingSet` keeps the decoded values of the
+states of one parameter; when the step turns to the states of another parameter, and when it ends,
+what was written is encoded, once. So a state is rounded once a step, as in a compiled step, and no
+more than one parameter's states are in float32 at a time (all of them in a ``foreach`` optimizer,
+whose every operator takes all of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stq_compile.birth import newborn
+from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
+from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
+from stq_compile.storage import PackedStorage
+
+Owners = Callable[[], Mapping[int, tuple[int, int]]]
+"""For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
+parameter, and the width that it is to be kept at. Asked again when an unknown one is met."""
+
+
+class WorkingSet(TorchDispatchMode):
+    """Runs the operators of a ``with`` block on decoded states; encodes what was written.
+
+    ``min_numel``: constants of so many elements or more are born packed; None leaves them alone.
+    """
+
+    def __init__(self, owners: Owners, min_numel: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self._min_numel = min_numel
+        self._ask = owners
+        self._owners = owners()
+        self._decoded: set[PackedStorage] = set()
+        self._written: set[PackedStorage] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        packed = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PackedState)]
+        if not packed and self._min_numel is not None:
+            born = newborn(func, args, kwargs, self._min_numel)
+            if born is not None:
+                return born
+        if not packed or is_view(func) or torch.Tag.inplace_view in func.tags:
+            return func(*args, **kwargs)
+        self._turn_to({self._owner(state.packed) for state in packed} - {None})
+        return run_dense(func, args, kwargs, self._read, self._write)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
+        self._turn_to(set())
+
+    def _owner(self, storage: PackedStorage) -> int | None:
+        if id(storage) not in self._owners and storage.format == CONSTANT:
+            # A newborn state, if it is none of the step's temporaries. What is decoded keeps its
+            # owner, also if the optimizer holds it no more.
+            kept = {id(s): self._owners[id(s)] for s in self._decoded}
+            self._owners = kept | dict(self._ask())
+        known = self._owners.get(id(storage))
+        return None if known is None else known[0]
+
+    def _read(self, storage: PackedStorage) -> Tensor:
+        if id(storage) not in self._owners:
+            return storage.read()
+        if storage.working is None:
+            storage.working = storage.read()
+            self._decoded.add(storage)
+        return storage.working
+
+    def _write(self, storage: PackedStorage, values: Tensor) -> None:
+        if storage.working is not None:
+            self._written.add(storage)  # `values` is what `_read` gave, changed in place
+        else:
+            storage.write(values)
+
+    def _turn_to(self, owners: set[int | None]) -> None:
+        """Encode and forget the decoded states of all other owners; normalizers first."""
+        done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
+        for storage in sorted(done, key=lambda s: s.format.normalized):
+            self._decoded.discard(storage)
+            values, storage.working = storage.working, None
+            assert values is not None
+            if storage in self._written:
+                self._written.discard(storage)
+                write_as(storage, values, self._owners[id(storage)][1])
+
+
+def write_as(storage: PackedStorage, values: Tensor, width: int) -> None:
+    """Replace all values; the format changes only if they do not fit it.
+
+    A state that is still a constant gets its format now. One that was never negative so far and
+    is so now gets a signed format of the same width.
+    """
+    format = storage.format
+    if format == CONSTANT and not float(storage.codes) and not bool(values.any()):
+        return
+    if format == CONSTANT or (not format.signed and bool((values < 0).any())):
+        storage.rewrite(values, format_for(values, width if format == CONSTANT else format.width))
+    else:
+        storage.write(values)
+
+
+def format_for(values: Tensor, width: int) -> Format:
+    """The format of a state of which nothing is known but its values."""
+    if width == FLOAT32.width:
+        return FLOAT32
+    return choose_format(width, nonnegative=not bool((values < 0).any()), normalizable=False)
+
+
+LIKE_WEIGHTS = 0.9
+"""Cosine from which on a state counts as a copy of its parameter."""
+
+
+def is_like(value: Tensor, param: Any) -> bool:
+    """Whether a state is a copy of the weights, or an average of them: slow weights, starting
+    points, the iterate of a schedule-free optimizer.
+
+    A block's rounding error is a fraction of its largest weight, and a step moves weights by much
+    less than that; such a state needs 16 bits to follow (design/0011).
+    """
+    if not isinstance(param, Tensor) or value.shape != param.shape:
+        return False
+    a, b = value.detach().flatten().double(), param.detach().flatten().double()
+    scale = float(a.norm() * b.norm())
+    return scale > 0 and float(a @ b) > LIKE_WEIGHTS * scale
+
+
+def can_be_packed(value: Tensor) -> bool:
+    """Whether an ordinary tensor may become a packed state."""
+    return (
+        type(value) is Tensor
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.requires_grad
+        and is_dense(value)
+    )

@@ -1,0 +1,324 @@
+"""Runs every optimizer of published collections that works eagerly, compiled, on a small MLP.
+
+    python tests/collection.py                  # all of them, as a table
+    python tests/collection.py --only Lamb --json out.json
+
+For each: equality with eager at width 32, whether states are packed at width 8 and how far the
+parameters are from eager's then, and how many graphs were compiled in 100 steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import stq_compile as stq
+
+Make = Callable[[nn.Module], Optimizer]
+
+EQUAL_STEPS, PATH_STEPS, MANY_STEPS = 5, 20, 100
+EQUAL, PATH, BITS, GRAPHS = 1e-4, 0.25, 12.0, 4
+
+
+@dataclass
+class Result:
+    """What was found of one optimizer; ``reason`` says why a requirement is not met."""
+
+    library: str
+    name: str
+    eager: bool = True
+    difference: float = float("nan")
+    bits: float = float("nan")
+    path: float = float("nan")
+    graphs: int = -1
+    note: str = ""
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        return self.difference <= EQUAL
+
+    @property
+    def packed(self) -> bool:
+        return self.bits <= BITS and self.path <= PATH
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 80), nn.Tanh(), nn.Linear(80, 10)
+    )
+
+
+def closure_of(model: nn.Module, optimizer: Optimizer, step: int) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(64, 64, generator=generator)
+    y = (x[:, :10] + 0.3 * torch.randn(64, 10, generator=generator)).argmax(1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward(create_graph=getattr(optimizer, "create_graph", False))
+        return loss
+
+    return closure
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int, style: str, start: int = 0) -> None:
+    """``style``: how the optimizer wants to be called."""
+    for step in range(start, start + steps):
+        closure = closure_of(model, optimizer, step)
+        torch.manual_seed(step)
+        if style == "closure":
+            optimizer.step(closure)
+        elif style == "graph":
+            optimizer.zero_grad()
+            optimizer.create_graph = True  # type: ignore[attr-defined]
+            closure()
+            optimizer.step()
+        else:
+            closure()
+            optimizer.step()
+
+
+def vector(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def states_of(optimizer: Optimizer) -> int:
+    return sum(len(s) for s in optimizer.state.values() if isinstance(s, dict))
+
+
+# The collections. ---------------------------------------------------------------------------
+
+
+def ways_of(cls: Any) -> list[Make]:
+    """Ways in which optimizers want to be made: the first one that works eagerly is taken."""
+
+    def matrices(model: nn.Module) -> list[nn.Parameter]:
+        return [p for p in model.parameters() if p.ndim == 2]
+
+    def by_kind(model: nn.Module) -> list[dict[str, Any]]:
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        return [
+            {"params": matrices(model), "use_muon": True},
+            {"params": vectors, "use_muon": False},
+        ]
+
+    adamw = torch.optim.AdamW
+    return [
+        lambda m: cls(m.parameters()),
+        lambda m: cls(m.parameters(), lr=1e-3),
+        lambda m: cls(matrices(m)),
+        lambda m: cls(by_kind(m)),
+        lambda m: cls(adamw(m.parameters(), lr=1e-3)),
+        lambda m: cls(m.parameters(), adamw, lr=1e-3),
+        lambda m: cls(m, adamw, lr=1e-3),
+        lambda m: cls(m, lr=1e-3),
+    ]
+
+
+def makers() -> Iterator[tuple[str, str, list[Make]]]:
+    """(library, name, ways to make it) of every optimizer."""
+    for library in ("torch.optim", "torch_optimizer", "pytorch_optimizer", "lion_pytorch"):
+        module = importlib.import_module(library)
+        for name in dir(module):
+            cls = getattr(module, name)
+            if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer:
+                yield library, name, ways_of(cls)
+    prodigy = importlib.import_module("prodigyopt").Prodigy
+    yield "prodigyopt", "Prodigy", [lambda m: prodigy(m.parameters())]
+    schedulefree = importlib.import_module("schedulefree")
+    for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"):
+        yield "schedulefree", name, [partial(_training, getattr(schedulefree, name))]
+    mini = importlib.import_module("adam_mini").Adam_mini
+    yield "adam_mini", "Adam_mini", [lambda m: mini(m.named_parameters(), dim=64, n_heads=4)]
+
+
+def _training(cls: Any, model: nn.Module) -> Any:
+    optimizer = cls(model.parameters(), lr=1e-2)
+    optimizer.train()
+    return optimizer
+
+
+# One optimizer. -----------------------------------------------------------------------------
+
+
+class TookTooLong(Exception):
+    pass
+
+
+def eager_way(ways: list[Make]) -> tuple[Make, str] | None:
+    """The first way to make and call the optimizer that runs eagerly and moves the parameters."""
+    for make in ways:
+        for style in ("plain", "closure", "graph"):
+            model = make_model()
+            before = vector(model)
+            try:
+                train(model, make(model), 3, style)
+            except TookTooLong:
+                raise
+            except Exception:
+                continue
+            after = vector(model)
+            if torch.isfinite(after).all() and not torch.equal(before, after):
+                return make, style
+    return None
+
+
+def run_one(
+    library: str, name: str, ways: list[Make], many: bool = True, trace: bool = False
+) -> Result:
+    result = Result(library, name)
+    start = time.perf_counter()
+    found = eager_way(ways)
+    if found is None:
+        result.eager = False
+        return result
+    make, style = found
+    initial = vector(make_model())
+    references = {}
+    eager = make_model()
+    optimizer = make(eager)
+    for steps in (EQUAL_STEPS, PATH_STEPS):
+        train(
+            eager,
+            optimizer,
+            steps - (EQUAL_STEPS if references else 0),
+            style,
+            EQUAL_STEPS if references else 0,
+        )
+        references[steps] = vector(eager)
+    stateless = not any(
+        isinstance(v, Tensor) and v.numel() >= 4096 for v in tensors(optimizer.state)
+    )
+
+    with attempt(result, "width 32", trace):
+        model = make_model()
+        compiled = stq.compile(make(model), precision=32)
+        train(model, compiled, EQUAL_STEPS, style)
+        reference = references[EQUAL_STEPS]
+        result.difference = float((vector(model) - reference).norm() / reference.norm())
+        if not result.equal:
+            result.failures.append(f"width 32: differs by {result.difference:.1e}")
+    torch._dynamo.reset()
+    with attempt(result, "width 8", trace):
+        model = make_model()
+        compiled = stq.compile(make(model), precision=8)
+        train(model, compiled, PATH_STEPS, style)
+        reference = references[PATH_STEPS]
+        result.path = float((vector(model) - reference).norm() / (reference - initial).norm())
+        report = stq.report(compiled)
+        result.bits = 0.0 if stateless else report.bits_per_element
+        result.note = report.note
+        if not result.packed:
+            result.failures.append(f"width 8: {result.bits:.1f} bits, path {result.path:.2f}")
+        if many:
+            train(model, compiled, MANY_STEPS - PATH_STEPS, style, PATH_STEPS)
+        result.graphs = stq.report(compiled).compiles
+        if result.graphs > GRAPHS:
+            result.failures.append(f"{result.graphs} graphs in {MANY_STEPS} steps")
+    torch._dynamo.reset()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from tensors(inner)
+
+
+@contextlib.contextmanager
+def attempt(result: Result, what: str, trace: bool) -> Iterator[None]:
+    try:
+        yield
+    except TookTooLong:
+        raise
+    except Exception as error:
+        if trace:
+            traceback.print_exc()
+        text = f"{type(error).__name__}: {error}".strip().split("\n")
+        result.failures.append(f"{what}: {' '.join(text)[:300]}")
+
+
+def main(
+    only: Annotated[str, typer.Option(help="part of a name, or library.name")] = "",
+    out: Annotated[Path | None, typer.Option("--json", help="where to write the rows")] = None,
+    many: Annotated[bool, typer.Option(help="run 100 steps to count graphs")] = True,
+    trace: bool = False,
+    limit: Annotated[int, typer.Option(help="seconds for one optimizer")] = 120,
+) -> None:
+    """Run the collections and print what was found."""
+    console = Console(width=180)
+    rows: list[Result] = []
+
+    def expired(*_: object) -> None:
+        raise TookTooLong
+
+    signal.signal(signal.SIGALRM, expired)
+    for library, name, ways in makers():
+        if only and only not in f"{library}.{name}":
+            continue
+        signal.alarm(limit)
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(io.StringIO() if not trace else console.file),
+            ):
+                warnings.simplefilter("ignore")
+                row = run_one(library, name, ways, many, trace)
+        except TookTooLong:
+            row = Result(library, name, failures=[f"more than {limit} s"])
+        signal.alarm(0)
+        rows.append(row)
+        mark = "-" if not row.eager else "ok" if not row.failures else "FAIL"
+        numbers = f"{row.difference:.1e} {row.bits:5.2f} {row.path:.3f} {row.graphs:2}"
+        line = f"{mark:5}{library}.{name}  {numbers}  {row.seconds:.0f}s  {row.note[:90]}"
+        console.print(" ".join([line, *row.failures]).replace("\n", " "), highlight=False)
+        if out is not None:
+            out.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    console.print(summary(rows))
+
+
+def summary(rows: list[Result]) -> Table:
+    table = Table("library", "work eagerly", "equal at 32", "packed at 8", "few graphs")
+    for library in [*dict.fromkeys(r.library for r in rows), "all"]:
+        mine = [r for r in rows if r.eager and library in (r.library, "all")]
+        few = [r for r in mine if 0 <= r.graphs <= GRAPHS]
+        table.add_row(
+            library,
+            *map(
+                str, (len(mine), sum(r.equal for r in mine), sum(r.packed for r in mine), len(few))
+            ),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
