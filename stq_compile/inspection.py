@@ -87,10 +87,25 @@ class Inspection:
         """One row per kernel, its source included; see `stq_compile.kernels.kernel_row`."""
         rows = []
         with reporting_defects(self.session, self.captured.program):
-            for graph in self.quantized.units:
+            for graph in (unit for unit in self.quantized.units if not unit.unfused):
                 with self.progress(f"kernel {graph.name} for {target.name}"):
                     rows.append(kernel_row(graph, target))
         return rows
+
+    def regions(self) -> list[dict[str, Any]]:
+        """Templates that run operator by operator, outside of kernels: their states, and why."""
+        return [
+            {
+                "template": unit.name,
+                "tensors": len(unit.instances),
+                "states": sorted(
+                    {o.source.key for o in unit.operands if o.role is Role.STATE and o.shape != ()}
+                ),
+                "reason": unit.unfused,
+            }
+            for unit in self.front.units
+            if unit.unfused
+        ]
 
     def states(self, options: Options | None = None) -> list[tuple[Operand, Format]]:
         """Every state of every parameter and its first format, in the parameters' order.

@@ -193,6 +193,18 @@ def print_code(text: str, language: str) -> None:
         sys.stdout.write(text + "\n")
 
 
+def print_regions(found: Inspection) -> None:
+    """What runs operator by operator, and why: no kernel is made of it, and no fact proved."""
+    for region in found.regions():
+        states = ", ".join(region["states"]) or "no state"
+        many = "" if region["tensors"] == 1 else "s"
+        console.print(
+            f"{region['template']} ({region['tensors']} tensor{many}; {states}) runs operator by "
+            f"operator on decoded states: {region['reason']}",
+            markup=False,
+        )
+
+
 def progress(what: str) -> AbstractContextManager[Any]:
     """A bar on standard error for as long as the context is open, on a terminal only."""
     bar = Progress(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from stq_compile.cli.common import Subject, console, print_json, verb
+from stq_compile.cli.common import Subject, console, print_json, print_regions, verb
 
 if TYPE_CHECKING:
     from stq_compile.formulas import Formulas
@@ -48,9 +48,10 @@ def facts(subject: Subject, as_json: bool) -> None:
         formulas = formulas_of(unit)
         rows += [_row(unit, formulas, key) for key in unit.facts.recurrences]
     if as_json:
-        print_json({"optimizer": found.name, "facts": rows})
+        print_json({"optimizer": found.name, "facts": rows, "regions": found.regions()})
         return
-    if not rows:
+    print_regions(found)
+    if not rows and not found.regions():
         console.print(f"{subject.title} has no states but counters")
     for row in rows:
         many = "" if row["tensors"] == 1 else "s"

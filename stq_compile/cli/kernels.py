@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from stq_compile.cli.common import MACHINES, Subject, console, print_code, print_json, verb
+from stq_compile.cli.common import (
+    MACHINES,
+    Subject,
+    console,
+    print_code,
+    print_json,
+    print_regions,
+    verb,
+)
 
 app = typer.Typer()
 
@@ -32,11 +40,12 @@ def kernels(
     found = subject.inspect(whole=False)
     rows = found.kernels(made_for)
     if as_json:
-        print_json({"optimizer": found.name, "kernels": rows})
+        print_json({"optimizer": found.name, "kernels": rows, "regions": found.regions()})
         return
     for row in rows:
         print_code(str(row.pop("source")), "python" if made_for.is_gpu else "cpp")
         console.print(_facts(row))
+    print_regions(found)
 
 
 def _facts(row: dict[str, Any]) -> Table:
