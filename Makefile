@@ -32,7 +32,7 @@ demo: $(STAMP)  ## train a small GPT with fp32 and with packed optimizer states 
 	$(BIN)/python examples/train_gpt.py
 
 test: $(STAMP)  ## the tests, without the slow ones and those that need a GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
