@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stq_compile.errors import EagerStepWarning, StqError
+from stq_compile.errors import EagerStepWarning, InternalError, StqError
 from stq_compile.formats import FLOAT32
 from stq_compile.packed_state import PackedState
 from stq_compile.rounding import stream_id
@@ -31,7 +31,9 @@ def announce(session: Session, error: StqError) -> None:
     """Say once why steps of an optimizer are not compiled; the report says it too."""
     if session.eager_reason:
         return
-    session.eager_reason = str(error).split(LEFT_ALONE)[0].strip()
+    before, _, after = str(error).partition(LEFT_ALONE)
+    defect = isinstance(error, InternalError)  # what follows says how to report it
+    session.eager_reason = f"{before.strip()}{after if defect else ''}"
     optimizer = type(session.optimizer).__name__
     warning = EagerStepWarning(optimizer=optimizer, reason=session.eager_reason)
     warnings.warn(warning, stacklevel=2)

@@ -94,10 +94,10 @@ def test_parameters_are_the_same_for_a_seed() -> None:
         assert torch.equal(a.grad, b.grad)
 
 
-def test_copy_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(measure, "_seconds", lambda step: 0.5)
-    assert measure.copy_bandwidth() == 4 * (1 << 20)
+    assert measure.memory_bandwidth() == 4 * (1 << 20)
 
 
 def test_growth_by_parameters_tensors_and_threads(

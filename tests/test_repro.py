@@ -1,4 +1,6 @@
-"""A failure inside the compiler leaves a script that shows it; broken on purpose here."""
+"""A failure inside the compiler leaves a script that shows it; broken on purpose here.
+
+The step itself goes on eagerly, with a warning that names the script."""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from models import backward, make_model
 from schemas import check
 from stq_compile import compiler, failures
 from stq_compile.cli import app
-from stq_compile.errors import InternalError, InvalidGraphError, KernelBuildError, NotCompiledError
+from stq_compile.errors import (
+    EagerStepWarning,
+    InternalError,
+    InvalidGraphError,
+    KernelBuildError,
+    NotCompiledError,
+)
 from stq_compile.graph_text import parse_graph
 from stq_compile.inspection import inspect_optimizer
 from stq_compile.options import Options
@@ -85,11 +93,12 @@ def test_a_broken_pass(
         break_pass("ranges", broken)
         with (
             caplog.at_level(logging.ERROR, "stq_compile"),
-            pytest.raises(InternalError, match=shown) as error,
+            pytest.warns(EagerStepWarning, match=shown) as warned,
         ):
             train(precision={"exp_avg": 3, "exp_avg_sq": 4})
         (file,) = scripts.iterdir()
-        assert f"stq repro {file}" in str(error.value)
+        (message,) = [str(w.message) for w in warned if w.category is EagerStepWarning]
+        assert f"stq repro {file}" in message
         (line,) = [r.getMessage() for r in caplog.records if r.name == "stq_compile.failures"]
         assert line.startswith("AdamW: the compiler failed: ")
         code, text, _ = repro(file)
@@ -107,7 +116,7 @@ def test_a_broken_pass(
 
 def test_a_script_holds_no_data(break_pass: Break, scripts: Path) -> None:
     break_pass("ranges", divide)
-    with pytest.raises(InternalError):
+    with pytest.warns(EagerStepWarning):
         train(precision={"exp_avg": 3})
     (file,) = scripts.iterdir()
     text = file.read_text()
@@ -130,7 +139,7 @@ def test_kernels_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, scripts: 
     original = compiler.emit
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "emit", lambda kernel: original(kernel) + "\nthis is no C++\n")
-        with pytest.raises(InternalError, match="KernelBuildError"):
+        with pytest.warns(EagerStepWarning, match="KernelBuildError"):
             train(precision=4)
         (file,) = scripts.iterdir()
         assert repro(file)[0] == 1
@@ -164,7 +173,8 @@ def test_a_script_that_cannot_be_written_hides_nothing(
 ) -> None:
     break_pass("ranges", divide)
     monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: "/proc/nowhere")
-    with pytest.raises(InternalError, match=r"ZeroDivisionError[\s\S]*no script .* be written"):
+    reason = r"ZeroDivisionError[\s\S]*no script .* be written"
+    with pytest.warns(EagerStepWarning, match=reason):
         train(precision=4)
 
 

@@ -50,8 +50,9 @@ def bench(
 ) -> None:
     """Time packed steps beside stock ones, in turns, in one process.
 
-    Times are medians over rounds, ratios to the first row medians of the rounds' ratios. Bandwidth
-    is the share of this machine's copy bandwidth at which a step moves the bytes that it has to.
+    Times are medians over rounds, in nanoseconds per parameter; ratios to the first row are medians
+    of the rounds' ratios. Bytes are those that a step has to move per parameter, and their rate is
+    given as a share of what the memory does in a copy or an update in place.
 
     Examples: [bold]stq bench[/bold]; [bold]stq bench --model vit-b --optimizer sgd[/bold];
     [bold]stq bench --peers --first --picture bench.png[/bold]
@@ -60,7 +61,7 @@ def bench(
 
     from stq_compile.architectures import MODELS
     from stq_compile.benchmarks.contenders import FAMILIES, contenders
-    from stq_compile.benchmarks.measure import compare, copy_bandwidth, first_steps
+    from stq_compile.benchmarks.measure import compare, first_steps, memory_bandwidth
     from stq_compile.errors import InvalidOptionError
 
     for name, value, valid in (("model", model, MODELS), ("optimizer", optimizer, FAMILIES)):
@@ -71,12 +72,12 @@ def bench(
         torch.set_num_threads(threads)
     shapes = MODELS[model]()
     states = len(FAMILIES[optimizer][2])
-    with progress("measuring copy bandwidth") as bar:
+    with progress("measuring the memory") as bar:
 
         def told(text: str) -> None:
             bar.update(bar.task_ids[0], description=text)
 
-        bandwidth = copy_bandwidth()
+        bandwidth = memory_bandwidth()
         timings = compare(
             list(shapes.values()),
             list(contenders(optimizer, peers=peers)),
@@ -90,7 +91,7 @@ def bench(
     machine = {
         "machine": f"{_processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "copy_bandwidth": bandwidth,
+        "memory_bandwidth": bandwidth,
     }
     numel = sum(torch.Size(s).numel() for s in shapes.values())
     title = f"{optimizer} on {model}: {numel / 1e6:.1f} M parameters"
@@ -141,12 +142,12 @@ def _print(
     starts: list[FirstStep],
     curves: dict[str, list[Point]],
 ) -> None:
-    copy = f"copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s"
-    caption = f"{machine['machine']}; torch {machine['torch']}; {copy}"
+    memory = f"memory {machine['memory_bandwidth'] / 1e9:.1f} GB/s"
+    caption = f"{machine['machine']}; torch {machine['torch']}; {memory}"
     table = Table(title=title, caption=caption)
     table.add_column("step", no_wrap=True)
-    for name in ("ns per parameter", "quartiles", "ratio", "true bits", "bytes moved", "bandwidth"):
-        table.add_column(name, justify="right", no_wrap=name != "ns per parameter")
+    for name in ("ns", "quartiles", "ratio", "true bits", "bytes", "of memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for t in timings:
         cells = [f"{t.ns:.3f}", f"{t.low:.3f} to {t.high:.3f}", f"{t.ratio:.2f}", f"{t.bits:.2f}"]
         cells.append("" if t.moved is None else f"{t.moved:.1f}")
