@@ -1,7 +1,7 @@
 """Phases of a kernel: a reduction over the elements of a block ends a loop over its planes.
 
 On a CPU a phase runs for all blocks of a *tile* before the next one starts. Within one block the
-phases are a chain of latencies (reduce, scale, reciprocal, encode); with 8 blocks in a row the
+phases are a chain of latencies (reduce, scale, reciprocal, encode); with 4 blocks in a row the
 processor works on several chains at once. Every operation runs in the first phase in which its
 arguments are there, or later if that keeps fewer values alive. A value that is used in a later
 phase than its own *crosses* and is kept per block of the tile; an element value that is packed at
