@@ -149,7 +149,7 @@ def _print(
     for name in ("ns", "quartiles", "ratio", "true bits", "bytes", "of memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for t in timings:
-        cells = [f"{t.ns:.3f}", f"{t.low:.3f} to {t.high:.3f}", f"{t.ratio:.2f}", f"{t.bits:.2f}"]
+        cells = [f"{t.ns:.3g}", f"{t.low:.3g} to {t.high:.3g}", f"{t.ratio:.2f}", f"{t.bits:.2f}"]
         cells.append("" if t.moved is None else f"{t.moved:.1f}")
         cells.append("" if t.bandwidth is None else f"{t.bandwidth:.0%}")
         table.add_row(t.name, *cells, style="bold" if t.name.startswith("stq") else None)
