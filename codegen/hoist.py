@@ -64,3 +64,16 @@ def _needed(body: list[Value], tables: list[Value]) -> list[Value]:
         if id(v) in needed:
             needed |= {id(a) for a in v.args if isinstance(a, Value)}
     return [v for v in body if id(v) in needed]
+
+
+def only_for_tables(kernel: Kernel, hoisted: list[Hoisted]) -> set[int]:
+    """Operations, by ``id``, that nothing needs but the making of hoisted tables."""
+    inside = {id(v): v for group in hoisted for v in group.body}
+    tables = {id(t) for group in hoisted for t in group.tables}
+    needed = {
+        id(a) for v in kernel.body if id(v) not in inside for a in v.args if isinstance(a, Value)
+    }
+    for v in reversed(kernel.body):
+        if id(v) in inside and id(v) in needed - tables:
+            needed |= {id(a) for a in v.args if isinstance(a, Value)}
+    return inside.keys() - needed

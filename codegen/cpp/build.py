@@ -75,6 +75,7 @@ def _library(source: str) -> Path:
         return cache.keep(key, Path(builder.get_target_file_path()))
 
 
+@lru_cache(maxsize=1)
 def _run_time_library() -> str:
     return (INCLUDE / "stq_kernel.h").read_text()
 

@@ -1,4 +1,4 @@
-"""C++ from a kernel: one function per block, one loop over all blocks of all tensors.
+"""C++ from a kernel: one function per tile of blocks, and the loop over all tiles (`run`).
 
 Elements are computed plane by plane (16 lanes, 8 planes a block), in the phases of
 `stq_compile.codegen.schedule`. Emission is deterministic: the same kernel gives the same bytes.
@@ -6,6 +6,7 @@ Elements are computed plane by plane (16 lanes, 8 planes a block), in the phases
 
 from __future__ import annotations
 
+from stq_compile.codegen.cpp.run import MEASURE, STEP
 from stq_compile.codegen.cpp.syntax import (
     POINTERS,
     TEMPLATES,
@@ -15,7 +16,7 @@ from stq_compile.codegen.cpp.syntax import (
     float_literal,
     int_literal,
 )
-from stq_compile.codegen.hoist import MASK, hoist
+from stq_compile.codegen.hoist import MASK, hoist, only_for_tables
 from stq_compile.codegen.ir import (
     OPCODES,
     REDUCTIONS,
@@ -47,7 +48,7 @@ class _Emitter:
         self.measures = kernel.slots > 0
         self.hoisted = hoist(kernel)
         self.key_of = {id(t): group.key for group in self.hoisted for t in group.tables}
-        self.unused = self._unused()
+        self.unused = only_for_tables(kernel, self.hoisted)
         self.exact = {
             id(a)
             for v in kernel.body
@@ -78,9 +79,9 @@ class _Emitter:
 
     def _run(self) -> str:
         if not self.measures:
-            return _RUN
+            return STEP
         (operand,) = (c_name(o.name) for o in self.kernel.operands if o.kind is OperandKind.SUMS)
-        return _RUN_MEASURE.replace("@slots", str(self.kernel.slots)).replace("@sums", operand)
+        return MEASURE.replace("@slots", str(self.kernel.slots)).replace("@sums", operand)
 
     def _scalars(self) -> str:
         """The tensor space: float64, once per tensor."""
@@ -146,22 +147,6 @@ class _Emitter:
         return f"  // {text}"
 
     # Tables that are computed once.
-    def _unused(self) -> set[int]:
-        """Operations that only serve the making of hoisted tables."""
-        inside = {id(v) for group in self.hoisted for v in group.body}
-        outside = {
-            id(a)
-            for v in self.kernel.body
-            if id(v) not in inside
-            for a in v.args
-            if isinstance(a, Value)
-        }
-        for group in self.hoisted:
-            for v in reversed(group.body):
-                if id(v) in outside and id(v) not in self.key_of:
-                    outside |= {id(a) for a in v.args if isinstance(a, Value)}
-        return {i for i in inside if i not in outside}
-
     def _constants(self) -> list[str]:
         if not self.hoisted:
             return []
@@ -397,94 +382,3 @@ class _Emitter:
         elif id(a) in self.schedule.gathered:
             return f"{name}[p]"
         return f"{name}[p]" if a.space is Space.ELEMENT and name.endswith("[j]") else name
-
-
-_RUN = """\
-// One row per tensor. Work is spread over blocks, not tensors; threads is what torch uses.
-extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
-  std::vector<Scalars> s(n_rows);
-  std::vector<int64_t> start(n_rows + 1);
-  for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
-    start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
-  }
-  const int64_t blocks = start[n_rows];
-  const int workers = blocks < 1024 ? 1 : threads;  // a thread is worth 0.1 ms of work
-#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
-  for (int w = 0; w < workers; ++w) {
-    int64_t b = blocks * w / workers;
-    const int64_t end = blocks * (w + 1) / workers;
-    int64_t r = 0;
-    while (b < end) {
-      while (start[r + 1] <= b) ++r;
-      const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
-      const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
-      int64_t i = b - start[r];
-      for (; i < stop && i < last; i += stq::kTile) {
-        const int64_t left = (stop < last ? stop : last) - i;
-        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
-      }
-      if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count);
-      }
-      b = start[r] + stop;
-    }
-  }
-}
-
-extern "C" int64_t row_bytes() { return sizeof(Row); }"""
-
-
-_RUN_MEASURE = """\
-// Every stride-th block of every tensor, counted in the whole tensor; sums in float64.
-extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
-  constexpr int64_t slots = @slots;
-  std::vector<Scalars> s(n_rows);
-  std::vector<int64_t> start(n_rows + 1), begin(n_rows);
-  for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
-    const int64_t stride = rows[r].stride, blocks = (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
-    begin[r] = ((rows[r].offset - rows[r].first_block) % stride + stride) % stride;
-    start[r + 1] = start[r] + (blocks > begin[r] ? (blocks - 1 - begin[r]) / stride + 1 : 0);
-  }
-  const int64_t sampled = start[n_rows];
-  const int workers = sampled < 512 ? 1 : threads;
-  std::vector<double> totals(workers * n_rows * slots);  // one part a worker: no order of arrival
-#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
-  for (int w = 0; w < workers; ++w) {
-    int64_t b = sampled * w / workers;
-    const int64_t end = sampled * (w + 1) / workers;
-    int64_t r = 0;
-    while (b < end) {
-      while (start[r + 1] <= b) ++r;
-      const Row& row = rows[r];
-      double* mine = totals.data() + (w * n_rows + r) * slots;
-      const int64_t stop = end < start[r + 1] ? end : start[r + 1];
-      const int64_t last = row.numel / stq::kBlock;  // whole blocks of this tensor
-      while (b < stop) {
-        const int64_t first = begin[r] + (b - start[r]) * row.stride;
-        if (first >= last) {
-          const int count = static_cast<int>(row.numel - last * stq::kBlock);
-          tile<true>(row, s[r], step, first, 1, count, row.stride, mine);
-          ++b;
-          continue;
-        }
-        int64_t left = (last - 1 - first) / row.stride + 1;
-        if (left > stop - b) left = stop - b;
-        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(row, s[r], step, first, blocks, stq::kBlock, row.stride, mine);
-        b += blocks;
-      }
-    }
-  }
-  for (int64_t r = 0; r < n_rows; ++r)
-    for (int64_t k = 0; k < slots; ++k) {
-      double total = 0;
-      for (int w = 0; w < workers; ++w) total += totals[(w * n_rows + r) * slots + k];
-      rows[r].@sums[k] = total;
-    }
-}
-
-extern "C" int64_t row_bytes() { return sizeof(Row); }"""

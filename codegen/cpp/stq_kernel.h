@@ -53,14 +53,9 @@ STQ_INLINE f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 STQ_INLINE f32b to_float(i32b x) { return __builtin_convertvector(x, f32b); }
 
 // Lane by lane, for what has no vector form in the language.
-template <typename F> STQ_INLINE f32v lanes(F f) {
-  f32v r;
-  for (int i = 0; i < kLanes; ++i) r[i] = f(i);
-  return r;
-}
-template <typename F> STQ_INLINE f32b block_lanes(F f) {
-  f32b r;
-  for (int i = 0; i < kTile; ++i) r[i] = f(i);
+template <typename V = f32v, typename F> STQ_INLINE V lanes(F f) {
+  V r;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(float); ++i) r[i] = f(i);
   return r;
 }
 
@@ -102,10 +97,10 @@ STQ_INLINE f32b sqrt(f32b x) { return (f32b)_mm_sqrt_ps((__m128)x); }
 STQ_INLINE f32b floor(f32b x) { return (f32b)_mm_floor_ps((__m128)x); }
 STQ_INLINE f32b ceil(f32b x) { return (f32b)_mm_ceil_ps((__m128)x); }
 #else
-STQ_INLINE f32b fma(f32b a, f32b b, f32b c) { return block_lanes([&](int i) { return std::fmaf(a[i], b[i], c[i]); }); }
-STQ_INLINE f32b sqrt(f32b x) { return block_lanes([&](int i) { return std::sqrt(x[i]); }); }
-STQ_INLINE f32b floor(f32b x) { return block_lanes([&](int i) { return std::floor(x[i]); }); }
-STQ_INLINE f32b ceil(f32b x) { return block_lanes([&](int i) { return std::ceil(x[i]); }); }
+STQ_INLINE f32b fma(f32b a, f32b b, f32b c) { return lanes<f32b>([&](int i) { return std::fmaf(a[i], b[i], c[i]); }); }
+STQ_INLINE f32b sqrt(f32b x) { return lanes<f32b>([&](int i) { return std::sqrt(x[i]); }); }
+STQ_INLINE f32b floor(f32b x) { return lanes<f32b>([&](int i) { return std::floor(x[i]); }); }
+STQ_INLINE f32b ceil(f32b x) { return lanes<f32b>([&](int i) { return std::ceil(x[i]); }); }
 #endif
 
 #if defined(__AVX512F__)
@@ -113,11 +108,6 @@ STQ_INLINE f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m5
 STQ_INLINE f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
 STQ_INLINE f32v floor(f32v x) { return (f32v)_mm512_roundscale_ps((__m512)x, 0x09); }
 STQ_INLINE f32v ceil(f32v x) { return (f32v)_mm512_roundscale_ps((__m512)x, 0x0A); }
-#if defined(__AVX512DQ__)
-STQ_INLINE f32v fraction(f32v x) { return (f32v)_mm512_reduce_ps((__m512)x, 0x09); }
-#else
-STQ_INLINE f32v fraction(f32v x) { return x - floor(x); }
-#endif
 STQ_INLINE f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 STQ_INLINE f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 STQ_INLINE i32v min(i32v a, i32v b) { return (i32v)_mm512_min_epi32((__m512i)a, (__m512i)b); }
@@ -166,7 +156,9 @@ STQ_INLINE i32v to_int(f32v x) { return __builtin_convertvector(x, i32v); }
 STQ_INLINE f32v lookup(f32v table, i32v code) { return lanes([&](int i) { return table[code[i] & 15]; }); }
 #endif
 
-#if !defined(__AVX512F__)
+#if defined(__AVX512DQ__)
+STQ_INLINE f32v fraction(f32v x) { return (f32v)_mm512_reduce_ps((__m512)x, 0x09); }
+#else
 STQ_INLINE f32v fraction(f32v x) { return x - floor(x); }
 #endif
 STQ_INLINE f32b fraction(f32b x) { return x - floor(x); }

@@ -1,0 +1,93 @@
+"""The entry of a kernel: all tiles of all tensors, over threads. One text for all kernels."""
+
+from __future__ import annotations
+
+STEP = """\
+// One row per tensor. Work is spread over blocks, not tensors; threads is what torch uses.
+extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
+  std::vector<Scalars> s(n_rows);
+  std::vector<int64_t> start(n_rows + 1);
+  for (int64_t r = 0; r < n_rows; ++r) {
+    scalars(rows[r], s[r]);
+    start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
+  }
+  const int64_t blocks = start[n_rows];
+  const int workers = blocks < 1024 ? 1 : threads;  // a thread is worth 0.1 ms of work
+#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
+  for (int w = 0; w < workers; ++w) {
+    int64_t b = blocks * w / workers;
+    const int64_t end = blocks * (w + 1) / workers;
+    int64_t r = 0;
+    while (b < end) {
+      while (start[r + 1] <= b) ++r;
+      const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
+      const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
+      int64_t i = b - start[r];
+      for (; i < stop && i < last; i += stq::kTile) {
+        const int64_t left = (stop < last ? stop : last) - i;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+      }
+      if (stop > last) {
+        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
+        tile<true>(rows[r], s[r], step, last, 1, count);
+      }
+      b = start[r] + stop;
+    }
+  }
+}
+
+extern "C" int64_t row_bytes() { return sizeof(Row); }"""
+
+
+MEASURE = """\
+// Every stride-th block of every tensor, counted in the whole tensor; sums in float64.
+extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
+  constexpr int64_t slots = @slots;
+  std::vector<Scalars> s(n_rows);
+  std::vector<int64_t> start(n_rows + 1), begin(n_rows);
+  for (int64_t r = 0; r < n_rows; ++r) {
+    scalars(rows[r], s[r]);
+    const int64_t stride = rows[r].stride, blocks = (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
+    begin[r] = ((rows[r].offset - rows[r].first_block) % stride + stride) % stride;
+    start[r + 1] = start[r] + (blocks > begin[r] ? (blocks - 1 - begin[r]) / stride + 1 : 0);
+  }
+  const int64_t sampled = start[n_rows];
+  const int workers = sampled < 512 ? 1 : threads;
+  std::vector<double> totals(workers * n_rows * slots);  // one part a worker: no order of arrival
+#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
+  for (int w = 0; w < workers; ++w) {
+    int64_t b = sampled * w / workers;
+    const int64_t end = sampled * (w + 1) / workers;
+    int64_t r = 0;
+    while (b < end) {
+      while (start[r + 1] <= b) ++r;
+      const Row& row = rows[r];
+      double* mine = totals.data() + (w * n_rows + r) * slots;
+      const int64_t stop = end < start[r + 1] ? end : start[r + 1];
+      const int64_t last = row.numel / stq::kBlock;  // whole blocks of this tensor
+      while (b < stop) {
+        const int64_t first = begin[r] + (b - start[r]) * row.stride;
+        if (first >= last) {
+          const int count = static_cast<int>(row.numel - last * stq::kBlock);
+          tile<true>(row, s[r], step, first, 1, count, row.stride, mine);
+          ++b;
+          continue;
+        }
+        int64_t left = (last - 1 - first) / row.stride + 1;
+        if (left > stop - b) left = stop - b;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(row, s[r], step, first, blocks, stq::kBlock, row.stride, mine);
+        b += blocks;
+      }
+    }
+  }
+  for (int64_t r = 0; r < n_rows; ++r)
+    for (int64_t k = 0; k < slots; ++k) {
+      double total = 0;
+      for (int w = 0; w < workers; ++w) total += totals[(w * n_rows + r) * slots + k];
+      rows[r].@sums[k] = total;
+    }
+}
+
+extern "C" int64_t row_bytes() { return sizeof(Row); }"""
