@@ -26,8 +26,9 @@ from rich.table import Table
 
 import stq_compile as stq
 from measure_decision import states
-from measure_step import gpt2_shapes, parameters, seconds
+from stq_compile.architectures import gpt2
 from stq_compile.backend import session_of
+from stq_compile.benchmarks.measure import parameters, seconds
 from stq_compile.formats import WIDTHS
 from stq_compile.options import Options
 from stq_compile.planner.planner import CALIBRATIONS, Managed, Planner
@@ -40,7 +41,7 @@ LATER = {"exp_avg": 4, "exp_avg_sq": 4}
 
 def make(width: int, layers: int) -> tuple[torch.optim.Optimizer, Session]:
     """An optimizer whose widths stay: a single rung, so that no decision changes anything."""
-    params = parameters(gpt2_shapes(width, layers))
+    params = parameters(list(gpt2(layers, width).values()))
     optimizer = stq.compile(torch.optim.AdamW(params, lr=1e-4), ladder=(4,), interval=1)
     session = session_of(optimizer)
     assert session is not None
@@ -53,13 +54,13 @@ def step_times(
     """Median seconds of a plain and of a planning step; and those of the calibrating steps."""
     planner = session.planner
     assert planner is not None
-    calibrating = [seconds(optimizer) for _ in range(CALIBRATIONS)]
+    calibrating = [seconds(optimizer.step) for _ in range(CALIBRATIONS)]
     due, plain, planning = planner.due, [], []
     for _ in range(rounds + 1):
         planner.due = lambda step: False  # type: ignore[method-assign]
-        plain.append(seconds(optimizer))
+        plain.append(seconds(optimizer.step))
         planner.due = due  # type: ignore[method-assign]
-        planning.append(seconds(optimizer))
+        planning.append(seconds(optimizer.step))
     return statistics.median(plain[1:]), statistics.median(planning[1:]), calibrating
 
 

@@ -9,31 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import stq_compile as stq
+from stq_compile.architectures import gpt2
 from stq_compile.backend import session_of
-
-
-def gpt2_shapes(width: int = 768, layers: int = 12) -> list[tuple[int, ...]]:
-    """The parameters of GPT-2 (124 M at the defaults), in the order of the original model."""
-    layer: list[tuple[int, ...]] = [
-        (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
-        (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
-    ]  # fmt: skip
-    return [(50257, width), (1024, width), *layer * layers, (width,), (width,)]
-
-
-def make_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
-    return params
+from stq_compile.benchmarks.measure import parameters
 
 
 def test_two_groups_and_148_tensors_are_few_templates() -> None:
-    params = make_parameters(gpt2_shapes(width=16))
+    params = parameters(list(gpt2(12, 16).values()))
     matrices = [p for p in params if p.ndim > 1]
     vectors = [p for p in params if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1, "lr": 1e-3}, {"params": vectors}]

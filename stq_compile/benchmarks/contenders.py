@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -62,8 +63,7 @@ def contenders(family: str, *, peers: bool = False) -> Iterator[Contender]:
     """
     cls, arguments, states = FAMILIES[family]
     fp32 = 12.0 + 8.0 * len(states)
-    fused = "fused" in cls.__init__.__code__.co_varnames and family != "rmsprop"
-    if fused:
+    if "fused" in inspect.signature(cls).parameters:
         make = partial(_stock, cls, {**arguments, "fused": True})
         yield Contender("torch fused", make, moved=fp32)
     yield Contender(

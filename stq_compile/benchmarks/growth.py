@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stq_compile.benchmarks.contenders import Contender
-from stq_compile.benchmarks.measure import WARM_UP, compare, parameters
+from stq_compile.benchmarks.measure import compare
 
 WIDTH = 4096
 PARAMETERS = (1_000_000, 10_000_000, 100_000_000, 500_000_000)
@@ -39,19 +38,10 @@ def by_parameters(contender: Contender, most: int, rounds: int) -> list[Point]:
 def by_tensors(contender: Contender, most: int, rounds: int) -> list[Point]:
     """Microseconds per tensor of 4,096 elements beyond what the elements cost, from the slope
     between each size and the smallest."""
-    import time
-
     totals = []
     for count in (t for t in TENSORS if t <= most):
-        step, _ = contender.make(parameters([(SMALL,)] * count))
-        for _ in range(WARM_UP):
-            step()
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        totals.append(Point(count, statistics.median(times) * 1e6))
+        (timing,) = compare([(SMALL,)] * count, [contender], rounds=rounds)
+        totals.append(Point(count, timing.ns * SMALL * count / 1e3))
     return [
         Point(p.size, (p.value - totals[0].value) / (p.size - totals[0].size)) for p in totals[1:]
     ]

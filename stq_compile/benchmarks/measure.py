@@ -66,11 +66,12 @@ def memory_bandwidth(rounds: int = 7) -> float:
     medians = []
     for way in ways:
         way()
-        medians.append(statistics.median(_seconds(way) for _ in range(rounds)))
+        medians.append(statistics.median(seconds(way) for _ in range(rounds)))
     return 2 * COPY_BYTES / min(medians)
 
 
-def _seconds(step: Step) -> float:
+def seconds(step: Step) -> float:
+    """How long one step takes."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
@@ -103,7 +104,7 @@ def compare(
     for number in range(rounds):
         told(f"round {number + 1} of {rounds}")
         for (_, step, _), found in zip(running, times, strict=True):
-            found.append(_seconds(step))
+            found.append(seconds(step))
     return [
         _timing(contender, found, times[0], numel, nbytes(), states, bandwidth)
         for (contender, _, nbytes), found in zip(running, times, strict=True)

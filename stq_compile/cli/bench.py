@@ -87,7 +87,7 @@ def bench(
         if first:
             names = [timings[0].name, next(t.name for t in timings if t.name.startswith("stq"))]
             starts = first_steps(shapes, optimizer, names, told)
-        curves = _curves(optimizer, most, rounds, told) if growth else {}
+        curves = _curves(optimizer, list(shapes.values()), most, rounds, told) if growth else {}
     machine = {
         "machine": f"{_processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -112,17 +112,24 @@ def bench(
     _print(title, machine, timings, starts, curves)
 
 
-def _curves(optimizer: str, most: int, rounds: int, told: Any) -> dict[str, list[Point]]:
+def _curves(
+    optimizer: str, shapes: list[tuple[int, ...]], most: int, rounds: int, told: Any
+) -> dict[str, list[Point]]:
     """Of the first packed contender."""
+    import torch
+
     from stq_compile.benchmarks.contenders import contenders
-    from stq_compile.benchmarks.growth import by_parameters, by_tensors
+    from stq_compile.benchmarks.growth import Point, by_parameters, by_tensors, by_threads
 
     ours = next(c for c in contenders(optimizer) if c.ours)
     told("growth with parameters")
     found = {"ns per parameter, by parameters": by_parameters(ours, most, rounds)}
     told("growth with tensors")
     found["us per further tensor, by tensors"] = by_tensors(ours, 1000, rounds)
-    return found
+    told("growth with threads")
+    by_count = by_threads(shapes, lambda: [ours], sorted({1, torch.get_num_threads()}), rounds)
+    points = [Point(count, ns) for count, (ns,) in by_count.items()]
+    return {**found, "ns per parameter, by threads": points}
 
 
 def _processor() -> str:
