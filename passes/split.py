@@ -30,7 +30,6 @@ def split(program: Program) -> Program:
 def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
     _check_outputs(unit, optimizer)
     shared = _copied(unit, optimizer)
-    by_name = {o.name: o for o in unit.operands}
     positions = unit.instances[0].returns
     units = []
     for members in _components(unit, shared):
@@ -41,7 +40,7 @@ def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
         for node in _scalars_first(unit.graph, needed, members):
             env[node] = graph.node_copy(node, env.__getitem__)
             if node.op == "placeholder":
-                operands.append(by_name[node.name])
+                operands.append(unit.operand_of(node))
         kept = [
             (out, position)
             for out, position in zip(unit.outputs, positions, strict=True)

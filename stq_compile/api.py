@@ -7,7 +7,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._C._dynamo.eval_frame import reset_code
@@ -27,19 +27,15 @@ from stq_compile.errors import (
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
-    RandomStepError,
-    SharedScalarError,
     StqError,
     TooManyGraphsError,
-    UnknownInputError,
-    UnsupportedOperatorError,
+    UncompiledStepError,
     UnsupportedOptimizerError,
-    UnsupportedOutputError,
 )
 from stq_compile.options import Options
 from stq_compile.planner.history import History
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
-from stq_compile.shards import local
+from stq_compile.shards import is_sharded
 from stq_compile.state_report import Report, make_report
 from stq_compile.symbolic_math import symbolic_math
 
@@ -47,18 +43,6 @@ REFUSED_OPTIONS = {
     "differentiable": "asks for a step that autograd sees",
     "fused": "hides its arithmetic in one operator; leave it out, the compiled step is fused too",
 }
-
-RUN_EAGERLY = (
-    GraphBreakError,
-    InternalError,
-    SharedScalarError,
-    TooManyGraphsError,
-    UnknownInputError,
-    UnsupportedOperatorError,
-    UnsupportedOutputError,
-    RandomStepError,
-)
-"""Why a step is not compiled, but runs eagerly on packed states."""
 
 Opt = TypeVar("Opt", bound=Optimizer)
 
@@ -123,10 +107,14 @@ def report(optimizer: Optimizer) -> Report:
     Raises:
         NotCompiledError: neither `compile` nor ``backend="stq"`` has seen the optimizer.
     """
+    return make_report(_session(optimizer))
+
+
+def _session(optimizer: Optimizer) -> Session:
     session = session_of(optimizer)
     if session is None:
         raise NotCompiledError(optimizer=type(optimizer).__name__)
-    return make_report(session)
+    return session
 
 
 def history(optimizer: Optimizer) -> History:
@@ -135,10 +123,8 @@ def history(optimizer: Optimizer) -> History:
     Raises:
         NotCompiledError: the optimizer is not compiled.
     """
-    session = session_of(optimizer)
-    if session is None:
-        raise NotCompiledError(optimizer=type(optimizer).__name__)
-    return History() if session.planner is None else session.planner.history
+    planner = _session(optimizer).planner
+    return History() if planner is None else planner.history
 
 
 def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
@@ -149,9 +135,7 @@ def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
     Raises:
         NotCompiledError: the optimizer is not compiled.
     """
-    session = session_of(optimizer)
-    if session is None:
-        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    session = _session(optimizer)
     value = loss.item() if isinstance(loss, torch.Tensor) else float(loss)
     session.recording.loss(session.steps, value)
 
@@ -166,9 +150,7 @@ def state_dict(optimizer: Optimizer, format: StateFormat = "packed") -> dict[str
         NotCompiledError: the optimizer is not compiled.
         InvalidOptionError: ``format`` is neither ``"packed"`` nor ``"fp32"``.
     """
-    session = session_of(optimizer)
-    if session is None:
-        raise NotCompiledError(optimizer=type(optimizer).__name__)
+    session = _session(optimizer)
     if format not in ("packed", "fp32"):
         raise InvalidOptionError(name="format", value=format, reason="use 'packed' or 'fp32'")
     session.checkpoint_format = format
@@ -216,14 +198,14 @@ class _Driver:
         @functools.wraps(type(self.session.optimizer).step)
         def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if scheduled:
-                self._opt_called = True  # type: ignore[attr-defined]
+                self._opt_called = True  # type: ignore[attr-defined]  # the schedulers' own mark
             return driver.step(self, args, kwargs)
 
         hooked: Any = Optimizer.profile_hook_step(step)
         hooked = torch.compiler.disable(hooked)  # type: ignore[no-untyped-call]  # torch's
         if scheduled:
             hooked._wrapped_by_lr_sched = True
-        return hooked  # type: ignore[no-any-return]
+        return cast("Callable[..., Any]", hooked)
 
     def step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step with the arguments that the user gave.
@@ -235,9 +217,8 @@ class _Driver:
         if not arguments:
             return self.run(optimizer)
         if self.for_good or len(arguments) > 1 or not self.closure_first:
-            where = "its step makes use of the closure or of other arguments as it goes"
-            name = type(optimizer).__name__
-            announce(self.session, UnsupportedOptimizerError(optimizer=name, reason=where))
+            reason = "its step makes use of the closure or of other arguments as it goes"
+            announce(self.session, f"{type(optimizer).__name__} cannot be compiled: {reason}.")
             return self._eagerly(optimizer, *args, **kwargs)
         with torch.enable_grad():
             loss = arguments[0]()
@@ -248,7 +229,8 @@ class _Driver:
 
     def _eagerly(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         cls = type(optimizer)
-        step = cls.step.__wrapped__ if hasattr(cls.step, "hooked") else cls.step  # type: ignore[attr-defined]
+        hooked: Any = cls.step  # functools.wraps gives it what its type doesn't say
+        step = hooked.__wrapped__ if hasattr(hooked, "hooked") else hooked
         return run_eagerly(self.session, step, optimizer, *args, **kwargs)
 
     def run(self, optimizer: Optimizer) -> Any:
@@ -269,8 +251,8 @@ class _Driver:
             for param in born if session.steps == before else ():  # else the step was made
                 del optimizer.state[param]
             known = translated(error, type(optimizer).__name__)
-            sharded = any(local(p) is not p for p in session.params())
-            if session.steps == before and isinstance(known, RUN_EAGERLY) and not sharded:
+            sharded = any(is_sharded(p) for p in session.params())
+            if session.steps == before and isinstance(known, UncompiledStepError) and not sharded:
                 return self._fall_back(optimizer, known)
             if session.compiles == 0:
                 self._uninstall(optimizer)
@@ -278,14 +260,14 @@ class _Driver:
                 raise
             raise known from error
 
-    def _fall_back(self, optimizer: Optimizer, reason: StqError) -> Any:
+    def _fall_back(self, optimizer: Optimizer, reason: UncompiledStepError) -> Any:
         """Run this step eagerly, and all later ones but after a mere excess of graphs.
 
         If that fails as well, the mistake is in what the step was given, and the next one may be
         compiled again.
         """
         before = self.session.eager_reason
-        announce(self.session, reason)
+        announce(self.session, reason.explanation)
         try:
             result = self._eagerly(optimizer)
         except BaseException:

@@ -36,7 +36,7 @@ from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly, perturbations
 from stq_compile.planner.planner import Planner
 from stq_compile.regions import Region
-from stq_compile.rounding import mixed_step, stream_id
+from stq_compile.rounding import mixed_step
 from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
 from stq_compile.shards import local, wrap
 from stq_compile.state_tree import Leaf
@@ -77,6 +77,7 @@ class Owner(Protocol):
     def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
     def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
+    def rounding_options(self, source: Source) -> dict[str, Any]: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
     def replan(self) -> None: ...
 
@@ -218,13 +219,7 @@ class CompiledStep:
             if unit.unfused
         ]
         self.measuring = None
-        self.created = [
-            operand
-            for unit in self.program.units
-            for instance in unit.instances
-            for operand in instance.operands
-            if operand.returned >= 0
-        ]
+        self.created = [operand for _, operand in self._created_by()]
         self._formats = {
             o.returned: self._format_at_birth(o, u) for u, o in self._created_by() if o.shape != ()
         }
@@ -285,14 +280,14 @@ class CompiledStep:
     def _packed_at_birth(self, value: Any, position: int) -> Any:
         """A state that was made from nothing and is of no parameter's graph yet, packed."""
         options = self.session.options
-        width = options.width_of_created("")
-        large = isinstance(value, Tensor) and value.numel() >= max(options.min_numel, 2)
-        if not large or width == FLOAT32.width or not can_be_packed(value):
+        if not isinstance(value, Tensor) or value.numel() < max(options.min_numel, 2):
             return value
-        stream = stream_id(len(self.session.params()), f"created_{position}")
-        rounding, seed = options.rounding, self.session.seed
+        width = options.width_of_created("")
+        if width == FLOAT32.width or not can_be_packed(value):
+            return value
+        source = Source(len(self.session.params()), "", f"created_{position}")
         format = format_for(value, width)
-        return PackedState.pack(value, format, rounding=rounding, seed=seed, stream=stream)
+        return PackedState.pack(value, format, **self.session.rounding_options(source))
 
     def _look(self, args: Sequence[Any], created: dict[int, Tensor]) -> None:
         """Measure the states as they are before the step, for the planner."""

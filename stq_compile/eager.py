@@ -15,25 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stq_compile.errors import EagerStepWarning, InternalError, StqError
+from stq_compile.errors import EagerStepWarning
 from stq_compile.formats import FLOAT32
 from stq_compile.packed_state import PackedState
-from stq_compile.rounding import stream_id
 from stq_compile.session import Session
 from stq_compile.state_tree import Leaf
+from stq_compile.step_graph import Source
 from stq_compile.working_set import WorkingSet, can_be_packed, format_for, is_like
 
-LEFT_ALONE = "The optimizer is left as it was"
-"""How errors end that leave the optimizer to run without stq_compile; here it runs with it."""
 
-
-def announce(session: Session, error: StqError) -> None:
+def announce(session: Session, reason: str) -> None:
     """Say once why steps of an optimizer are not compiled; the report says it too."""
     if session.eager_reason:
         return
-    before, _, after = str(error).partition(LEFT_ALONE)
-    defect = isinstance(error, InternalError)  # what follows says how to report it
-    session.eager_reason = f"{before.strip()}{after if defect else ''}"
+    session.eager_reason = reason
     optimizer = type(session.optimizer).__name__
     warning = EagerStepWarning(optimizer=optimizer, reason=session.eager_reason)
     warnings.warn(warning, stacklevel=2)
@@ -70,23 +65,23 @@ def pack_states(session: Session) -> None:
     """Bring every state into packed form: newborn ones, and ordinary tensors that were stored."""
     memory = {p.untyped_storage().data_ptr() for p in session.params()}
     packed: dict[int, PackedState] = {}
-    for leaf, number, width in _widths(session):
+    for leaf, source, width in _widths(session):
         value = leaf.value
         if id(value) in packed:
             leaf.put(packed[id(value)])
         elif isinstance(value, PackedState):
-            _settle(session, leaf, value, number, width)
+            _settle(session, leaf, source, value, width)
         elif width < FLOAT32.width and can_be_packed(value) and not _shares(value, memory):
             if is_like(value, leaf.owner):
-                width = session.keep_as_weights(number, leaf.key, width)
+                width = session.keep_as_weights(source, width)
             format = format_for(value, width)
-            state = PackedState.pack(value, format, **_storage_options(session, number, leaf.key))
+            state = PackedState.pack(value, format, **session.rounding_options(source))
             state.packed.eager_writes = session.steps  # other random numbers than last time
             packed[id(value)] = state
             leaf.put(state)
 
 
-def _settle(session: Session, leaf: Leaf, state: PackedState, number: int, width: int) -> None:
+def _settle(session: Session, leaf: Leaf, source: Source, state: PackedState, width: int) -> None:
     """Give a state that was born in this step its format, and its own random numbers."""
     storage = state.packed
     if width == FLOAT32.width:
@@ -94,34 +89,26 @@ def _settle(session: Session, leaf: Leaf, state: PackedState, number: int, width
         return
     if storage.format == FLOAT32:  # written before the optimizer had stored it
         if is_like(state, leaf.owner):
-            width = session.keep_as_weights(number, leaf.key, width)
+            width = session.keep_as_weights(source, width)
         storage.rewrite(storage.read(), format_for(storage.codes, width))
-    for name, option in _storage_options(session, number, leaf.key).items():
+    for name, option in session.rounding_options(source).items():
         setattr(storage, name, option)
-
-
-def _storage_options(session: Session, number: int, key: str) -> dict[str, Any]:
-    return {
-        "rounding": session.options.rounding,
-        "seed": session.seed,
-        "stream": stream_id(number, key),
-    }
 
 
 def _shares(value: Tensor, memory: set[int]) -> bool:
     return value.untyped_storage().data_ptr() in memory
 
 
-def _widths(session: Session) -> Iterator[tuple[Leaf, int, int]]:
-    """Every state with the number of what it belongs to, and its width."""
+def _widths(session: Session) -> Iterator[tuple[Leaf, Source, int]]:
+    """Every state with its source and its width."""
     for leaf, source in session.leaves():
         numel = leaf.value.numel() if leaf.value.ndim else 0
-        yield leaf, source.param, session.width_of_state(source, numel)
+        yield leaf, source, session.width_of_state(source, numel)
 
 
 def _owners(session: Session) -> dict[int, tuple[int, int]]:
     return {
-        id(leaf.value.packed): (number, width)
-        for leaf, number, width in _widths(session)
+        id(leaf.value.packed): (source.param, width)
+        for leaf, source, width in _widths(session)
         if isinstance(leaf.value, PackedState)
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LEFT_AS_IT_WAS = "\nThe optimizer is left as it was"
+
 
 class StqError(Exception):
     """Base of all errors that stq_compile raises on purpose.
@@ -22,6 +24,21 @@ class StqError(Exception):
 
 def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
     return cls(**fields)
+
+
+class UncompiledStepError(StqError):
+    """A step that cannot be compiled, and may run eagerly instead (`stq_compile.eager`).
+
+    A subclass sets ``why`` too, the part of the message that an eager step's warning repeats: what
+    follows it in ``message`` is of an optimizer that is left to itself.
+    """
+
+    message = why = "{optimizer}: its step cannot be compiled: {detail}"
+
+    @property
+    def explanation(self) -> str:
+        """The message without what becomes of the optimizer where nothing runs eagerly."""
+        return self.why.format(**self.fields).strip()
 
 
 class StqWarning(UserWarning):
@@ -119,33 +136,30 @@ class ShardedRegionError(StqError):
     )
 
 
-class RandomStepError(StqError):
-    message = (
+class RandomStepError(UncompiledStepError):
+    why = (
         "{optimizer}: the step draws random numbers ({operator}), and a compiled step would draw "
-        "them in another order\n  at {location}\nThe optimizer is left as it was."
+        "them in another order\n  at {location}"
     )
+    message = why + LEFT_AS_IT_WAS + "."
 
 
-class UnsupportedOperatorError(StqError):
-    message = (
+class UnsupportedOperatorError(UncompiledStepError):
+    why = (
         "{optimizer}, {source}: the operator {operator} cannot be traced ({reason})\n"
-        "  at {location}\n"
-        "The optimizer is left as it was; rewrite that line to have its step compiled."
+        "  at {location}"
     )
+    message = why + LEFT_AS_IT_WAS + "; rewrite that line to have its step compiled."
 
 
-class SharedScalarError(StqError):
-    message = (
-        "{optimizer}: the step changes {source}, which all parameters share\n  at {location}\n"
-        "The optimizer is left as it was."
-    )
+class SharedScalarError(UncompiledStepError):
+    why = "{optimizer}: the step changes {source}, which all parameters share\n  at {location}"
+    message = why + LEFT_AS_IT_WAS + "."
 
 
-class UnsupportedOutputError(StqError):
-    message = (
-        "{optimizer}: the step stores {found}\n  at {location}\n"
-        "The optimizer is left as it was; keep step counters as tensors, and clone what is stored."
-    )
+class UnsupportedOutputError(UncompiledStepError):
+    why = "{optimizer}: the step stores {found}\n  at {location}"
+    message = why + LEFT_AS_IT_WAS + "; keep step counters as tensors, and clone what is stored."
 
 
 class ChangedTensorError(StqError):
@@ -154,14 +168,18 @@ class ChangedTensorError(StqError):
     )
 
 
-class TooManyGraphsError(StqError):
-    message = (
+class TooManyGraphsError(UncompiledStepError):
+    message = why = (
         "{optimizer}: its step was captured {graphs} times in {steps} steps, and needs yet another "
         "graph: something in it changes again and again (a Python number, a branch, a shape)"
     )
 
 
-class InternalError(StqError):
+class InternalError(UncompiledStepError):
+    why = (
+        "{optimizer}: the compiler failed: {reason}. "
+        "This is a defect of stq_compile; please report it{repro}"
+    )
     message = (
         "{optimizer}: the compiler failed: {reason}\n"
         "The optimizer is left as it was. This is a defect of stq_compile; please report it{repro}"
@@ -179,18 +197,17 @@ class TracingError(StqError):
     )
 
 
-class UnknownInputError(StqError):
-    message = (
+class UnknownInputError(UncompiledStepError):
+    why = (
         "{optimizer}: graph input {name} is neither a parameter, a gradient, a state nor a "
-        "scalar of the optimizer ({reason})\n  at {location}\nThe optimizer is left as it was."
+        "scalar of the optimizer ({reason})\n  at {location}"
     )
+    message = why + LEFT_AS_IT_WAS + "."
 
 
-class GraphBreakError(StqError):
-    message = (
-        "{optimizer}: torch.compile could not capture the step as one graph:\n{reason}\n"
-        "The optimizer is left as it was."
-    )
+class GraphBreakError(UncompiledStepError):
+    why = "{optimizer}: torch.compile could not capture the step as one graph:\n{reason}"
+    message = why + LEFT_AS_IT_WAS + "."
 
 
 class InvalidGraphError(StqError):

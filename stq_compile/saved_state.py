@@ -85,19 +85,19 @@ def _spread(state: Tensor, storage: PackedStorage) -> tuple[Tensor, Tensor, bool
             return storage.codes, storage.scales, False
         codes = distributed(storage.codes.view(held.shape), state, state.shape)
         return codes, storage.scales, False
-    rows = rows_of(state)
-    if not is_split(state):
+    rows, split = rows_of(state), is_split(state)
+    if not split:
         total = block_count(state.numel())
     else:
         total = rows * len(boxes(tuple(state.shape), *_mesh_of(layout_of(state))))
     parts = []
     for buffer in (storage.codes, storage.scales):
-        if is_split(state) and len(buffer) < rows:
+        if split and len(buffer) < rows:
             padded = buffer.new_zeros(rows, *buffer.shape[1:])
             padded[: len(buffer)] = buffer
             buffer = padded
         parts.append(distributed(buffer, state, (total, *buffer.shape[1:]), by_rows=True))
-    return parts[0], parts[1], is_split(state)
+    return parts[0], parts[1], split
 
 
 def is_split(state: Tensor) -> bool:
@@ -329,7 +329,10 @@ def _is_own(codes: Any, param: Tensor, format: Format, sharding: Any) -> bool:
 
     ``sharding`` is given for split codes: they are in the order of the shards that were saved.
     """
-    if not is_sharded(param) or codes.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+    if not is_sharded(param):
+        return False
+    like: Any = param  # a DTensor
+    if codes.device_mesh != like.device_mesh:
         return False
     if sharding is not None:
         return bool(sharding == layout_of(param))

@@ -284,9 +284,9 @@ class Session:
         width = self.options.unplanned_width if pinned is None else pinned
         return max(width, WEIGHTS_WIDTH) if key in self.weights else width
 
-    def keep_as_weights(self, number: int, key: str, width: int) -> int:
+    def keep_as_weights(self, source: Source, width: int) -> int:
         """Remember that a state is a copy of its parameter; its width from now on."""
-        self.weights.add((number, key))
+        self.weights.add((source.param, source.key))
         return max(width, WEIGHTS_WIDTH)
 
     def width_of(self, operand: Operand) -> int:
@@ -416,12 +416,19 @@ class Session:
         """A packed state of float32 values that are yet to be encoded."""
         return PackedState.wrap(value.float(), **self.storage_options(source))
 
-    def storage_options(self, source: Source) -> dict[str, Any]:
-        region = region_of(self.params()[source.param])
+    def rounding_options(self, source: Source) -> dict[str, Any]:
+        """How a state is rounded, and the random numbers that are its own."""
         return {
             "rounding": self.options.rounding,
             "seed": self.seed,
             "stream": stream_id(source.param, source.key),
+        }
+
+    def storage_options(self, source: Source) -> dict[str, Any]:
+        """What the storage of a parameter's state is made with."""
+        region = region_of(self.params()[source.param])
+        return {
+            **self.rounding_options(source),
             "first_block": 0 if region is None else region.first_block,
             "sharded": region is not None and region.sharded,
         }

@@ -30,6 +30,7 @@ if torch.distributed.is_available():
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 else:  # builds of torch without it have no sharded tensors
+    # A class that nothing is of, so that tests for it say no.
     DTensor = type("DTensor", (), {})  # type: ignore[assignment,misc]
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -78,7 +79,7 @@ def wrap(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` as the local tensor of a DTensor if ``like`` is one, sharded as it is."""
     if type(like) is not DTensor:
         return tensor
-    return DTensor(tensor, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return DTensor(tensor, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch's
 
 
 def region_of(tensor: Any) -> Region | None:

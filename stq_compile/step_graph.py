@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,9 +193,13 @@ class StepGraph:
         value = out.args[0]
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
+    @cached_property
+    def _operands_by_name(self) -> dict[str, Operand]:
+        return {operand.name: operand for operand in self.operands}
+
     def operand_of(self, node: fx.Node) -> Operand:
         """The first instance's operand of a placeholder."""
-        return next(o for o in self.operands if o.name == node.name)
+        return self._operands_by_name[node.name]
 
     def run(self, *inputs: Any) -> Any:
         """Run the graph eagerly, inputs in placeholder order."""

@@ -130,7 +130,7 @@ def is_like(value: Tensor, param: Any) -> bool:
     points, the iterate of a schedule-free optimizer.
 
     A block's rounding error is a fraction of its largest weight, and a step moves weights by much
-    less than that; such a state needs 16 bits to follow (design/0011).
+    less than that; such a state needs 16 bits to follow (design/0013).
     """
     if not isinstance(param, Tensor) or value.shape != param.shape:
         return False

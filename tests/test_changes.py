@@ -147,7 +147,7 @@ class Momentum(torch.optim.Optimizer):
         self.key = key
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -189,7 +189,7 @@ class Odd(torch.optim.Optimizer):
         self.body = body
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             for p in group["params"]:
                 self.body(p, self.state[p], group)

@@ -31,7 +31,7 @@ class Breaking(Base):
     """Momentum and second moment made inside the step, and a graph break on a tensor's value."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -51,7 +51,7 @@ class Nested(Base):
     """States in a list and a dict, one of another shape than the parameter, one replaced."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -129,7 +129,7 @@ def test_a_state_is_rounded_once_a_step_and_one_parameter_is_decoded_at_a_time()
 
     class Watching(Breaking):
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
             super().step()
             decoded.append(sum(s.packed.working is not None for s in states))
 
@@ -209,7 +209,7 @@ class Restless(Base):
     """Its step has another graph every time."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             group["name"] = group.get("name", "") + "x"
             for p in group["params"]:

@@ -102,3 +102,12 @@ def test_fields_may_hold_braces_and_objects() -> None:
 def test_some_messages_in_full(error: StqError, message: str) -> None:
     assert str(error) == message
     assert isinstance(error, StqError)
+
+
+@pytest.mark.parametrize("cls", subclasses(errors.UncompiledStepError), ids=lambda c: c.__name__)
+def test_what_an_eager_step_explains_is_not_about_an_optimizer_left_alone(
+    cls: type[errors.UncompiledStepError],
+) -> None:
+    error = cls(**{name: f"<{name}>" for name in field_names(cls)})
+    assert "left as it was" not in error.explanation
+    assert all(f"<{name}>" in error.explanation for name in field_names(cls))

@@ -35,7 +35,7 @@ class SignMomentum(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             for p in group["params"]:
                 if not self.state[p]:

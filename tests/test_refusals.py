@@ -107,7 +107,7 @@ class Matrix(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad @ p, alpha=group["lr"])
@@ -133,7 +133,7 @@ class RowMeans(torch.optim.Optimizer):
                 self.state[p]["row"] = torch.zeros(p.shape[0], 1)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             self._init_group(group)
             for p in group["params"]:
@@ -156,7 +156,7 @@ class Printing(torch.optim.SGD):
     """A step that Dynamo cannot capture as one graph."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for p in self.param_groups[0]["params"]:
             print(float(p.sum()))
             p.sub_(p.grad)
@@ -172,7 +172,7 @@ def test_graph_break() -> None:
 def test_coupled_parameters() -> None:
     class Coupled(torch.optim.SGD):
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
             a, b = self.param_groups[0]["params"]
             a.sub_(b.grad * a)
             b.sub_(a.grad * a)

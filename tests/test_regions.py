@@ -27,7 +27,7 @@ class Whitened(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for group in self.param_groups:
             group["step"] += 1
             for p in group["params"]:
@@ -55,7 +55,7 @@ class Clipped(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         params = [p for g in self.param_groups for p in g["params"]]
         total = torch.stack([p.grad.norm() for p in params]).norm()
         for p in params:
@@ -173,7 +173,7 @@ class Slow(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
         for p in self.param_groups[0]["params"]:
             if "slow" not in self.state[p]:
                 self.state[p]["slow"] = p.clone()

@@ -88,7 +88,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         inspect.Parameter("target", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Target)
     ]
     defaults = {"as_json": False, "traceback": False}
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+    shown = signature.replace(
         parameters=[
             *(first if has_subject else []),
             *parameters.values(),
@@ -99,7 +99,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         ],
         return_annotation=None,
     )
-    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    run.__signature__ = shown  # type: ignore[attr-defined]  # inspect and typer read it
+    run.__annotations__ = {p.name: p.annotation for p in shown.parameters.values()}
     return run
 
 
