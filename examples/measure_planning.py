@@ -57,9 +57,9 @@ def step_times(
     calibrating = [seconds(optimizer.step) for _ in range(CALIBRATIONS)]
     due, plain, planning = planner.due, [], []
     for _ in range(rounds + 1):
-        planner.due = lambda step: False  # type: ignore[method-assign]
+        planner.due = lambda step: False  # type: ignore[method-assign]  # for this measurement
         plain.append(seconds(optimizer.step))
-        planner.due = due  # type: ignore[method-assign]
+        planner.due = due  # type: ignore[method-assign]  # for this measurement
         planning.append(seconds(optimizer.step))
     return statistics.median(plain[1:]), statistics.median(planning[1:]), calibrating
 

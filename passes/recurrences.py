@@ -103,7 +103,7 @@ def _recurrence(
 
 # Scalars. -------------------------------------------------------------------------------------
 
-_SYMPY: dict[str, Callable[..., sympy.Expr]] = {
+SYMPY: dict[str, Callable[..., sympy.Expr]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "rsub": lambda a, b: b - a,
@@ -126,7 +126,7 @@ def _scalar_expressions(unit: StepGraph) -> dict[fx.Node, sympy.Expr]:
         if operand.role is Role.SCALAR or (operand.role is Role.STATE and operand.shape == ()):
             found[node] = sympy.Symbol(node.name, real=True)
     for node in unit.calls:
-        rule = _SYMPY.get(base_name(node))
+        rule = SYMPY.get(base_name(node))
         if rule is None or node.kwargs:
             continue
         args = [_expression(a, found) for a in node.args]

@@ -82,7 +82,7 @@ def compile(optimizer: Opt, **options: Any) -> Opt:
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
     driver = _Driver(open_session(optimizer, checked))
     step = types.MethodType(driver.step_function(scheduled), optimizer)
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign]  # bound to it, like the class's
     return optimizer
 
 
@@ -224,7 +224,7 @@ class _Driver:
             loss = arguments[0]()
         self.run(optimizer)
         if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
-            self.session.recording.loss(self.session.steps, float(loss))
+            log(optimizer, loss)
         return loss
 
     def _eagerly(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

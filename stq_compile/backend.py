@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.optim import Optimizer
 
 from stq_compile.checkpoint import attach
+from stq_compile.dynamo import traced_frame, traced_optimizer
 from stq_compile.errors import OptimizerNotFoundError
 from stq_compile.options import Options
 from stq_compile.session import Session
@@ -57,7 +57,9 @@ def stq(
         OptimizerNotFoundError: the compiled function is not an optimizer's step.
         StqError: an option is wrong, or the step can't be compiled; nothing is changed.
     """
-    optimizer = _current_optimizer()
+    optimizer = traced_optimizer()
+    if optimizer is None:
+        raise OptimizerNotFoundError(frame=traced_frame())
     session = _SESSIONS.get(optimizer)
     if session is None:
         session = Session(optimizer, Options.from_dict(options or {}))
@@ -66,15 +68,3 @@ def stq(
     if optimizer not in _SESSIONS:
         _register(session)
     return compiled
-
-
-def _current_optimizer() -> Optimizer:
-    """The optimizer whose ``step`` Dynamo is translating now."""
-    tx = InstructionTranslator.current_tx()
-    frame = tx.output.root_tx
-    first = frame.f_code.co_varnames[:1]  # "self", as a rule
-    candidates = [*map(frame.f_locals.get, first), *frame.f_locals.get("args", ())[:1]]
-    for found in candidates:  # torch's wrapper of a custom step calls it with *args
-        if isinstance(found, Optimizer):
-            return found
-    raise OptimizerNotFoundError(frame=frame.f_code.co_qualname)

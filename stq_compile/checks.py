@@ -11,17 +11,14 @@ from stq_compile.step_graph import Program, Role, location_of
 
 def check_program(program: Program) -> None:
     """Devices and shards of an analysed program, and that nothing in it is random."""
+    for unit, operand in program.operands():
+        if unit.unfused and operand.region is not None and operand.region.sharded:
+            raise ShardedRegionError(
+                optimizer=program.optimizer, source=operand.source, reason=unit.unfused
+            )
+        if operand.role in (Role.PARAM, Role.GRAD) and operand.device.type != "cpu":
+            raise UnsupportedDeviceError(source=operand.source, device=operand.device, valid="cpu")
     for unit in program.units:
-        for instance in unit.instances:
-            for operand in instance.operands:
-                if unit.unfused and operand.region is not None and operand.region.sharded:
-                    raise ShardedRegionError(
-                        optimizer=program.optimizer, source=operand.source, reason=unit.unfused
-                    )
-                if operand.role in (Role.PARAM, Role.GRAD) and operand.device.type != "cpu":
-                    raise UnsupportedDeviceError(
-                        source=operand.source, device=operand.device, valid="cpu"
-                    )
         for node in unit.calls:
             target = node.target
             if isinstance(target, OpOverload) and Tag.nondeterministic_seeded in target.tags:

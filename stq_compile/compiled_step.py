@@ -34,7 +34,7 @@ from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import measure_directly, perturbations
-from stq_compile.planner.planner import Planner
+from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
 from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
@@ -43,9 +43,6 @@ from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
-
-StateKey = tuple[int, str]
-"""A state: (number of its parameter over all groups, its key)."""
 
 
 @dataclass
@@ -155,16 +152,14 @@ class CompiledStep:
         """The states that exist, and the formats that they are to have."""
         session = self.session
         found = []
-        for unit in self.program.units:
-            for instance in unit.instances:
-                for operand in instance.operands:
-                    if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
-                        format = session.format_of(operand, unit)
-                        reason = unit.facts.fragile.get(operand.source.key, "")
-                        if unit.unfused:
-                            format = _format_now(self._live((Role.STATE, operand.source)), format)
-                        info = StateInfo(operand.source, format, unit.facts, reason)
-                        found.append((operand, info))
+        for unit, operand in self.program.operands():
+            if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
+                format = session.format_of(operand, unit)
+                reason = unit.facts.fragile.get(operand.source.key, "")
+                if unit.unfused:
+                    format = _format_now(self._live((Role.STATE, operand.source)), format)
+                info = StateInfo(operand.source, format, unit.facts, reason)
+                found.append((operand, info))
         return found
 
     def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
@@ -228,9 +223,7 @@ class CompiledStep:
         return self.session.format_of(operand, unit).width
 
     def _created_by(self) -> Iterator[tuple[StepGraph, Operand]]:
-        for unit in self.program.units:
-            for instance in unit.instances:
-                yield from ((unit, o) for o in instance.operands if o.returned >= 0)
+        return ((u, o) for u, o in self.program.operands() if o.returned >= 0)
 
     def _format_at_birth(self, operand: Operand, unit: StepGraph) -> Format:
         """A region's states get their format when they are first written, from their values."""

@@ -22,6 +22,12 @@ class StqError(Exception):
         return (_rebuild, (type(self), self.fields))
 
 
+def first_line(error: BaseException) -> str:
+    """``"ValueError: bad"``: an error in one line."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
+
+
 def _rebuild(cls: type[StqError], fields: dict[str, object]) -> StqError:
     return cls(**fields)
 

@@ -19,7 +19,13 @@ from torch import fx
 from torch._inductor.exc import CppCompileError
 
 from stq_compile.dump import dump_root
-from stq_compile.errors import InternalError, InvalidGraphError, InvalidKernelError, StqError
+from stq_compile.errors import (
+    InternalError,
+    InvalidGraphError,
+    InvalidKernelError,
+    StqError,
+    first_line,
+)
 from stq_compile.options import Options
 from stq_compile.step_graph import Operand, Program, StepGraph, print_graph
 
@@ -48,8 +54,7 @@ def reporting_defects(situation: Situation, program: Program) -> Iterator[None]:
     except Exception as error:
         if not is_defect(error):
             raise
-        first, *_ = str(error).splitlines() or [""]
-        reason = f"{type(error).__name__}: {first}"
+        reason = first_line(error)
         LOG.error("%s: the compiler failed: %s", program.optimizer, reason)
         raise InternalError(
             optimizer=program.optimizer, reason=reason, repro=_written(situation, program, reason)

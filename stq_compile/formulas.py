@@ -18,6 +18,7 @@ from torch import fx
 
 from stq_compile.passes.measure import is_smooth
 from stq_compile.passes.ranges import alpha_of, base_name
+from stq_compile.passes.recurrences import SYMPY
 from stq_compile.step_graph import Operand, Role, StepGraph
 
 Expression = Any
@@ -81,8 +82,8 @@ def formulas_of(unit: StepGraph) -> Formulas:
     names: dict[str, str] = {}
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         name = names[node.name] = _symbol_name(operand)
-        sign = True if operand.source.key in unit.facts.nonnegative else None
-        assumptions = {"real": True} if sign is None else {"nonnegative": True}
+        nonnegative = operand.source.key in unit.facts.nonnegative
+        assumptions = {"nonnegative": True} if nonnegative else {"real": True}
         values[node] = symbols[name] = sympy.Symbol(name, **assumptions)
         if node.name in written:
             symbols[f"{name}'"] = sympy.Symbol(f"{name}'", **assumptions)
@@ -115,22 +116,16 @@ def notation(expression: Expression) -> str:
 # Operators. -----------------------------------------------------------------------------------
 
 _RULES: dict[str, Callable[..., Expression]] = {
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "truediv": lambda a, b: a / b,
+    **SYMPY,
     "fma": lambda a, b, c: a * b + c,
-    "neg": lambda a: -a,
-    "reciprocal": lambda a: 1 / a,
-    "sqrt": sympy.sqrt,
     "rsqrt": lambda a: 1 / sympy.sqrt(a),
-    "pow": lambda a, b: a**b,
     "abs": sympy.Abs,
     "exp": sympy.exp,
     "log": sympy.log,
     "sign": sympy.sign,
     "maximum": sympy.Max,
     "minimum": sympy.Min,
-    **dict.fromkeys(("alias", "clone", "detach", "item", "_to_copy", "scalar_tensor"), lambda a: a),
+    **dict.fromkeys(("detach", "item", "_to_copy", "scalar_tensor"), lambda a: a),
 }
 
 

@@ -71,17 +71,16 @@ class Inspection:
         Raises:
             StqError: why there are none.
         """
-        return self._after(FRONT[-1].name)
+        if self.refused is not None:
+            raise self.refused
+        return next(s.program for s in self.stages if s.name == FRONT[-1].name)
 
     @property
     def quantized(self) -> Program:
         """The templates with formats, as kernels are made of them; raises as `front` does."""
-        return self._after(back(self.session.format_of, "nearest")[-1].name)
-
-    def _after(self, name: str) -> Program:
         if self.refused is not None:
             raise self.refused
-        return next(s.program for s in self.stages if s.name == name)
+        return self.stages[-1].program
 
     def kernels(self, target: Target = CPU) -> list[dict[str, Any]]:
         """One row per kernel, its source included; see `stq_compile.kernels.kernel_row`."""
@@ -117,9 +116,7 @@ class Inspection:
             session.plan_first(self.front)
         found = [
             (operand, session.format_of(operand, unit) if operand.shape != () else FLOAT32)
-            for unit in self.front.units
-            for instance in unit.instances
-            for operand in instance.operands
+            for unit, operand in self.front.operands()
             if operand.role is Role.STATE
         ]
         return sorted(found, key=lambda pair: pair[0].source)

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.symbolic_convert import tls
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from stq_compile.dynamo import traced_optimizer
 from stq_compile.errors import FormatMismatchError, TracingError
 from stq_compile.formats import CONSTANT, Format
 from stq_compile.storage import PackedStorage
@@ -212,12 +211,7 @@ def is_dense(values: Tensor) -> bool:
 
 def _check_tracing(func: Any) -> None:
     """Only an optimizer's step may be traced on stand-ins: others would read the anchor."""
-    tx = getattr(tls, "current_tx", None)
-    frame = None if tx is None else tx.output.root_tx
-    names = {} if frame is None else frame.f_locals
-    first = () if frame is None else frame.f_code.co_varnames[:1]  # "self", as a rule
-    candidates = [*map(names.get, first), *names.get("args", ())[:1]]
-    if not any(isinstance(c, Optimizer) for c in candidates):
+    if traced_optimizer() is None:
         raise TracingError(operation=func)
 
 

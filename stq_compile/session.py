@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.checks import check_program
 from stq_compile.codec import CompiledCodec
-from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
+from stq_compile.compiled_step import CompiledStep, StateInfo
 from stq_compile.compiler import analyse
 from stq_compile.dump import Dump
 from stq_compile.errors import (
@@ -40,7 +40,7 @@ from stq_compile.passes.measure import (
     sustained,
     with_packed_normalizers,
 )
-from stq_compile.planner.planner import Managed, Planner
+from stq_compile.planner.planner import Managed, Planner, StateKey
 from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
@@ -151,9 +151,8 @@ class Session:
 
     def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
-        operands = [o for u in program.units for i in u.instances for o in i.operands]
         states = {key for _, _, key, _ in self.states()}
-        if not states or any(o.returned >= 0 for o in operands):
+        if not states or any(o.returned >= 0 for _, o in program.operands()):
             return
         params = [source.name for source in param_sources(self.optimizer).values()]
         key = self.options.unmatched(params, states)
@@ -407,7 +406,7 @@ class Session:
         for param in born:
             name = sources[id(param)].name
             for key, value in self.optimizer.state[param].items():
-                wide = self.options.excludes(name) or self.options.width_of(name, str(key)) == 32
+                wide = self.options.excludes(name) or self.options.pins_wide(name, str(key))
                 held = local(value)
                 if isinstance(held, PackedState) and wide:
                     self.optimizer.state[param][key] = wrap(held.dequantize(), param)
@@ -444,8 +443,6 @@ def _whole_bytes(state: Tensor) -> int:
 
 def _states_of(program: Program | None) -> Iterator[tuple[StepGraph, Operand]]:
     """The states of a program that are no scalars, and the scalars that it creates."""
-    for unit in program.units if program is not None else ():
-        for instance in unit.instances:
-            for operand in instance.operands:
-                if operand.role is Role.STATE and (operand.shape != () or operand.returned >= 0):
-                    yield unit, operand
+    for unit, operand in program.operands() if program is not None else ():
+        if operand.role is Role.STATE and (operand.shape != () or operand.returned >= 0):
+            yield unit, operand

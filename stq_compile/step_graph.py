@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -221,6 +221,12 @@ class Program:
 
     def __str__(self) -> str:
         return "\n\n".join(str(unit) for unit in self.units)
+
+    def operands(self) -> Iterator[tuple[StepGraph, Operand]]:
+        """Every operand of every instance, with its unit."""
+        for unit in self.units:
+            for instance in unit.instances:
+                yield from ((unit, operand) for operand in instance.operands)
 
     @property
     def nodes(self) -> int:

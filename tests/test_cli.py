@@ -481,8 +481,6 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 MEASURED = """
 import resource, sys, time
-from stq_compile import architectures, doctor
-from stq_compile.benchmarks import growth, measure
 from stq_compile.cli import app
 try:
     app()

@@ -72,9 +72,7 @@ def commands() -> list[tuple[str, str]]:
             found[previous.text.split("  #")[0].strip()] = block.text
         previous = block
     for page in PAGES:  # in running text
-        for command in re.findall(
-            r"`((?:make|(?:\.venv/bin/)?python\s+examples)\b[^`]*)`", page.read_text()
-        ):
+        for command in IN_TEXT.findall(page.read_text()):
             found.setdefault(" ".join(command.split()), "")
     return list(found.items())
 

@@ -80,7 +80,8 @@ def test_one_of_each_class_stands_for_all(cls: Any) -> None:
     model = nn.Sequential(*(nn.Linear(80, 80) for _ in range(3)), nn.LayerNorm(80))
 
     def make() -> Optimizer:
-        return cls(groups(model) if cls is not Lazy else model.parameters())  # type: ignore[no-any-return]
+        made: Optimizer = cls(groups(model) if cls is not Lazy else model.parameters())
+        return made
 
     options = Options(target_bits=4.5)
     whole = inspect_optimizer(make(), options)

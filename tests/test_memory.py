@@ -39,7 +39,9 @@ def test_models_have_their_published_sizes() -> None:
 @pytest.mark.parametrize("options", [{"target_bits": 5.0}, {"precision": 3}], ids=str)
 def test_states_take_what_was_planned(options: dict[str, float]) -> None:
     model = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 130), nn.LayerNorm(130))
-    plan = plan_memory(inspect_optimizer(torch.optim.AdamW(model.parameters()), Options(**options)))  # type: ignore[arg-type]
+    plan = plan_memory(
+        inspect_optimizer(torch.optim.AdamW(model.parameters()), Options.from_dict(options))
+    )
     optimizer = stq.compile(torch.optim.AdamW(model.parameters()), **options)
     for p in model.parameters():
         p.grad = torch.ones_like(p)

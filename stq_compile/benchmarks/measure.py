@@ -6,6 +6,8 @@ compares two steps a moment apart, and the ratio given is the median of the roun
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -145,21 +147,19 @@ class FirstStep:
 
 
 CHILD = """
-import resource, sys, time, json
+import json, resource, sys
 from stq_compile.benchmarks.contenders import contenders
-from stq_compile.benchmarks.measure import parameters
+from stq_compile.benchmarks.measure import WARM_UP, parameters, seconds
 family, name, shapes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 params = parameters(shapes)
 (contender,) = [c for c in contenders(family, peers=True) if c.name == name]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 step, _ = contender.make(params)
-start = time.perf_counter()
-step()
-seconds = time.perf_counter() - start
-for _ in range(3):
+first = seconds(step)
+for _ in range(WARM_UP):
     step()
-print(seconds, peak() - before)
+print(first, peak() - before)
 """
 
 
@@ -170,8 +170,6 @@ def first_steps(
     told: Callable[[str], None] = lambda name: None,
 ) -> list[FirstStep]:
     """First steps in new processes, with empty compiler caches and again with full ones."""
-    import json
-
     numel = sum(torch.Size(s).numel() for s in shapes.values())
     found = []
     for name in names:
@@ -187,8 +185,6 @@ def first_steps(
 
 
 def _child(arguments: Sequence[str], caches: Path) -> tuple[float, float]:
-    import os
-
     environment = {
         **os.environ,
         "STQ_CACHE_DIR": str(caches / "stq"),

@@ -31,6 +31,7 @@ from stq_compile.planner.history import Change, History, Record
 from stq_compile.planner.selection import IDENTITY, REACH, Calibration, calibrate
 
 StateKey = tuple[int, str]
+"""A state: (number of its parameter over all groups, its key)."""
 
 FIRST_LOOKS = (20, 50)
 """Steps of the first looks, before those of the interval: states change fast at the beginning."""

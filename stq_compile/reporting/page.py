@@ -17,7 +17,6 @@ from stq_compile.formats import WIDTHS
 from stq_compile.reporting.chart import Chart, line_chart
 from stq_compile.reporting.picture import HEIGHT, Picture, draw
 from stq_compile.reporting.run_file import Run
-from stq_compile.reporting.terminal import summary
 from stq_compile.reporting.timeline import Lane, Timeline, layer_of, timeline_of
 
 CELLS = 40_000
@@ -81,7 +80,6 @@ def render(run: Run) -> str:
     template = environment.from_string((Path(__file__).parent / "page.html.j2").read_text())
     return template.render(
         run=run,
-        summary=summary(run),
         bits=32 * packed / full if full else 0.0,
         packed=packed,
         full=full,
@@ -89,7 +87,6 @@ def render(run: Run) -> str:
         charts=_charts(run, full),
         widths=WIDTHS,
         maps=list(_maps(timeline)),
-        timeline=timeline,
         changes=[
             (record.step, change)
             for record in run.decisions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -67,20 +69,20 @@ class Recording:
         """Write what is new in a run."""
         if not self.streams:
             return
-        self._once("run", head_event(run))
+        self._once("run", partial(head_event, run))
         for template in run.templates:
-            self._once(f"template {template.name}", template_event(template))
+            self._once(f"template {template.name}", partial(template_event, template))
         for kernel in run.kernels:
-            self._once(f"kernel {kernel.name}", kernel_event(kernel))
+            self._once(f"kernel {kernel.name}", partial(kernel_event, kernel))
         self._write(states_event(run))
         for record in _after(run.decisions, self._last):
             self._write(decision_event(record))
             self._last = record
 
-    def _once(self, name: str, event: Event) -> None:
+    def _once(self, name: str, make: Callable[[], Event]) -> None:
         if name not in self._names:
             self._names.add(name)
-            self._write(event)
+            self._write(make())
 
     def _write(self, event: Event) -> None:
         if self._file is not None:

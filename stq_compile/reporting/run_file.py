@@ -148,7 +148,7 @@ def read(path: Path) -> Run:
         lines = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise RunFileError(file=path, line=1, reason=f"not readable: {error}") from error
-    run: Run | None = None
+    reader = _Reader()
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
@@ -157,42 +157,61 @@ def read(path: Path) -> Run:
                 break
             raise RunFileError(file=path, line=number, reason=f"no JSON: {error}") from error
         try:
-            run = _with(run, event)
+            reader.take(event)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"not as expected: {type(error).__name__}: {error}"
             raise RunFileError(file=path, line=number, reason=reason) from error
-    if run is None:
+    if reader.run is None:
         raise RunFileError(file=path, line=1, reason="the file is empty")
-    return run
+    return replace(
+        reader.run,
+        decisions=tuple(reader.decisions),
+        losses=tuple(reader.losses),
+        steps=max(reader.run.steps, reader.steps),
+    )
 
 
-def _with(run: Run | None, event: Event) -> Run:
-    """The run with one more event."""
-    fields = dict(event)
-    kind = fields.pop("kind")
-    if kind == "run":
-        if fields.pop("version") != VERSION:
-            raise ValueError(f"version {event['version']}; this release reads {VERSION}")
-        return Run(**fields)
-    if run is None:
-        raise ValueError("the first line is no 'run' event")
-    match kind:
-        case "template":
-            return replace(run, templates=_named(run.templates, Template(**fields)))
-        case "kernel":
-            return replace(run, kernels=_named(run.kernels, KernelInfo(**fields)))
-        case "states":
-            rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in fields["rows"])
-            return replace(run, rows=rows, steps=max(run.steps, int(fields["steps"])))
-        case "decision":
-            (record,) = History.from_dict([fields])
-            steps = max(run.steps, record.step)
-            return replace(run, decisions=(*run.decisions, record), steps=steps)
-        case "loss":
-            step = int(fields["step"])
-            loss = math.nan if fields["loss"] is None else float(fields["loss"])
-            return replace(run, losses=(*run.losses, (step, loss)), steps=max(run.steps, step))
-    raise ValueError(f"an event of unknown kind {kind!r}")
+class _Reader:
+    """A run out of its events; what has no bound in number is gathered aside."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.decisions: list[Record] = []
+        self.losses: list[tuple[int, float]] = []
+        self.steps = 0
+
+    def take(self, event: Event) -> None:
+        fields = dict(event)
+        kind = fields.pop("kind")
+        if kind == "run":
+            if fields.pop("version") != VERSION:
+                raise ValueError(f"version {event['version']}; this release reads {VERSION}")
+            self.run, self.steps = Run(**fields), 0  # a second one begins anew
+            self.decisions, self.losses = [], []
+            return
+        run = self.run
+        if run is None:
+            raise ValueError("the first line is no 'run' event")
+        match kind:
+            case "template":
+                self.run = replace(run, templates=_named(run.templates, Template(**fields)))
+            case "kernel":
+                self.run = replace(run, kernels=_named(run.kernels, KernelInfo(**fields)))
+            case "states":
+                rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in fields["rows"])
+                self.run = replace(run, rows=rows)
+                self.steps = max(self.steps, int(fields["steps"]))
+            case "decision":
+                (record,) = History.from_dict([fields])
+                self.decisions.append(record)
+                self.steps = max(self.steps, record.step)
+            case "loss":
+                step = int(fields["step"])
+                loss = math.nan if fields["loss"] is None else float(fields["loss"])
+                self.losses.append((step, loss))
+                self.steps = max(self.steps, step)
+            case _:
+                raise ValueError(f"an event of unknown kind {kind!r}")
 
 
 def _named(known: tuple[Any, ...], new: Any) -> tuple[Any, ...]:

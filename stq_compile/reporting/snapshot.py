@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stq_compile.codegen.lower import bytes_per_element
-from stq_compile.compiled_step import CompiledStep, StateInfo, StateKey
+from stq_compile.compiled_step import CompiledStep, StateInfo
 from stq_compile.formats import BLOCK, FLOAT32
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.planner.planner import Planner
+from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.reporting.graph_data import graph_data
 from stq_compile.reporting.run_file import KernelInfo, Row, Run, Template
 from stq_compile.shards import local, split_blocks

@@ -1,0 +1,24 @@
+"""What Dynamo is translating now."""
+
+from __future__ import annotations
+
+from torch._dynamo.symbolic_convert import tls
+from torch.optim import Optimizer
+
+
+def traced_frame() -> str:
+    """The name of the outermost function that is translated; empty outside of Dynamo."""
+    tx = getattr(tls, "current_tx", None)
+    return "" if tx is None else str(tx.output.root_tx.f_code.co_qualname)
+
+
+def traced_optimizer() -> Optimizer | None:
+    """The optimizer whose ``step`` is translated, if it is one's."""
+    tx = getattr(tls, "current_tx", None)
+    if tx is None:
+        return None
+    frame = tx.output.root_tx
+    first = frame.f_code.co_varnames[:1]  # "self", as a rule
+    candidates = [*map(frame.f_locals.get, first), *frame.f_locals.get("args", ())[:1]]
+    # torch's wrapper of a custom step calls it with *args
+    return next((found for found in candidates if isinstance(found, Optimizer)), None)
