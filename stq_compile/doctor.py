@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.optim import AdamW
 
 from stq_compile import api
+from stq_compile.codegen.cpp import cache
 from stq_compile.codegen.target import parse_target
+from stq_compile.errors import first_line
 from stq_compile.inspection import inspect_optimizer
 from stq_compile.options import Options
 from stq_compile.targets import ONE_MATRIX, make_optimizer
@@ -76,21 +75,20 @@ def _gpu() -> str:
 
 def _cache() -> Finding:
     """Where built kernels are kept."""
-    folder = Path(cache_dir())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, problem = cache.chosen()
+    if problem:
+        found = f"{folder}: {problem}; set {cache.VARIABLE} to a folder of your own"
+        return Finding("kernel cache", found, ok=False)
     files = [f for f in folder.rglob("*") if f.is_file()]
     size = sum(f.stat().st_size for f in files) / 1e6
-    writable = os.access(folder, os.W_OK)
-    note = "" if writable else ", not writable: TORCHINDUCTOR_CACHE_DIR names another"
-    return Finding("kernel cache", f"{folder}, {len(files)} files, {size:.1f} MB{note}", writable)
+    return Finding("kernel cache", f"{folder}, {len(files)} files, {size:.1f} MB", ok=True)
 
 
 def _tried(name: str, attempt: Callable[[], str]) -> Finding:
     try:
         return Finding(name, attempt(), ok=True)
     except Exception as error:
-        first, *_ = str(error).splitlines() or [""]
-        return Finding(name, f"{type(error).__name__}: {first}", ok=False)
+        return Finding(name, first_line(error), ok=False)
 
 
 def _cpu_step() -> str:

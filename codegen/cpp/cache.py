@@ -28,25 +28,43 @@ VARIABLE = "STQ_CACHE_DIR"
 
 def folder() -> Path:
     """The folder of this user, made and checked."""
+    return _checked(_named())
+
+
+def chosen() -> tuple[Path, str]:
+    """The folder that kernels should be kept in, made; and why they cannot be, or nothing."""
+    path = _named()
+    return path, _problem(path)
+
+
+def _named() -> Path:
     chosen = os.environ.get(VARIABLE)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return _checked(Path(chosen) if chosen else Path(base) / "stq_compile")
+    return Path(chosen) if chosen else Path(base) / "stq_compile"
 
 
 @lru_cache(maxsize=8)
 def _checked(path: Path) -> Path:
+    reason = _problem(path)
+    if not reason:
+        return path
+    private = tempfile.mkdtemp(prefix="stq_compile_")  # mode 0700
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    warnings.warn(KernelCacheWarning(folder=path, reason=reason, variable=VARIABLE), stacklevel=2)
+    return Path(private)
+
+
+def _problem(path: Path) -> str:
+    """Why kernels cannot be kept in a folder; empty if they can, and then it exists."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = _unsafe(path)
         if not reason:
             with tempfile.TemporaryFile(dir=path):  # it can be written
-                return path
+                return ""
     except OSError as error:
         reason = str(error)
-    private = tempfile.mkdtemp(prefix="stq_compile_")  # mode 0700
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    warnings.warn(KernelCacheWarning(folder=path, reason=reason, variable=VARIABLE), stacklevel=2)
-    return Path(private)
+    return reason
 
 
 def _unsafe(path: Path) -> str:
