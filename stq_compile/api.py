@@ -118,13 +118,16 @@ def _session(optimizer: Optimizer) -> Session:
 
 
 def history(optimizer: Optimizer) -> History:
-    """Every decision of the planner with its reason; empty where all widths are pinned.
+    """Every decision of the planner with its reason, none where all widths are pinned; and what
+    was not finite.
 
     Raises:
         NotCompiledError: the optimizer is not compiled.
     """
-    planner = _session(optimizer).planner
-    return History() if planner is None else planner.history
+    session = _session(optimizer)
+    session.find_reached()
+    records = () if session.planner is None else session.planner.history.records
+    return History(records, session.incidents)
 
 
 def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
@@ -235,6 +238,8 @@ class _Driver:
 
     def run(self, optimizer: Optimizer) -> Any:
         session = self.session
+        if not session.admits_step():
+            return None
         if self.for_good:
             return self._eagerly(optimizer)
         if session.loaded:

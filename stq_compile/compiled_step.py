@@ -76,6 +76,7 @@ class Owner(Protocol):
     def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def rounding_options(self, source: Source) -> dict[str, Any]: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
+    def stepped(self) -> None: ...
     def replan(self) -> None: ...
 
 
@@ -142,6 +143,11 @@ class CompiledStep:
             value = self._live(key)
             if isinstance(local(value), PackedState):
                 setattr(gm, target, value)
+
+    @property
+    def writes_only_tensors(self) -> bool:
+        """Whether a call returns nothing that the optimizer is to take over."""
+        return not self.created and self.shared is None
 
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
         """The object that the optimizer holds."""
@@ -256,7 +262,7 @@ class CompiledStep:
             region.launch()
         tracked = [tensor for tensor in written if not tensor.is_inference()]
         torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
-        session.steps += 1
+        session.stepped()
         if looks:
             session.replan()
         results = created | shared

@@ -22,3 +22,14 @@ def traced_optimizer() -> Optimizer | None:
     candidates = [*map(frame.f_locals.get, first), *frame.f_locals.get("args", ())[:1]]
     # torch's wrapper of a custom step calls it with *args
     return next((found for found in candidates if isinstance(found, Optimizer)), None)
+
+
+def traced_changes() -> list[str]:
+    """The kinds of Python objects that the translated function changes, tensors excepted."""
+    tx = getattr(tls, "current_tx", None)
+    if tx is None:
+        return []
+    effects = tx.output.side_effects
+    return [
+        type(var).__name__ for var in effects.id_to_variable.values() if effects.is_modified(var)
+    ]

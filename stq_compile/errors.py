@@ -192,6 +192,22 @@ class InternalError(UncompiledStepError):
     )
 
 
+class NonFiniteGradientError(StqError):
+    message = (
+        "{optimizer}, step {step}: the gradient of {param} is not finite{others}. Nothing was "
+        "changed, the gradients neither: lower the learning rate or clip, use a GradScaler with "
+        "float16, or have such steps left out with on_nonfinite='skip'"
+    )
+
+
+class UnskippableStepError(StqError):
+    message = (
+        "{optimizer}, step {step}: the gradient of {param} is not finite{others}, and a step that "
+        "torch.compile runs cannot be left out whole where it also changes what is no tensor or "
+        "makes new states. Nothing was changed; use stq.compile(optimizer, on_nonfinite='skip')"
+    )
+
+
 class RunFileError(StqError):
     message = "{file}, line {line}: {reason}; a run file is what stq.report(optimizer).save wrote"
 

@@ -26,6 +26,7 @@ from stq_compile.formats import (
     MAX_RANGE,
     MEAN_PULL,
     MIDRISE_CLIP,
+    MIDRISE_LARGEST_UNIT,
     MIDRISE_SHRINK,
     MIDRISE_SLACK,
     OCTAVE,
@@ -129,6 +130,7 @@ def decode(
         else:
             assert normalizer is not None
             unit = root(_pad(normalizer[start : start + count]))
+            unit = torch.fmin(unit, torch.tensor(MIDRISE_LARGEST_UNIT))
             value = _decode_midrise(code, word, format) * unit
         out[start : start + count] = value.view(-1)[:count]
     return out
@@ -326,7 +328,7 @@ def _encode_midrise(
     x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
-    u = x * _reciprocal(unit)
+    u = x * torch.fmax(_reciprocal(unit), torch.tensor(1.0 / MIDRISE_LARGEST_UNIT))
     if format.width in MIDRISE_CLIP:
         share = _reciprocal(valid.sum(1, keepdim=True).float())
         reach = root(block_sum(u * u) * share) * (MIDRISE_CLIP[format.width] / half)

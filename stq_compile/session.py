@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -26,11 +27,14 @@ from stq_compile.compiler import analyse
 from stq_compile.dump import Dump
 from stq_compile.errors import (
     InfeasibleBudgetError,
+    NonFiniteGradientError,
+    StqError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
 )
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.nonfinite import nonfinite_elements, nonfinite_gradients
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import (
@@ -40,6 +44,7 @@ from stq_compile.passes.measure import (
     sustained,
     with_packed_normalizers,
 )
+from stq_compile.planner.history import LIMIT, Incident
 from stq_compile.planner.planner import Managed, Planner, StateKey
 from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
@@ -86,6 +91,9 @@ class Session:
         self.info: dict[StateKey, StateInfo] = {}
         self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
+        self._incidents: deque[Incident] = deque(maxlen=LIMIT)
+        self.nonfinite_steps = 0
+        self.reached: set[StateKey] = set()
 
     @property
     def optimizer(self) -> Optimizer:
@@ -93,7 +101,7 @@ class Session:
         assert optimizer is not None, "the session outlived its optimizer"
         return optimizer
 
-    def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+    def compile(self, gm: fx.GraphModule) -> CompiledStep:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         start = time.perf_counter()
         captured = capture(gm, self.optimizer)
@@ -123,6 +131,58 @@ class Session:
         self._record()
         return step
 
+    def admits_step(self, error: type[StqError] | None = None) -> bool:
+        """Whether the option ``on_nonfinite`` lets a step be made with the present gradients.
+
+        ``error`` is raised in place of an answer of no.
+
+        Raises:
+            NonFiniteGradientError: it does not, and asks for an error.
+        """
+        if self.options.on_nonfinite == "propagate":
+            return True
+        numbers = nonfinite_gradients(self.params())
+        if not numbers:
+            return True
+        if self.options.on_nonfinite == "raise":
+            error = NonFiniteGradientError
+        sources = param_sources(self.optimizer)
+        names = tuple(sources[id(p)].name for n, p in enumerate(self.params()) if n in numbers)
+        self._note(Incident(self.steps + 1, "skipped" if error is None else "raised", names))
+        self.nonfinite_steps += 1
+        if error is None:
+            return False
+        others = f", nor those of {len(names) - 1} others" if len(names) > 1 else ""
+        raise error(
+            optimizer=type(self.optimizer).__name__,
+            step=self.steps + 1,
+            param=names[0],
+            others=others,
+        )
+
+    def stepped(self) -> None:
+        """Count a step; now and then, see which states are not finite any more."""
+        self.steps += 1
+        if self.steps % self.options.interval == 0:
+            self.find_reached()
+
+    def find_reached(self) -> None:
+        """Note states that a gradient that is not finite has reached since the last time."""
+        broken = {
+            (source.param, key): source.name
+            for _, source, key, value in self.states()
+            if isinstance(value, Tensor) and nonfinite_elements(value)
+        }
+        new = {name: None for key, name in broken.items() if key not in self.reached}
+        self.reached = set(broken)
+        if new:
+            self._note(Incident(self.steps, "reached", tuple(new)))
+
+    def _note(self, incident: Incident) -> None:
+        self._incidents.append(incident)
+        self.recording.incident(incident)
+        LOG.warning("%s: %s", type(self.optimizer).__name__, incident)
+
     @property
     def out_of_graphs(self) -> bool:
         """Whether so many graphs were captured lately that another would only be one more."""
@@ -133,6 +193,11 @@ class Session:
     def losses(self) -> list[tuple[int, float]]:
         """Losses that were logged, with the number of steps before each."""
         return self.recording.losses
+
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """What was not finite, the latest `LIMIT` times."""
+        return tuple(self._incidents)
 
     def _record(self) -> None:
         if self.recording.streams:

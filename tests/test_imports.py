@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner", "planner.*"),
     ("compiler", "formulas", "kernels"),
     ("checks", "codec", "collective", "failures", "graph_text", "runtime"),
-    ("regions",),
+    ("nonfinite", "regions"),
     ("compiled_step",),
     ("reporting", "reporting.*"),
     ("session",),

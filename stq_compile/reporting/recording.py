@@ -10,12 +10,13 @@ from typing import IO
 import torch.distributed
 
 from stq_compile.errors import InvalidOptionError
-from stq_compile.planner.history import Record
+from stq_compile.planner.history import Incident, Record
 from stq_compile.reporting.run_file import (
     Event,
     Run,
     decision_event,
     head_event,
+    incident_event,
     kernel_event,
     line_of,
     loss_event,
@@ -64,6 +65,10 @@ class Recording:
             half = LIMIT // 2
             self.losses[:half] = self.losses[:half:2]
         self._write(loss_event(step, loss))
+
+    def incident(self, incident: Incident) -> None:
+        """Take something that was not finite."""
+        self._write(incident_event(incident))
 
     def update(self, run: Run) -> None:
         """Write what is new in a run."""

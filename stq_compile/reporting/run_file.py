@@ -5,6 +5,7 @@
     {"kind": "kernel", ...}     one kernel, with its graph and source
     {"kind": "states", ...}     what every state occupies after a number of steps
     {"kind": "decision", ...}   a `planner.history.Record`
+    {"kind": "incident", ...}   a `planner.history.Incident`
     {"kind": "loss", "step": 10, "loss": 4.2}
 
 A later event of the same name replaces an earlier one; a last line that is cut short, as a killed
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stq_compile.errors import RunFileError
-from stq_compile.planner.history import History, Record
+from stq_compile.planner.history import History, Incident, Record
 from stq_compile.reporting.graph_data import GraphData
 
 VERSION = 1
@@ -33,7 +34,8 @@ class Row:
     """One state of one parameter. ``bytes`` counts codes and scales.
 
     A sharded state is counted as a whole, over all shards of one copy; ``split_bytes`` of its bytes
-    would not be there if no border between shards lay inside of a block.
+    would not be there if no border between shards lay inside of a block. ``nonfinite`` counts the
+    elements of this process that are not finite any more, and those of their blocks.
     """
 
     param: str
@@ -45,6 +47,7 @@ class Row:
     fp32_bytes: int
     reason: str = ""
     split_bytes: int = 0
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Run:
     rows: tuple[Row, ...] = ()
     decisions: tuple[Record, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
+    incidents: tuple[Incident, ...] = ()
     templates: tuple[Template, ...] = ()
     kernels: tuple[KernelInfo, ...] = ()
 
@@ -93,6 +97,7 @@ def events_of(run: Run) -> Iterator[Event]:
     yield from (kernel_event(k) for k in run.kernels)
     yield states_event(run)
     yield from (decision_event(d) for d in run.decisions)
+    yield from map(incident_event, run.incidents)
     yield from (loss_event(*point) for point in run.losses)
 
 
@@ -120,6 +125,10 @@ def states_event(run: Run) -> Event:
 
 def decision_event(record: Record) -> Event:
     return {"kind": "decision", **asdict(record)}
+
+
+def incident_event(incident: Incident) -> Event:
+    return {"kind": "incident", **asdict(incident)}
 
 
 def loss_event(step: int, loss: float) -> Event:
@@ -167,6 +176,7 @@ def read(path: Path) -> Run:
         reader.run,
         decisions=tuple(reader.decisions),
         losses=tuple(reader.losses),
+        incidents=tuple(reader.incidents),
         steps=max(reader.run.steps, reader.steps),
     )
 
@@ -178,6 +188,7 @@ class _Reader:
         self.run: Run | None = None
         self.decisions: list[Record] = []
         self.losses: list[tuple[int, float]] = []
+        self.incidents: list[Incident] = []
         self.steps = 0
 
     def take(self, event: Event) -> None:
@@ -187,7 +198,7 @@ class _Reader:
             if fields.pop("version") != VERSION:
                 raise ValueError(f"version {event['version']}; this release reads {VERSION}")
             self.run, self.steps = Run(**fields), 0  # a second one begins anew
-            self.decisions, self.losses = [], []
+            self.decisions, self.losses, self.incidents = [], [], []
             return
         run = self.run
         if run is None:
@@ -205,6 +216,9 @@ class _Reader:
                 (record,) = History.from_dict([fields])
                 self.decisions.append(record)
                 self.steps = max(self.steps, record.step)
+            case "incident":
+                fields["params"] = tuple(map(str, fields["params"]))
+                self.incidents.append(Incident(**fields))
             case "loss":
                 step = int(fields["step"])
                 loss = math.nan if fields["loss"] is None else float(fields["loss"])

@@ -28,6 +28,8 @@ class RunView:
         if run.losses:
             (first, start), (last, end) = run.losses[0], run.losses[-1]
             yield f"loss {start:.4g} at step {first}, {end:.4g} at step {last}"
+        for incident in run.incidents[-8:]:
+            yield Text(str(incident), style="bold red")
         columns = max(2, (options.max_width - NAME - 2) // CELL)
         timeline = timeline_of(run, columns)
         for state in timeline.states:
