@@ -33,7 +33,7 @@ from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import measure_directly, perturbations
+from stq_compile.planner.direct import WIDTHS, measure_directly, perturbations
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
@@ -301,15 +301,16 @@ class CompiledStep:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
-        if calibrating:
-            for param, row in self._measure_directly(args, planner.looks + 1).items():
-                sums[param] |= row
+        for param, row in self._measure_directly(args, planner).items():
+            sums[param] |= row
         sums, session.look_bytes = add_up(sums, session.params())
         finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
             planner.look(finite)
+            direct = perturbations(finite)
+            planner.compare(direct, session.steps)
             if calibrating:
-                planner.observe(perturbations(finite))
+                planner.observe(direct)
 
     def _measuring_units(self) -> list[Unit]:
         session = self.session
@@ -320,9 +321,13 @@ class CompiledStep:
         folder = session.dump.folder("generate_measuring")
         return generate_measuring(self.measured, session.format_of, folder).units
 
-    def _measure_directly(self, args: Sequence[Any], look: int) -> Sums:
-        """Measure on samples; they are too small for a second thread to gain anything."""
+    def _measure_directly(self, args: Sequence[Any], planner: Planner) -> Sums:
+        """Measure on samples; they are too small for a second thread to gain anything.
+
+        Every width while the planner calibrates, and those in force ever after.
+        """
         session = self.session
+        widths = [w for w in WIDTHS if planner.calibrating or w in planner.widths.values()]
         found: Sums = {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -331,9 +336,10 @@ class CompiledStep:
                 found |= measure_directly(
                     unit,
                     lambda operand: live(operand, self._resolve(operand), args),
-                    look,
+                    planner.looks + 1,
                     session.seed,
                     session.options.rounding,
+                    widths,
                 )
         finally:
             torch.set_num_threads(threads)

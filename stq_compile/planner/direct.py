@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,14 @@ Sums = dict[int, dict[str, float]]
 of the squares of what the error of state ``key`` at ``w`` bits does to it."""
 
 
-def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding: str) -> Sums:
+def measure_directly(
+    unit: StepGraph,
+    live: Live,
+    look: int,
+    seed: int,
+    rounding: str,
+    widths: Sequence[int] = WIDTHS,
+) -> Sums:
     """Sums over the sampled blocks that are here; `perturbations` of the sums of all shards.
 
     Args:
@@ -69,6 +76,7 @@ def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding
         look: number of the look: another one takes other blocks.
         seed: of the rounding noise.
         rounding: ``"stochastic"`` or ``"nearest"``.
+        widths: to quantize at.
     """
     found: Sums = {}
     if not measured_states(unit) or unit.instances[0].param.name not in (unit.writes or ()):
@@ -82,7 +90,7 @@ def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding
             found[param] = {"direct": total}
         for operand in measured_states(unit):
             state = _StateOf(unit, operand, template, noises, rounding)
-            for width in WIDTHS:
+            for width in widths:
                 effect = _per_tensor(state.effect(width), sample.counts)
                 for param, total in zip(params, effect, strict=True):
                     found[param][f"{operand.source.key}:direct_{width}"] = total

@@ -50,6 +50,22 @@ class Incident:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What was predicted of a state at the width in force, and what was measured directly.
+
+    Both are relative perturbations of the parameter's update, at the look that follows ``step``
+    steps. The prediction had not seen this measurement.
+    """
+
+    step: int
+    param: str
+    state: str
+    width: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One decision.
 

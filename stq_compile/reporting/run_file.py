@@ -5,6 +5,7 @@
     {"kind": "kernel", ...}     one kernel, with its graph and source
     {"kind": "states", ...}     what every state occupies after a number of steps
     {"kind": "decision", ...}   a `planner.history.Record`
+    {"kind": "comparison", ...} a `planner.history.Comparison`
     {"kind": "incident", ...}   a `planner.history.Incident`
     {"kind": "loss", "step": 10, "loss": 4.2}
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stq_compile.errors import RunFileError
-from stq_compile.planner.history import History, Incident, Record
+from stq_compile.planner.history import Comparison, History, Incident, Record
 from stq_compile.reporting.graph_data import GraphData
 
 VERSION = 1
@@ -86,6 +87,7 @@ class Run:
     decisions: tuple[Record, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
     incidents: tuple[Incident, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     templates: tuple[Template, ...] = ()
     kernels: tuple[KernelInfo, ...] = ()
 
@@ -98,6 +100,7 @@ def events_of(run: Run) -> Iterator[Event]:
     yield states_event(run)
     yield from (decision_event(d) for d in run.decisions)
     yield from map(incident_event, run.incidents)
+    yield from map(comparison_event, run.comparisons)
     yield from (loss_event(*point) for point in run.losses)
 
 
@@ -129,6 +132,10 @@ def decision_event(record: Record) -> Event:
 
 def incident_event(incident: Incident) -> Event:
     return {"kind": "incident", **asdict(incident)}
+
+
+def comparison_event(comparison: Comparison) -> Event:
+    return {"kind": "comparison", **asdict(comparison)}
 
 
 def loss_event(step: int, loss: float) -> Event:
@@ -177,6 +184,7 @@ def read(path: Path) -> Run:
         decisions=tuple(reader.decisions),
         losses=tuple(reader.losses),
         incidents=tuple(reader.incidents),
+        comparisons=tuple(reader.comparisons),
         steps=max(reader.run.steps, reader.steps),
     )
 
@@ -189,6 +197,7 @@ class _Reader:
         self.decisions: list[Record] = []
         self.losses: list[tuple[int, float]] = []
         self.incidents: list[Incident] = []
+        self.comparisons: list[Comparison] = []
         self.steps = 0
 
     def take(self, event: Event) -> None:
@@ -198,7 +207,8 @@ class _Reader:
             if fields.pop("version") != VERSION:
                 raise ValueError(f"version {event['version']}; this release reads {VERSION}")
             self.run, self.steps = Run(**fields), 0  # a second one begins anew
-            self.decisions, self.losses, self.incidents = [], [], []
+            self.decisions, self.losses = [], []
+            self.incidents, self.comparisons = [], []
             return
         run = self.run
         if run is None:
@@ -219,6 +229,8 @@ class _Reader:
             case "incident":
                 fields["params"] = tuple(map(str, fields["params"]))
                 self.incidents.append(Incident(**fields))
+            case "comparison":
+                self.comparisons.append(Comparison(**fields))
             case "loss":
                 step = int(fields["step"])
                 loss = math.nan if fields["loss"] is None else float(fields["loss"])

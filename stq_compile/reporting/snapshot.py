@@ -57,6 +57,7 @@ def run_of(live: Live) -> Run:
         decisions=() if live.planner is None else live.planner.history.records,
         losses=tuple(live.losses),
         incidents=tuple(live.incidents),
+        comparisons=() if live.planner is None else tuple(live.planner.comparisons),
         templates=() if step is None else tuple(_templates(step)),
         kernels=() if step is None else tuple(_kernels(step)),
     )

@@ -7,6 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from stq_compile.reporting.accuracy import accuracy_of
 from stq_compile.reporting.run_file import Run
 from stq_compile.reporting.timeline import Timeline, layers_of, timeline_of
 
@@ -30,6 +31,9 @@ class RunView:
             yield f"loss {start:.4g} at step {first}, {end:.4g} at step {last}"
         for incident in run.incidents[-8:]:
             yield Text(str(incident), style="bold red")
+        accuracy = accuracy_of(run.comparisons)
+        if accuracy is not None:
+            yield Text(str(accuracy))
         columns = max(2, (options.max_width - NAME - 2) // CELL)
         timeline = timeline_of(run, columns)
         for state in timeline.states:
