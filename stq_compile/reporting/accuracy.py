@@ -37,8 +37,8 @@ class Accuracy:
     def __str__(self) -> str:
         return (
             f"predicted against measured errors, {self.count} comparisons: correlation "
-            f"{self.correlation:.2f}, predictions {self.bias:.2f} times what was measured, within a "
-            f"factor of {self.spread:.2f}"
+            f"{self.correlation:.2f}, predictions {self.bias:.2f} times what was measured, within "
+            f"a factor of {self.spread:.2f}"
         )
 
 
