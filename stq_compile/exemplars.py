@@ -15,6 +15,7 @@ captured whole.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,8 +38,9 @@ class NotExemplaryError(Exception):
 
 
 def may_have_exemplars(optimizer: type[Optimizer]) -> bool:
-    """Whether a step is known to treat all parameters of a class alike: torch's own."""
-    return f"{optimizer.__module__}.".startswith("torch.optim.")
+    """Whether a step is known to treat all parameters of a class alike: torch's own, as it came."""
+    modules = (optimizer.__module__, inspect.unwrap(optimizer.step).__module__)
+    return all(f"{module}.".startswith("torch.optim.") for module in modules)
 
 
 class Exemplars:

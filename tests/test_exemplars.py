@@ -18,7 +18,7 @@ import stq_compile as stq
 from stq_compile import PackedState, api
 from stq_compile.backend import session_of
 from stq_compile.compiled_step import CompiledStep
-from stq_compile.exemplars import Exemplars, NotExemplaryError, extend
+from stq_compile.exemplars import Exemplars, NotExemplaryError, extend, may_have_exemplars
 from stq_compile.passes.fold import structural_hash
 from stq_compile.step_graph import Role
 from test_optimizers import CASES, IDS
@@ -296,6 +296,17 @@ def test_others_than_torchs_are_captured_whole() -> None:
     give_gradients(params, 0)
     ours.step()
     assert captured_params(kept_steps(ours)[-1]) == 5
+
+
+def test_which_optimizers_have_exemplars(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Heir(torch.optim.AdamW):
+        pass
+
+    assert may_have_exemplars(torch.optim.AdamW)
+    assert may_have_exemplars(torch.optim.Muon)
+    assert not may_have_exemplars(Heir)
+    monkeypatch.setattr(torch.optim.AdamW, "step", ByPlace.step)
+    assert not may_have_exemplars(torch.optim.AdamW)
 
 
 def test_only_one_of_two_exemplars_in_a_template() -> None:
