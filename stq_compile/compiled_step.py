@@ -33,7 +33,13 @@ from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import WIDTHS, measure_directly, perturbations
+from stq_compile.planner.direct import (
+    BLOCKS,
+    FEW_BLOCKS,
+    WIDTHS,
+    measure_directly,
+    perturbations,
+)
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
@@ -325,7 +331,7 @@ class CompiledStep:
     def _measure_directly(self, args: Sequence[Any], planner: Planner) -> Sums:
         """Measure on samples; they are too small for a second thread to gain anything.
 
-        Every width while the planner calibrates, and those in force ever after.
+        Every width while the planner calibrates; later those in force, on fewer blocks.
         """
         session = self.session
         widths = [w for w in WIDTHS if planner.calibrating or w in planner.widths.values()]
@@ -341,6 +347,7 @@ class CompiledStep:
                     session.seed,
                     session.options.rounding,
                     widths,
+                    BLOCKS if planner.calibrating else FEW_BLOCKS,
                 )
         finally:
             torch.set_num_threads(threads)

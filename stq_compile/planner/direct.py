@@ -34,7 +34,9 @@ from stq_compile.rounding import NEAREST, Noise, step_key
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph
 
 BLOCKS = 16
-"""Blocks of a tensor that are measured."""
+"""Blocks of a tensor that are measured for a calibration."""
+FEW_BLOCKS = 2
+"""And later, when predictions are only compared: a tenth of the work."""
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 Live = Callable[[Operand], Any]
@@ -67,6 +69,7 @@ def measure_directly(
     seed: int,
     rounding: str,
     widths: Sequence[int] = WIDTHS,
+    blocks: int = BLOCKS,
 ) -> Sums:
     """Sums over the sampled blocks that are here; `perturbations` of the sums of all shards.
 
@@ -77,11 +80,12 @@ def measure_directly(
         seed: of the rounding noise.
         rounding: ``"stochastic"`` or ``"nearest"``.
         widths: to quantize at.
+        blocks: of every tensor, at most.
     """
     found: Sums = {}
     if not measured_states(unit) or unit.instances[0].param.name not in (unit.writes or ()):
         return found
-    for sample in _samples(unit, live, look):
+    for sample in _samples(unit, live, look, blocks):
         template = _Template(unit, sample.inputs)
         params = [instance.param.source.param for instance in sample.instances]
         noises = _noises(sample, seed, look, rounding)
@@ -219,14 +223,14 @@ def _per_tensor(values: Tensor, counts: list[int]) -> list[float]:
     return [float(part.sum()) for part in parts]
 
 
-def _samples(unit: StepGraph, live: Live, look: int) -> list[_Sample]:
+def _samples(unit: StepGraph, live: Live, look: int, blocks: int) -> list[_Sample]:
     """Sampled elements, tensors of equal scalars together."""
     groups: dict[tuple[Any, ...], list[_Member]] = {}
     for instance in unit.instances:
-        rows = _rows(instance.param.numel, look)
+        rows = _rows(instance.param.numel, look, blocks)
         if not len(rows):
             continue
-        whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look)
+        whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look, blocks)
         inputs, scalars = [], []
         for operand, node in zip(instance.operands, unit.placeholders, strict=True):
             value = live(operand) if operand.value is None else operand.value
@@ -261,16 +265,16 @@ def _joined(members: list[_Member]) -> _Sample:
     return _Sample([m.instance for m in members], joined, counts, index)
 
 
-def _rows(numel: int, look: int) -> Tensor:
+def _rows(numel: int, look: int, blocks: int) -> Tensor:
     """Whole blocks to be sampled, spread over the tensor."""
     whole = numel // BLOCK
-    count = min(whole, BLOCKS)
+    count = min(whole, blocks)
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
     return (torch.arange(count) * whole // count + look) % whole
 
 
-def _local_rows(param: Operand, rows: Tensor, look: int) -> tuple[Tensor, Tensor]:
+def _local_rows(param: Operand, rows: Tensor, look: int, blocks: int) -> tuple[Tensor, Tensor]:
     """The blocks of a sample that lie in this process's shard, and their places in the sample.
 
     A shard whose blocks are its own samples those.
@@ -280,7 +284,7 @@ def _local_rows(param: Operand, rows: Tensor, look: int) -> tuple[Tensor, Tensor
         return rows, torch.arange(len(rows))
     numel = math.prod(param.shape)
     if not region.on_grid:
-        rows = _rows(numel, look)
+        rows = _rows(numel, look, blocks)
         return rows, torch.arange(len(rows))
     here = rows - region.first_block
     (places,) = torch.where((here >= 0) & (here < numel // BLOCK))
