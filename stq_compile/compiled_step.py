@@ -50,6 +50,9 @@ from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGr
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
 
+COMPARED_AT_ONCE = 16
+"""About how many parameters a look measures directly after the calibration, in turn."""
+
 
 @dataclass
 class StateInfo:
@@ -331,7 +334,8 @@ class CompiledStep:
     def _measure_directly(self, args: Sequence[Any], planner: Planner) -> Sums:
         """Measure on samples; they are too small for a second thread to gain anything.
 
-        Every width while the planner calibrates; later those in force, on fewer blocks.
+        Every width while the planner calibrates; later those in force, on fewer blocks of fewer
+        parameters.
         """
         session = self.session
         widths = [w for w in WIDTHS if planner.calibrating or w in planner.widths.values()]
@@ -339,7 +343,7 @@ class CompiledStep:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for unit in (u for u in self.planned_program.units if not u.unfused):
+            for unit in self._measured_directly(planner):
                 found |= measure_directly(
                     unit,
                     lambda operand: live(operand, self._resolve(operand), args),
@@ -352,6 +356,16 @@ class CompiledStep:
         finally:
             torch.set_num_threads(threads)
         return found
+
+    def _measured_directly(self, planner: Planner) -> Iterator[StepGraph]:
+        """The templates with the parameters whose turn it is: all while the planner calibrates."""
+        share = 1 if planner.calibrating else len(self.session.params()) // COMPARED_AT_ONCE or 1
+        for unit in self.planned_program.units:
+            turn = [
+                i for i in unit.instances if i.param.source.param % share == planner.looks % share
+            ]
+            if turn and not unit.unfused:
+                yield unit.replace(instances=tuple(turn))
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
