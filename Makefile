@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 TYPES := .types/stq_compile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint types clean
+.PHONY: help install demo test test-slow test-gpu bench-gpu lint types clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -37,8 +37,12 @@ test: $(STAMP)  ## the tests, without the slow ones and those that need a GPU
 test-slow: $(STAMP)  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(STAMP)  ## the tests that need a CUDA GPU (with a TORCH that knows it)
+	$(BIN)/python -m pytest -m gpu -s
+
+bench-gpu: $(STAMP)  ## packed steps beside torch's, torchao's and bitsandbytes' on a CUDA GPU
+	$(BIN)/python -m pip install -e '.[bench]'
+	$(BIN)/stq bench --device cuda --peers
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .

@@ -331,6 +331,7 @@ def _with_created(instance: Instance, created: list[Operand], traced: Operand) -
                 shape=param.shape if like_param else operand.shape,
                 stride=param.stride if like_param else operand.stride,
                 returned=position,
+                device=param.device,
                 region=param.region if like_param else None,
             )
         )

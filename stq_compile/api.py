@@ -269,6 +269,7 @@ class _Driver:
             self._forget()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
+        session.move_counters()
         before = session.steps
         try:
             with torch.no_grad():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from stq_compile.formats import CONSTANT
 from stq_compile.packed_state import PackedState, is_dense
 from stq_compile.shards import local, wrap
+from stq_compile.storage import DEVICES
 
 aten = torch.ops.aten
 _ZERO = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
@@ -25,7 +26,7 @@ _FULL = {aten.full_like.default, aten.full.default, aten.new_full.default}
 
 
 class Birth(TorchDispatchMode):
-    """Answers constant factories of ``min_numel`` or more float32 CPU elements with packed ones.
+    """Answers constant factories of ``min_numel`` or more float32 elements with packed ones.
 
     Of a sharded tensor the elements of the whole one count, and the packed state is the local
     tensor of a DTensor.
@@ -60,17 +61,17 @@ def newborn(
     with _disable_current_modes():
         meta_args = (like.to("meta"), *args[1:]) if isinstance(args[0], Tensor) else args
         meta = func(*meta_args, **{**kwargs, "device": "meta"})
-    device = kwargs.get("device") or (like.device if like is not shape else "cpu")
+    device = torch.device(kwargs.get("device") or (like.device if like is not shape else "cpu"))
     sharded = like is not outer
     if (
         (outer if sharded else meta).numel() < min_numel
         or (sharded and meta.shape != like.shape)  # as large as the whole tensor
         or meta.dtype != torch.float32
-        or torch.device(device).type != "cpu"
+        or device.type not in DEVICES
         or not is_dense(meta)
     ):
         return None
-    state = PackedState.zeros_like(meta, CONSTANT)
+    state = PackedState.zeros_like(meta, CONSTANT, device=device)
     state.packed.fill(value)
     return wrap(state, outer)
 

@@ -19,7 +19,17 @@ from torch.optim import Optimizer
 from stq_compile.errors import UnknownInputError
 from stq_compile.shards import local, region_of
 from stq_compile.state_tree import leaves
-from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
+from stq_compile.step_graph import (
+    CPU,
+    Instance,
+    Operand,
+    Program,
+    Role,
+    Source,
+    StepGraph,
+    location_of,
+    set_device,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,9 @@ def capture(
     gm: fx.GraphModule, optimizer: Optimizer, sources: Mapping[int, Source] | None = None
 ) -> Captured:
     """Turn Dynamo's graph of ``optimizer.step`` into a program of one step graph.
+
+    What the step makes itself is made on the CPU in the graph: passes know no devices, and what
+    runs on one is told so by the operands.
 
     ``sources`` number the parameters as `param_sources` does, where the optimizer has only some.
     """
@@ -128,6 +141,7 @@ def capture(
             graph.output(tuple(fx.map_arg(o, env.__getitem__) for o in outputs))
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+            set_device(env[node], CPU)
     instance = Instance(tuple(operands), tuple(range(len(outputs))))
     step = StepGraph("step", graph, (instance,))
     return Captured(Program(name, (step,)), bindings, attributes)
@@ -155,7 +169,7 @@ def _stand_in(example: Tensor) -> Tensor:
     A graph must not keep a state alive that has since been packed.
     """
     if example.ndim == 0:
-        return example.detach().clone()
+        return example.detach().to("cpu", copy=True)
     return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device="meta")
 
 

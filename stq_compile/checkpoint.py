@@ -317,8 +317,9 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
     held = local(value)
     if held.dtype != torch.bfloat16 or not is_dense(held) or held.stride() != local(param).stride():
         return value
-    storage = PackedStorage(held.numel(), BFLOAT16)
-    storage.codes = memory_order(held).view(torch.int16).clone()
+    device = local(param).device
+    storage = PackedStorage(held.numel(), BFLOAT16, device=device)
+    storage.codes = memory_order(held).view(torch.int16).to(device, copy=True)
     return wrap(PackedState(storage, held.size(), held.stride()), value)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tag
 from torch._ops import OpOverload
 
-from stq_compile.errors import RandomStepError, ShardedRegionError, UnsupportedDeviceError
+from stq_compile.codegen.backend import check_device
+from stq_compile.errors import RandomStepError, ShardedRegionError
 from stq_compile.step_graph import Program, Role, location_of
 
 
@@ -16,8 +17,8 @@ def check_program(program: Program) -> None:
             raise ShardedRegionError(
                 optimizer=program.optimizer, source=operand.source, reason=unit.unfused
             )
-        if operand.role in (Role.PARAM, Role.GRAD) and operand.device.type != "cpu":
-            raise UnsupportedDeviceError(source=operand.source, device=operand.device, valid="cpu")
+        if operand.role in (Role.PARAM, Role.GRAD):
+            check_device(operand.device, operand.source)
     for unit in program.units:
         for node in unit.calls:
             target = node.target

@@ -43,7 +43,7 @@ from stq_compile.planner.direct import (
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
-from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
+from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present, recording
 from stq_compile.shards import local, wrap
 from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
@@ -76,6 +76,7 @@ class Owner(Protocol):
     plan: dict[StateKey, int]
     planner: Planner | None
     look_bytes: int
+    recorded: bool
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -137,11 +138,12 @@ class CompiledStep:
                 continue
             old = value.format if isinstance(value, PackedState) else FLOAT32
             numel = torch.Size(operand.shape).numel()
-            found.append(Conversion(operand.source.param, numel, old, info.format))
+            found.append(Conversion(operand.source.param, numel, old, info.format, operand.device))
         return found
 
     def adopt(self, generated: Generated, codec: Codec) -> None:
         """Bring the states into the formats generated for, and use these from the next step on."""
+        self._move_counters()
         self._commit(self._wanted(), codec)
         self._build_buckets(generated.units)
         self.stages = [*self.front, *generated.stages[1:]]
@@ -177,6 +179,22 @@ class CompiledStep:
                 info = StateInfo(operand.source, format, unit.facts, reason)
                 found.append((operand, info))
         return found
+
+    def _move_counters(self) -> None:
+        """Have step counters where kernels can reach them (`Session.move_counters`)."""
+        places = {(source.param, leaf.key): leaf.put for leaf, source in self.session.leaves()}
+        for unit, operand in self.program.operands():
+            if operand.role is not Role.STATE or operand.shape != () or operand.returned >= 0:
+                continue
+            where = (Role.STATE, operand.source)
+            value, binding = self._live(where), self.bindings[where]
+            if value is not None and value.device != unit.device:
+                moved = value.to(unit.device)
+                if isinstance(binding, Argument):
+                    self.bindings[where] = Argument(binding.position, moved)
+                else:
+                    self.bindings[where] = moved
+                places[(operand.source.param, operand.source.key)](moved)
 
     def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
@@ -263,7 +281,8 @@ class CompiledStep:
             bucket.fill(args, created)
         for region in self.regions:
             region.fill(args, created)
-        planner = session.planner if self.buckets else None
+        session.recorded = session.recorded or recording()
+        planner = session.planner if self.buckets and not session.recorded else None
         looks = planner is not None and planner.due(session.steps + 1)
         if looks:
             self._look(args, created)
@@ -371,11 +390,13 @@ class CompiledStep:
         format = self._formats.get(operand.returned, FLOAT32)
         state: Tensor
         if format == FLOAT32:
-            state = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
+            state = torch.empty_strided(
+                operand.shape, operand.stride, dtype=operand.dtype, device=operand.device
+            )
         else:
             like = torch.empty_strided(operand.shape, operand.stride, device="meta")
             options = self.session.storage_options(operand.source)
-            state = PackedState.zeros_like(like, format, **options)
+            state = PackedState.zeros_like(like, format, device=operand.device, **options)
         if operand.region is None:
             return state
         return wrap(state, self.session.params()[operand.source.param])

@@ -273,8 +273,8 @@ class InvalidTargetError(StqError):
 
 class UnsupportedDeviceError(StqError):
     message = (
-        "{source} is on device {device}, on which steps cannot be run yet; supported: {valid} "
-        "(`stq kernels --target` shows the kernels for GPUs)"
+        "{source} is on device {device}, on which steps cannot be run: {reason}. Supported are the "
+        "CPU, NVIDIA GPUs of compute capability 8.0 or higher, and AMD GPUs of the gfx9 family"
     )
 
 

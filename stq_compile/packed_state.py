@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from stq_compile.dynamo import traced_optimizer
@@ -24,13 +26,20 @@ from stq_compile.errors import FormatMismatchError, TracingError
 from stq_compile.formats import CONSTANT, Format
 from stq_compile.storage import PackedStorage
 
-_ANCHOR = torch.empty(0)
-"""What Dynamo sees inside every `PackedState`: one constant tensor, so that nothing that
-changes is guarded."""
+
+@lru_cache
+def _anchor_on(device: torch.device) -> Tensor:
+    """What Dynamo sees inside every `PackedState` of a device: one constant tensor, so that nothing
+    that changes is guarded."""
+    with _disable_current_modes():
+        return torch.empty(0, device=device)
+
+
+CPU = torch.device("cpu")
 
 
 class PackedState(Tensor):
-    """A float32 tensor on the CPU whose values live in a `PackedStorage`."""
+    """A float32 tensor whose values live in a `PackedStorage`, on its device."""
 
     _storage: PackedStorage | None  # None only for the stand-ins that Dynamo makes while tracing
     _anchor: Tensor
@@ -42,17 +51,20 @@ class PackedState(Tensor):
         size: Iterable[int],
         stride: Iterable[int],
         offset: int = 0,
+        device: torch.device = CPU,
     ) -> PackedState:
+        """``device``: of a stand-in, which has no storage."""
+        device = device if storage is None else storage.device
         self: PackedState = Tensor._make_wrapper_subclass(
             cls,
             torch.Size(size),
             strides=tuple(stride),
             storage_offset=offset,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            device=device,
         )
         self._storage = storage
-        self._anchor = _ANCHOR
+        self._anchor = _anchor_on(device)
         return self
 
     # Tensor declares a method; torch's documented way to switch it off is this assignment.
@@ -60,20 +72,23 @@ class PackedState(Tensor):
 
     @classmethod
     def zeros_like(cls, like: Tensor, format: Format, **storage: Any) -> PackedState:
-        """Zeros with the size and strides of ``like`` (dense); no float32 copy is ever made."""
+        """Zeros with the size and strides of ``like`` (dense); no float32 copy is ever made.
+
+        ``like`` may be a meta tensor, with a ``device`` among the options of the storage.
+        """
         return cls(PackedStorage(like.numel(), format, **storage), like.size(), like.stride())
 
     @classmethod
     def pack(cls, values: Tensor, format: Format, **storage: Any) -> PackedState:
         """Encode a dense float32 tensor."""
-        state = cls.zeros_like(values, format, **storage)
+        state = cls.zeros_like(values, format, device=values.device, **storage)
         state.packed.write(memory_order(values))
         return state
 
     @classmethod
     def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
         """A dense float32 tensor as a packed state of format float32, in the same memory."""
-        packed = PackedStorage(values.numel(), CONSTANT, **storage)
+        packed = PackedStorage(values.numel(), CONSTANT, device=values.device, **storage)
         packed.take(memory_order(values.detach()))
         return cls(packed, values.size(), values.stride())
 
@@ -141,7 +156,8 @@ class PackedState(Tensor):
 
     # What Dynamo asks of a traceable wrapper subclass.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["_anchor"], (tuple(self.size()), self.stride(), self.storage_offset())
+        window = (tuple(self.size()), self.stride(), self.storage_offset(), self.device)
+        return ["_anchor"], window
 
     @staticmethod
     def __tensor_unflatten__(
@@ -252,7 +268,8 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise FormatMismatchError(
                 where=f"{func} of a packed state", found=str(out.dtype), expected="float32"
             )
-        view = PackedState(state._storage, out.size(), out.stride(), int(out.storage_offset()))
+        offset = int(out.storage_offset())
+        view = PackedState(state._storage, out.size(), out.stride(), offset, state.device)
         view._anchor = state._anchor
         return view
 

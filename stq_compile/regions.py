@@ -9,6 +9,7 @@ decompositions, sorts) are library calls, and a graph is traced anew for every s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from stq_compile.packed_state import PackedState
 from stq_compile.runtime import Resolve, changed, live
-from stq_compile.step_graph import Instance, Operand, Role, StepGraph
+from stq_compile.step_graph import Instance, Operand, Role, StepGraph, set_device
 from stq_compile.working_set import write_as
 
 
@@ -32,7 +33,10 @@ class Region:
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of
-        self.module = fx.GraphModule({}, unit.graph)
+        self.module = fx.GraphModule({}, copy.deepcopy(unit.graph))
+        for node in self.module.graph.nodes:
+            set_device(node, unit.device)
+        self.module.recompile()
         self.numbers = [
             isinstance(n.meta.get("val"), (torch.SymFloat, torch.SymInt)) for n in unit.placeholders
         ]
@@ -98,6 +102,6 @@ def _decoded(value: Any) -> Any:
 
 def _in_memory_order(value: Tensor, state: PackedState) -> Tensor:
     """The elements of ``value`` in the order in which those of ``state`` are stored."""
-    ordered = torch.empty_strided(state.size(), state.stride())
+    ordered = torch.empty_strided(state.size(), state.stride(), device=state.device)
     ordered.copy_(value)
     return ordered.as_strided((ordered.numel(),), (1,))

@@ -225,11 +225,15 @@ def place(
         normalizer: the placed normalizer of a normalized format.
     """
     held = local(param)
-    storage = PackedStorage(held.numel(), saved.format, normalizer=normalizer, **options)
+    device = held.device
+    storage = PackedStorage(
+        held.numel(), saved.format, normalizer=normalizer, device=device, **options
+    )
     storage.eager_writes = saved.eager_writes
     if saved.own or saved.format.width == 0:
         piece = saved.pieces[0]
-        storage.codes, storage.scales = piece.codes.clone(), piece.scales.clone()
+        storage.codes = piece.codes.to(device, copy=True)
+        storage.scales = piece.scales.to(device, copy=True)
         return storage, True
     box = place_of(param)
     if not saved.format.blocked:
@@ -240,15 +244,19 @@ def place(
     end = -1 if begin is None else begin + held.numel()
     if found is not None and begin is not None and (end % BLOCK == 0 or end == param.numel()):
         rows = slice(begin // BLOCK, block_count(end))
-        storage.codes, storage.scales = (buffer[rows].clone() for buffer in found)
+        codes, scales = found
+        storage.codes = codes[rows].to(device, copy=True)
+        storage.scales = scales[rows].to(device, copy=True)
         return storage, True
     storage.write(_in_memory_order(saved.values()[_slices(box)], held))
     return storage, False
 
 
 def _in_memory_order(values: Tensor, like: Tensor) -> Tensor:
-    laid = torch.empty_strided(like.size(), like.stride(), dtype=values.dtype).copy_(values)
-    return memory_order(laid)
+    laid = torch.empty_strided(
+        like.size(), like.stride(), dtype=values.dtype, device=like.device
+    )  # fmt: skip
+    return memory_order(laid.copy_(values))
 
 
 def read(entry: Mapping[str, Any], param: Tensor, where: str, others: Mapping[str, Saved]) -> Saved:
@@ -320,7 +328,7 @@ def _read_pieces(
     pieces = []
     for i, box in enumerate(places):
         part = slice(i * rows, i * rows + block_count(math.prod(box[0])))
-        pieces.append(Piece(box, codes[part].detach(), scales[part].detach()))
+        pieces.append(Piece(box, codes[part].detach().cpu(), scales[part].detach().cpu()))
     return pieces, False
 
 
@@ -350,13 +358,13 @@ def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Pie
         codes = codes.reshape(-1) if codes.layout == torch.strided else codes
     _check_buffer(codes, like[0].dtype, shapes[0], f"{where}.codes")
     _check_buffer(scales, like[1].dtype, shapes[1], f"{where}.scales")
-    return Piece(box, codes.detach(), scales.detach())
+    return Piece(box, codes.detach().cpu(), scales.detach().cpu())
 
 
 def _check_buffer(value: Any, dtype: torch.dtype, shape: tuple[int, ...], entry: str) -> None:
     found: Any = type(value)
     if type(value) is Tensor:
-        plain = value.layout == torch.strided and value.device.type == "cpu"
+        plain = value.layout == torch.strided and value.device.type != "meta"
         found = (value.dtype, tuple(value.shape)) if plain else (value.layout, value.device)
     if found != (dtype, shape):
         raise CheckpointError(entry=entry, found=found, expected=(dtype, shape))

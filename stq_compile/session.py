@@ -87,6 +87,7 @@ class Session:
         self.eager_reason = ""
         self.transitions = 0
         self.look_bytes = 0
+        self.recorded = False
         self.reencoded: tuple[str, ...] = ()
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
@@ -480,6 +481,16 @@ class Session:
                 continue
             if info.format != FLOAT32:
                 leaf.put(wrap(self.unencoded(held, info.source), self.params()[source.param]))
+
+    def move_counters(self) -> None:
+        """Put step counters, which torch keeps on the CPU, where their parameters are.
+
+        Kernels read and advance them there; otherwise every step would wait for the device.
+        """
+        for leaf, _ in list(self.leaves()):
+            value, owner = leaf.value, leaf.owner
+            if isinstance(owner, Tensor) and value.ndim == 0 and value.device != owner.device:
+                leaf.put(value.to(owner.device))
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""

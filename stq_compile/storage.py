@@ -19,6 +19,9 @@ from stq_compile.rounding import NEAREST, Noise, step_key
 EAGER_CLOCK = 1 << 48
 """Eager writes draw their random bits from counters that no compiled step reaches."""
 
+DEVICES = ("cpu", "cuda")
+"""Types of the devices on which states may be packed (``cuda`` is AMD's name of a GPU, too)."""
+
 TILE_BLOCKS = 1 << 12
 """Blocks that are converted at a time: two megabytes of float32, which stay in the cache."""
 
@@ -108,6 +111,7 @@ class PackedStorage:
         stream: int = 0,
         first_block: int = 0,
         sharded: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         _check_normalizer(format, normalizer, numel)
         self.numel = numel
@@ -121,7 +125,7 @@ class PackedStorage:
         self.eager_writes = 0
         self.version = 0
         self.working: Tensor | None = None
-        self.codes, self.scales = reference.empty_buffers(format, numel)
+        self.codes, self.scales = reference.empty_buffers(format, numel, device)
         self._dependents: weakref.WeakSet[PackedStorage] = weakref.WeakSet()
         if normalizer is not None:
             normalizer._dependents.add(self)
@@ -130,6 +134,11 @@ class PackedStorage:
     def nbytes(self) -> int:
         """Bytes of codes and scales; a normalizer's bytes are its own."""
         return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.codes.device
 
     def read(self) -> Tensor:
         """The values, float32 ``[numel]``, in a new tensor."""
@@ -196,7 +205,7 @@ class PackedStorage:
             return
         unit = None if normalizer is None else normalizer.buffers
         if self.newborn:
-            codes, scales = reference.empty_buffers(format, self.numel)
+            codes, scales = reference.empty_buffers(format, self.numel, self.device)
             made = Buffers(codes, scales, format, self.numel, unit)
         else:
             made = self._converted(self.buffers, format, unit, codec)
@@ -215,7 +224,7 @@ class PackedStorage:
     def fill(self, value: float) -> None:
         """Make a ``constant`` state hold ``value`` everywhere."""
         self._check_new()
-        self.codes = torch.full((1,), value)
+        self.codes = torch.full((1,), value, device=self.device)
 
     def _check_new(self) -> None:
         if self.format != CONSTANT:
@@ -284,7 +293,8 @@ class PackedStorage:
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
-        made = Buffers(*reference.empty_buffers(format, self.numel), format, self.numel, unit)
+        buffers = reference.empty_buffers(format, self.numel, self.device)
+        made = Buffers(*buffers, format, self.numel, unit)
         nonzero = False
         for start in range(0, self.numel, TILE_BLOCKS * BLOCK):
             count = min(TILE_BLOCKS * BLOCK, self.numel - start)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import DEVICES, PackedStorage
 
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
 """For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
@@ -144,7 +144,7 @@ def can_be_packed(value: Tensor) -> bool:
     return (
         type(value) is Tensor
         and value.dtype == torch.float32
-        and value.device.type == "cpu"
+        and value.device.type in DEVICES
         and value.layout == torch.strided
         and not value.requires_grad
         and is_dense(value)

@@ -20,6 +20,7 @@ from models import backward, make_model
 from schemas import check
 from stq_compile import compiler, failures
 from stq_compile.cli import app
+from stq_compile.codegen.cpp import backend
 from stq_compile.errors import (
     EagerStepWarning,
     InternalError,
@@ -137,9 +138,9 @@ def test_a_script_holds_no_data(break_pass: Break, scripts: Path) -> None:
 
 def test_kernels_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, scripts: Path) -> None:
     """An error of the C++ compiler on our source is a defect; a missing compiler is not."""
-    original = compiler.emit
+    original = backend.emit
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "emit", lambda kernel: original(kernel) + "\nthis is no C++\n")
+        patch.setattr(backend, "emit", lambda kernel: original(kernel) + "\nthis is no C++\n")
         with pytest.warns(EagerStepWarning, match="KernelBuildError"):
             train(precision=4)
         (file,) = scripts.iterdir()

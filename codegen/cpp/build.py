@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch._inductor import exc as inductor_exc
 from torch._inductor.cpp_builder import CppBuilder, CppOptions, get_compiler_version_info
 
 from stq_compile.codegen.cpp import cache
+from stq_compile.codegen.executable import Run, Sums, Table
 from stq_compile.errors import KernelBuildError
 
 INCLUDE = Path(__file__).parent
@@ -44,6 +46,14 @@ class CompiledKernel:
     def run(self, rows: int, n_rows: int, step: int, threads: int) -> None:
         """Update every tensor of the table at address ``rows``; ``step`` is the mixed counter."""
         self.library.run(rows, n_rows, step, threads)
+
+    def bind(self, table: Table, sums: Sums | None = None) -> Run:
+        """`Executable.bind`; sums are found by their addresses in the table."""
+
+        def run(step: int) -> None:
+            self.run(table.ctypes.data, len(table), step, torch.get_num_threads())
+
+        return run
 
 
 def build(name: str, source: str) -> CompiledKernel:

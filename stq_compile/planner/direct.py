@@ -9,7 +9,7 @@ of the format cuts off, which is no noise and does not add up:
 
 The effect is ``noise^2`` times its persistence, as in the law, and ``cut^2``. All tensors with
 equal scalars go through the template together, so a measurement costs some evaluations of it for
-each state and width.
+each state and width. Samples are small: they are measured on the CPU, wherever they come from.
 """
 
 from __future__ import annotations
@@ -296,9 +296,11 @@ def _sampled(value: Any, operand: Operand, param: Operand, rows: Tensor) -> Tens
         return _sampled_state(value, rows)
     tensor: Tensor = value.detach()
     if tensor.stride() != param.stride:
-        tensor = torch.empty_strided(param.shape, param.stride, dtype=tensor.dtype).copy_(tensor)
+        tensor = torch.empty_strided(
+            param.shape, param.stride, dtype=tensor.dtype, device=tensor.device
+        ).copy_(tensor)
     flat = memory_order(tensor)
-    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[rows].reshape(-1)
+    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[rows].reshape(-1).cpu()
 
 
 def _sampled_state(state: PackedState, rows: Tensor) -> Tensor:
@@ -306,13 +308,15 @@ def _sampled_state(state: PackedState, rows: Tensor) -> Tensor:
     storage = state.packed
     numel = len(rows) * BLOCK
     if not storage.format.blocked:
-        flat = storage.codes[: storage.numel // BLOCK * BLOCK].view(-1, BLOCK)[rows].reshape(-1)
-        return reference.decode(flat, storage.scales, storage.format, numel)
+        whole = storage.codes[: storage.numel // BLOCK * BLOCK].view(-1, BLOCK)
+        flat, scales = whole[rows].reshape(-1).cpu(), storage.scales.cpu()
+        return reference.decode(flat, scales, storage.format, numel)
     unit = None
     if storage.normalizer is not None:
         window = PackedState(storage.normalizer, state.size(), state.stride())
         unit = _sampled_state(window, rows)
-    return reference.decode(storage.codes[rows], storage.scales[rows], storage.format, numel, unit)
+    codes, scales = storage.codes[rows].cpu(), storage.scales[rows].cpu()
+    return reference.decode(codes, scales, storage.format, numel, unit)
 
 
 def _scalar(node: fx.Node, operand: Operand, value: Any) -> Any:
