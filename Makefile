@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 TYPES := .types/stq_compile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint types clean
+.PHONY: help install demo test test-slow test-gpu nightly soak mutations lint types clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -39,6 +39,15 @@ test-slow: $(STAMP)  ## the slow tests
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
+
+nightly: $(STAMP)  ## every property test with ten times as many examples, over 10,000 in all
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'hypothesis and not gpu' -n auto
+
+soak: $(STAMP)  ## 20,000 steps with widths that change: nothing grows, the loss does not drift
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+mutations: $(STAMP)  ## put faults in by hand, one by one: the tests must see each
+	$(BIN)/python tests/mutations.py
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .

@@ -136,8 +136,9 @@ class CompiledCodec:
         fields[KEY] = signed64(stream)
         numel = (old if way[0] == FLOAT32 else new)[0].numel()
         row = [*(fields[o.name] for o in kernel.operands), numel, first_block]
-        table = np.array(row, dtype=np.int64)
-        compiled.run(table.ctypes.data, 1, step, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        table = np.array([row], dtype=np.int64)
+        compiled.run(table, step, threads, compiled.scratch(1, threads))
 
 
 def _kernel(way: Way, rounding: Rounding) -> Kernel:

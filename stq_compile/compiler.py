@@ -6,8 +6,10 @@ again, without Dynamo, whenever the widths change.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,9 +114,16 @@ def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Gen
 
 def compile_kernels(kernels: Sequence[Kernel]) -> list[CompiledKernel]:
     """Emit and build, several at a time: the C++ compiler runs in processes of its own."""
-    names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
+    stop = threading.Event()
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(build, names, sources))
+        # torch's settings (which compiler to take) are those of a context.
+        jobs = [pool.submit(copy_context().run, build, k.name, emit(k), stop) for k in kernels]
+        try:
+            return [job.result() for job in jobs]
+        except BaseException:  # Ctrl-C too: it does not reach the compilers by itself
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def lower_kernel(graph: StepGraph, target: Target = CPU) -> Kernel:

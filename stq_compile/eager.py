@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stq_compile.errors import EagerStepWarning
+from stq_compile.errors import (
+    EagerStepMemoryError,
+    EagerStepWarning,
+    first_line,
+    is_out_of_memory,
+)
 from stq_compile.formats import FLOAT32
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
@@ -39,13 +44,27 @@ def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs
 
     Functions among the arguments (closures) run as outside of the step.
     """
+    try:
+        return _run(session, step, args, kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        optimizer = type(session.optimizer).__name__
+        raise EagerStepMemoryError(optimizer=optimizer, reason=first_line(error)) from error
+
+
+def _run(
+    session: Session, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     wide = session.options.precision == FLOAT32.width
     min_numel = None if wide else max(session.options.min_numel, 1)
     with WorkingSet(lambda: _owners(session), min_numel), torch.compiler.set_stance("force_eager"):
         args = tuple(_outside(a) for a in args)
         result = step(*args, **{k: _outside(v) for k, v in kwargs.items()})
-    pack_states(session)
-    session.steps += 1
+    try:
+        pack_states(session)
+    finally:
+        session.steps += 1  # the step is made; what is left in float32 is packed after the next one
     return result
 
 

@@ -106,6 +106,7 @@ class Bucket:
         self.numbers = self.table.view(np.float64)
         self.table[:, len(self.columns)] = [_numel(i) for i in self.instances]
         self.table[:, len(self.columns) + 1] = [_first_block(p) for p in self.params]
+        self.threads, self.scratch = 0, np.empty(0, dtype=np.uint8)
         for column in self.columns:
             self._fill_constant(column)
 
@@ -135,21 +136,24 @@ class Bucket:
                 self._fill_numbers(column, args)
             elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
                 self._fill_tensors(column, args, created)
+        threads = torch.get_num_threads()
+        if threads != self.threads:
+            self.scratch = self.unit.compiled.scratch(len(self.instances), threads)
+            self.threads = threads
 
     def launch(self, step: int) -> list[Tensor]:
-        """Update every tensor; returns the ordinary tensors that were written."""
+        """Update every tensor; returns the ordinary tensors that were written and that autograd
+        watches. Takes no memory."""
         self.run(step)
         written = [t for c in self.columns if c.written for t in c.tensors]
         for original, copy in self.copies:
             if any(t is copy for t in written):
                 original.copy_(copy)
-        return written
+        return [t for t in written if not t.is_inference()]
 
     def run(self, step: int) -> None:
         """One call of the kernel on the whole table."""
-        self.unit.compiled.run(
-            self.table.ctypes.data, len(self.instances), step, torch.get_num_threads()
-        )
+        self.unit.compiled.run(self.table, step, self.threads, self.scratch)
 
     def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
@@ -158,10 +162,11 @@ class Bucket:
             states = [present(o, args) for o in states]
         elif column.replacements == PackedStorage.replacements:
             return
-        column.replacements = PackedStorage.replacements
+        replacements = PackedStorage.replacements
         storages: list[PackedStorage] = [local(state).packed for state in states]
         versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
+            column.replacements = replacements
             return
         for storage, operand in zip(storages, column.operands, strict=True):
             if column.format is not None and storage.format != column.format:
@@ -171,7 +176,8 @@ class Bucket:
                     expected=column.format.name,
                 )
         self.table[:, column.index] = [_buffer(s, column.role).data_ptr() for s in storages]
-        column.versions = versions
+        # Last: what is interrupted before that must not count as done.
+        column.versions, column.replacements = versions, replacements
 
     def _fill_numbers(self, column: Column, args: Sequence[Any]) -> None:
         """Hyperparameters that are inputs of the step: call arguments, or tensors of a group."""

@@ -6,7 +6,6 @@ here runs in processes of their own (`interpreted`), and the tests hand function
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import interpreter_process
 from kernels import Rig
@@ -42,7 +42,7 @@ def interpreted(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class InterpretedKernel:
-    """Takes the call of a `CompiledKernel`: rows at an address, one step of them all."""
+    """Takes the call of a `CompiledKernel`: a table, one step of all its rows."""
 
     def __init__(self, kernel: TritonKernel, *, blocks: int = INTERPRETED_BLOCKS) -> None:
         self.kernel = kernel
@@ -52,10 +52,13 @@ class InterpretedKernel:
     def row_bytes(self) -> int:
         return self.kernel.row_bytes
 
-    def run(self, rows: int, n_rows: int, step: int, threads: int) -> None:
-        fields = self.row_bytes // 8
-        memory = (ctypes.c_int64 * (n_rows * fields)).from_address(rows)
-        table = torch.from_numpy(np.frombuffer(memory, dtype=np.int64).reshape(n_rows, fields))
+    def scratch(self, n_rows: int, threads: int) -> NDArray[np.uint8]:
+        return np.empty(0, dtype=np.uint8)
+
+    def run(
+        self, rows: NDArray[np.int64], step: int, threads: int, scratch: NDArray[np.uint8]
+    ) -> None:
+        table, n_rows = torch.from_numpy(rows), len(rows)
         clock = torch.from_numpy(np.array([step], dtype=np.uint64).view(np.int64))
         slots = self.kernel.new_slots(n_rows, torch.device("cpu"))
         self.kernel.scalars(table, slots, clock)

@@ -67,7 +67,7 @@ def changed(old: str, new: str, rounding: Rounding, target: str) -> list[str]:
         rows.append([*fields, numel, 0])
         live.append(buffers)
     table = np.array(rows, dtype=np.int64)
-    runner.run(table.ctypes.data, len(rows), mixed_step(SEED, STEP), 1)
+    runner.run(table, mixed_step(SEED, STEP), 1, runner.scratch(len(rows), 1))
     return [
         f"{numel} {name}"
         for numel, buffers, expected in zip(SIZES, live, wanted, strict=True)
