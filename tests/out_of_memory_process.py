@@ -30,7 +30,7 @@ from stq_compile.session import Session
 from test_interrupts import Counting, counting, regions
 from trajectory import Expected, Run, planned, session
 
-MOST = 150
+MOST = 100
 
 
 class Branching(Counting):
@@ -72,7 +72,7 @@ def with_planner(library: Any) -> int:
         run.advance()
         twin.advance()
     tried = warned = 0
-    for at in range(1, 8000, 13):
+    for at in range(1, 8000, 29):
         finished = 0
         for _ in range(2):  # a plain step and one with a look
             run.gradients()
