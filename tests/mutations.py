@@ -244,8 +244,8 @@ def seen(mutation: Mutation) -> tuple[bool, str]:
             [*command, *mutation.tests], cwd=folder, env=environment, text=True, timeout=LIMIT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    # 1: a test has failed; anything else is a mistake in the list.
-    return done.returncode == 1, done.stdout[-1500:]
+    # 1: a test has failed; below 0: a fault has crashed the process; else the list is mistaken.
+    return done.returncode == 1 or done.returncode < 0, done.stdout[-1500:]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
