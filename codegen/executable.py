@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +11,16 @@ Table = np.ndarray[Any, np.dtype[np.int64]]
 blocks of the random counter; those of a measuring kernel end with a stride and an offset."""
 Sums = np.ndarray[Any, np.dtype[np.float64]]
 
-Run = Callable[[int], None]
-"""Updates every tensor of a table, as it is at the time of the call; takes the mixed step
-(`rounding.mixed_step`). It does not wait for a device, but for the sums of a measuring kernel."""
+
+class Run(Protocol):
+    """Updates every tensor of a table, as it is at the time of the call."""
+
+    def prepare(self) -> None:
+        """Take the memory that the next call needs, so that it takes none by itself."""
+
+    def __call__(self, step: int) -> None:
+        """Takes the mixed step (`rounding.mixed_step`). It does not wait for a device, but for the
+        sums of a measuring kernel."""
 
 
 class Executable(Protocol):

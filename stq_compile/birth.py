@@ -7,6 +7,7 @@ Inside `Birth`, ``torch.zeros_like(param)`` and its relatives give a `PackedStat
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,7 +107,17 @@ def init_states(optimizer: Optimizer, min_numel: int) -> list[Tensor]:
         if any(p.grad is not None and id(p) not in before for p in group["params"])
     ]
     lists = len(inspect.signature(init).parameters) - 1
-    with Birth(min_numel), torch.no_grad():
-        for group in waiting:
-            init(group, *([] for _ in range(lists)))
+    try:
+        with Birth(min_numel), torch.no_grad():
+            for group in waiting:
+                init(group, *([] for _ in range(lists)))
+    except BaseException:  # half of a parameter's states would count as all of them
+        forget(optimizer, [p for p in list(optimizer.state) if id(p) not in before])
+        raise
     return [p for p in list(optimizer.state) if id(p) not in before and optimizer.state[p]]
+
+
+def forget(optimizer: Optimizer, born: Iterable[Tensor]) -> None:
+    """Take the states of parameters away again, before any step has written them."""
+    for param in born:
+        del optimizer.state[param]

@@ -6,7 +6,9 @@ kernels run on; which width a state has is the `Session`'s to say.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
+from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, Gradient
 from stq_compile.codec import Conversion
 from stq_compile.collective import Sums, add_up
@@ -26,6 +29,7 @@ from stq_compile.compiler import (
     measuring_program,
 )
 from stq_compile.dump import Dump
+from stq_compile.errors import PartialStepError, first_line
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Options
@@ -72,11 +76,14 @@ class Owner(Protocol):
     seed: int
     steps: int
     compiles: int
+    changing: bool
+    driven: bool
     info: dict[StateKey, StateInfo]
     plan: dict[StateKey, int]
     planner: Planner | None
     look_bytes: int
     recorded: bool
+    decision_due: bool
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -86,8 +93,8 @@ class Owner(Protocol):
     def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
     def rounding_options(self, source: Source) -> dict[str, Any]: ...
     def storage_options(self, source: Source) -> dict[str, Any]: ...
-    def stepped(self) -> None: ...
-    def replan(self) -> None: ...
+    def decide(self) -> None: ...
+    def without_planning(self, action: str, error: Exception) -> None: ...
 
 
 class CompiledStep:
@@ -282,20 +289,55 @@ class CompiledStep:
         for region in self.regions:
             region.fill(args, created)
         session.recorded = session.recorded or recording()
-        planner = session.planner if self.buckets and not session.recorded else None
-        looks = planner is not None and planner.due(session.steps + 1)
-        if looks:
-            self._look(args, created)
-        written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
-        for region in self.regions:
-            region.launch()
-        tracked = [tensor for tensor in written if not tensor.is_inference()]
-        torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
-        session.stepped()
-        if looks:
-            session.replan()
+        looked = self._planned_look(args, created)
         results = created | shared
-        return tuple(results[i] for i in sorted(results))
+        returned = tuple(results[i] for i in sorted(results))
+        with interrupts.scope() as hold:
+            hold()  # whole from here on; nothing below takes memory, but for regions
+            session.changing = True
+            written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
+            self._launch_regions()
+            torch.autograd.graph.increment_version(written)  # autograd must see that they changed
+            session.steps += 1
+            session.changing = False
+            session.decision_due = looked
+        if not session.driven:
+            session.decide()
+        return returned
+
+    def _launch_regions(self) -> None:
+        """One parameter after the other, each of them whole or not at all."""
+        done = sum(len(bucket.instances) for bucket in self.buckets)
+        total = done + sum(len(region.rows) for region in self.regions)
+        try:
+            for region in self.regions:
+                for _ in region.launch():
+                    done += 1
+        except Exception as error:
+            if done == 0:
+                self.session.changing = False
+                raise
+            raise PartialStepError(
+                optimizer=type(self.session.optimizer).__name__, done=done, total=total,
+                reason=first_line(error),
+            ) from error  # fmt: skip
+
+    def _planned_look(self, args: Sequence[Any], created: dict[int, Tensor]) -> bool:
+        """Measure if a look is due; returns whether it was made.
+
+        A look is no part of the step: one that fails for want of memory or of a compiler is left
+        out, unless other processes wait for its sums.
+        """
+        session = self.session
+        planner = session.planner if self.buckets and not session.recorded else None
+        if planner is None or not planner.due(session.steps + 1):
+            return False
+        try:
+            self._look(args, created)
+        except Exception as error:
+            session.without_planning("measure", error)
+            return False
+        return True
 
     def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
         """The step's new numbers, by output position; from its inputs before they change."""
@@ -359,9 +401,7 @@ class CompiledStep:
         session = self.session
         widths = [w for w in WIDTHS if planner.calibrating or w in planner.widths.values()]
         found: Sums = {}
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             for unit in self._measured_directly(planner):
                 found |= measure_directly(
                     unit,
@@ -372,8 +412,6 @@ class CompiledStep:
                     widths,
                     BLOCKS if planner.calibrating else FEW_BLOCKS,
                 )
-        finally:
-            torch.set_num_threads(threads)
         return found
 
     def _measured_directly(self, planner: Planner) -> Iterator[StepGraph]:
@@ -400,6 +438,22 @@ class CompiledStep:
         if operand.region is None:
             return state
         return wrap(state, self.session.params()[operand.source.param])
+
+
+_ONE_THREAD = threading.Lock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread. That is a setting of the whole process, and what two threads
+    set and put back crosswise would stay set: they take turns."""
+    with _ONE_THREAD:
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _format_now(value: Any, format: Format) -> Format:

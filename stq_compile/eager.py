@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stq_compile.errors import EagerStepWarning, NonFiniteGradientError
+from stq_compile.errors import (
+    EagerStepMemoryError,
+    EagerStepWarning,
+    NonFiniteGradientError,
+    first_line,
+    is_out_of_memory,
+)
 from stq_compile.formats import FLOAT32
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
@@ -42,6 +48,18 @@ def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs
 
     Functions among the arguments (closures) run as outside of the step.
     """
+    try:
+        return _run(session, step, args, kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        optimizer = type(session.optimizer).__name__
+        raise EagerStepMemoryError(optimizer=optimizer, reason=first_line(error)) from error
+
+
+def _run(
+    session: Session, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     wide = session.options.precision == FLOAT32.width
     min_numel = None if wide else max(session.options.min_numel, 1)
     calls = any(map(callable, (*args, *kwargs.values())))
@@ -61,8 +79,10 @@ def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs
         if isinstance(error, _Skipped):
             return error.loss
         raise
-    pack_states(session)
-    session.stepped()
+    try:
+        pack_states(session)
+    finally:
+        session.steps += 1  # the step is made; what is left in float32 is packed after the next one
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+OUT_OF_MEMORY = ("can't allocate memory", "could not allocate memory", "out of memory")
 LEFT_AS_IT_WAS = "\nThe optimizer is left as it was"
 
 
@@ -20,6 +21,13 @@ class StqError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.fields))
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out; torch says so by a RuntimeError, and on the CPU by a plain one."""
+    if isinstance(error, RuntimeError):
+        return any(text in str(error).lower() for text in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:
@@ -68,6 +76,14 @@ class KernelCacheWarning(StqWarning):
     message = (
         "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "
         "some seconds each time; set {variable} to a folder of your own."
+    )
+
+
+class PlanningWarning(StqWarning):
+    message = (
+        "{optimizer}: after step {step} the planner could not {action}: {reason}. Nothing is lost: "
+        "all states keep the widths that they have, and the planner tries again at its next look. "
+        "If this goes on, memory stays as it is, and so does a budget that is exceeded; {remedy}."
     )
 
 
@@ -244,10 +260,37 @@ class DuplicateLoweringError(StqError):
     message = "the operator {operator} has a lowering already; remove one of the two"
 
 
-class KernelBuildError(StqError):
-    message = (
+class KernelBuildError(UncompiledStepError):
+    message = why = (
         "the C++ compiler failed on kernel {kernel} ({source}):\n{output}\n"
-        "Check that g++ 9 or newer (or the compiler in $CXX) is installed and works."
+        "Check that g++ 9 or newer (or the compiler in $CXX) is installed and works "
+        "(`stq doctor`), and start again."
+    )
+
+
+class StepMemoryError(StqError, MemoryError):
+    message = (
+        "{optimizer}: out of memory in its step ({reason}). Parameters and states are those of "
+        "before the step. Free some memory (gradients of another batch, cached data; a smaller "
+        "precision or target_bits) and call step() again: nothing else needs to be done."
+    )
+
+
+class EagerStepMemoryError(StqError, MemoryError):
+    message = (
+        "{optimizer}: out of memory in its step, which runs eagerly ({reason}). As with the stock "
+        "optimizer, the parameters that it had come to are updated and the others are not; every "
+        "packed state is as before the step or as after it, and no state is lost. Free some memory "
+        "and go on with the next batch, or load the last checkpoint."
+    )
+
+
+class PartialStepError(StqError):
+    message = (
+        "{optimizer}: its step failed after {done} of {total} parameters were updated ({reason}). "
+        "Every parameter and each of its states is either as before the step or as after it, and "
+        "no state is lost. Go on with the next batch, or load the last checkpoint if a step that "
+        "only some parameters made is not to be."
     )
 
 

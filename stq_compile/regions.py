@@ -10,7 +10,7 @@ decompositions, sorts) are library calls, and a graph is traced anew for every s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from stq_compile.packed_state import PackedState
 from stq_compile.runtime import Resolve, changed, live
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph, set_device
-from stq_compile.working_set import write_as
+from stq_compile.storage import PackedStorage, Replacement
+from stq_compile.working_set import encoded_as
 
 
 class Region:
@@ -65,24 +66,33 @@ class Region:
                 _check(operand, value)
         return row
 
-    def launch(self) -> None:
-        """Update every tensor."""
-        with torch.no_grad():
-            for instance, row in zip(self.unit.instances, self.rows, strict=True):
+    def launch(self) -> Iterator[Instance]:
+        """Update every tensor; yields each parameter's instance when it is done."""
+        rows, self.rows = self.rows, []
+        for instance, row in zip(self.unit.instances, rows, strict=True):
+            with torch.no_grad():
                 self._run(instance, row)
-        self.rows = []
+            yield instance
 
     def _run(self, instance: Instance, row: list[Any]) -> None:
+        """Update one parameter: whatever takes memory first, then all that changes."""
         results = self.module(*(_decoded(value) for value in row))
+        encoded: list[Replacement] = []
+        plain: list[tuple[Tensor, Tensor]] = []
         for operand, target in zip(instance.operands, row, strict=True):
             if operand.name not in self.outputs:
                 continue
             value = results[self.outputs[operand.name]]
             if isinstance(target, PackedState):
                 values = _in_memory_order(value, target)
-                write_as(target.packed, values, self.width_of(operand))
+                made = encoded_as(target.packed, values, self.width_of(operand), encoded)
+                encoded += [] if made is None else [made]
             else:
-                target.copy_(value)
+                plain.append((target, value.to(target.dtype)))
+        for replacement in encoded:
+            PackedStorage.replace(replacement)
+        for target, value in plain:
+            target.copy_(value)
 
 
 def _check(operand: Operand, value: Any) -> None:

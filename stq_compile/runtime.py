@@ -137,6 +137,7 @@ class Bucket:
                 self._fill_numbers(column, args)
             elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
                 self._fill_tensors(column, args, created)
+        self.run.prepare()
 
     @cached_property
     def run(self) -> Run:
@@ -144,13 +145,14 @@ class Bucket:
         return self.unit.compiled.bind(self.table, self.sums)
 
     def launch(self, step: int) -> list[Tensor]:
-        """Update every tensor; returns the ordinary tensors that were written."""
+        """Update every tensor; returns the ordinary tensors that were written and that autograd
+        watches. Takes no memory."""
         self.run(step)
         written = [t for c in self.columns if c.written for t in c.tensors]
         for original, copy in self.copies:
             if any(t is copy for t in written):
                 original.copy_(copy)
-        return written
+        return [t for t in written if not t.is_inference()]
 
     def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
@@ -159,10 +161,11 @@ class Bucket:
             states = [present(o, args) for o in states]
         elif column.replacements == PackedStorage.replacements:
             return
-        column.replacements = PackedStorage.replacements
+        replacements = PackedStorage.replacements
         storages: list[PackedStorage] = [local(state).packed for state in states]
         versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
+            column.replacements = replacements
             return
         for storage, operand in zip(storages, column.operands, strict=True):
             if column.format is not None and storage.format != column.format:
@@ -172,7 +175,8 @@ class Bucket:
                     expected=column.format.name,
                 )
         self.table[:, column.index] = [_buffer(s, column.role).data_ptr() for s in storages]
-        column.versions = versions
+        # Last: what is interrupted before that must not count as done.
+        column.versions, column.replacements = versions, replacements
 
     def _fill_numbers(self, column: Column, args: Sequence[Any]) -> None:
         """Hyperparameters that are inputs of the step: call arguments, or tensors of a group."""

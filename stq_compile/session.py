@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, capture, param_sources
 from stq_compile.checks import check_program
 from stq_compile.codec import CompiledCodec
@@ -28,10 +30,14 @@ from stq_compile.compiler import analyse
 from stq_compile.dump import Dump
 from stq_compile.errors import (
     InfeasibleBudgetError,
+    KernelBuildError,
     NonFiniteGradientError,
+    PlanningWarning,
     StqError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
+    first_line,
+    is_out_of_memory,
 )
 from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
@@ -53,7 +59,7 @@ from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
-from stq_compile.shards import local, region_of, wrap
+from stq_compile.shards import is_sharded, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
@@ -81,6 +87,9 @@ class Session:
         self.loaded = False
         self.hooks: list[RemovableHandle] = []
         self.steps = 0
+        self.changing = False  # whether a step has begun to change tensors, and has not ended
+        self.driven = False  # whether somebody calls `decide` after each step
+        self.decision_due = False
         self.compiles = 0
         self.compiled_at: list[int] = []
         self.weights: set[StateKey] = set()
@@ -98,6 +107,7 @@ class Session:
         self._incidents: deque[Incident] = deque(maxlen=LIMIT)
         self.nonfinite_steps = 0
         self.reached: set[StateKey] = set()
+        self.reached_at = 0
 
     @property
     def optimizer(self) -> Optimizer:
@@ -121,15 +131,16 @@ class Session:
         self.check_precision(program)
         step = CompiledStep(self, captured, stages)
         self._find_weights(captured)
-        with self._attempt():
-            changes = self.enroll(step.planned_program)
-            known = self.plan.keys() & changes.keys()
-            self._transition(changes, [*self.compiled, step])
-            self.transitions += len(known)
-        step.release(gm)
-        self.compiled.add(step)
-        self.compiles += 1
-        self.compiled_at.append(self.steps)
+        with interrupts.scope() as hold:
+            with self._attempt():
+                changes = self.enroll(step.planned_program)
+                known = self.plan.keys() & changes.keys()
+                self._transition(changes, [*self.compiled, step], hold)
+                self.transitions += len(known)
+            step.release(gm)
+            self.compiled.add(step)
+            self.compiles += 1
+            self.compiled_at.append(self.steps)
         LOG.info(
             "%s: compiled %d templates to %d kernels in %.2f s",
             captured.program.optimizer,
@@ -168,12 +179,6 @@ class Session:
             param=names[0],
             others=others,
         )
-
-    def stepped(self) -> None:
-        """Count a step; now and then, see which states are not finite any more."""
-        self.steps += 1
-        if self.steps % self.options.interval == 0:
-            self.find_reached()
 
     def find_reached(self) -> None:
         """Note states that a gradient that is not finite has reached since the last time."""
@@ -338,13 +343,50 @@ class Session:
             self.plan, self.info = plan, info
             raise
 
+    def decide(self) -> None:
+        """Do what a step has made due; the step is made, whatever becomes of it.
+
+        A look is followed by a decision; and now and then it is seen what is not finite any more.
+        """
+        if self.steps % self.options.interval == 0 and self.steps != self.reached_at:
+            self.reached_at = self.steps
+            self.find_reached()
+        if not self.decision_due:
+            return
+        try:
+            self.replan()
+        except Exception as error:
+            self.decision_due = False
+            self.without_planning("change widths", error)
+
+    def without_planning(self, action: str, error: Exception) -> None:
+        """Go on with the widths in force where planning failed for want of memory or a compiler.
+
+        Anything else is a defect and raised; and so is everything where parameters are sharded,
+        since other processes decide, or wait for this one.
+        """
+        memory = is_out_of_memory(error)
+        missing = isinstance(error, KernelBuildError)
+        if not (memory or missing) or any(is_sharded(p) for p in self.params()):
+            raise error
+        warning = PlanningWarning(
+            optimizer=type(self.optimizer).__name__,
+            step=self.steps,
+            action=action,
+            reason=first_line(error),
+            remedy="free some memory" if memory else "see `stq doctor` about the compiler",
+        )
+        warnings.warn(warning, stacklevel=2)
+
     def replan(self) -> None:
         """Decide on the widths after a look, and change them; all or nothing."""
         planner = self.planner
         assert planner is not None
-        with self._attempt():
+        with interrupts.scope() as hold, self._attempt():
             changes = planner.decide(self.steps, *self._sizes(planner.managed))
             self.change_widths(changes)
+            hold()
+            self.decision_due = False  # an interrupted decision is made before the next step
         record = planner.history.records[-1]
         LOG.info(
             "%s: step %d, %d changes of width, %.2f true bits, predicted error %.3g",
@@ -415,17 +457,23 @@ class Session:
         """
         if not changes:
             return
-        with self._attempt():
-            self._transition(changes, list(self.compiled))
+        with interrupts.scope() as hold, self._attempt():
+            self._transition(changes, list(self.compiled), hold)
             self.transitions += len(changes)
             if self.planner is not None:
                 known = self.planner.widths
                 known.update({key: width for key, width in changes.items() if key in known})
 
-    def _transition(self, changes: Mapping[StateKey, int], steps: list[CompiledStep]) -> None:
+    def _transition(
+        self,
+        changes: Mapping[StateKey, int],
+        steps: list[CompiledStep],
+        hold: Callable[[], None],
+    ) -> None:
         """Bring states and steps to changed widths.
 
-        Buffers that are replaced are kept until all is done, and put back if it fails.
+        Buffers that are replaced are kept until all is done, and put back if it fails. ``hold``
+        lets signals wait until the caller has noted what was done; kernels are built before that.
         """
         for (_, key), width in changes.items():
             if width not in WIDTHS:
@@ -433,16 +481,24 @@ class Session:
         self.plan.update(changes)
         units = [step.generate() for step in steps]
         codec = self.codec.prepare([c for step in steps for c in step.conversions()])
+        hold()
         held = [local(value) for _, _, _, value in self.states()]
         packed = [value.packed for value in held if isinstance(value, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
-        before = [(step, dict(vars(step))) for step in steps]
+        before = [(step, {**vars(step), "bindings": dict(step.bindings)}) for step in steps]
+        ordinary = [
+            (leaf, leaf.value)
+            for leaf, _ in self.leaves()
+            if not isinstance(local(leaf.value), PackedState)
+        ]
         try:
             for step, generated in zip(steps, units, strict=True):
                 step.adopt(generated, codec)
         except BaseException:
             for storage, buffers in kept:
                 storage.restore(buffers)
+            for leaf, value in ordinary:
+                leaf.put(value)
             for step, attributes in before:
                 vars(step).update(attributes)
             raise
@@ -470,10 +526,10 @@ class Session:
             yield leaf.owner, source, leaf.key, leaf.value
 
     def pack_loaded(self) -> None:
-        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
-        if not self.loaded:
-            return
-        self.loaded = False
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed.
+
+        May be done again where it was interrupted; `loaded` is the caller's to clear.
+        """
         for leaf, source in list(self.leaves()):
             info = self.info.get((source.param, leaf.key))
             held = local(leaf.value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from stq_compile import reference
+from stq_compile import interrupts, reference
 from stq_compile.errors import FormatMismatchError, NegativeStateError
 from stq_compile.formats import BLOCK, CONSTANT, FLOAT32, Format, block_count
 from stq_compile.options import Rounding
@@ -78,6 +79,20 @@ class Buffers(NamedTuple):
 
 
 REFERENCE: Codec = reference
+_REPLACEMENTS = itertools.count(1)
+
+
+class Renewal(NamedTuple):
+    """What a state is to hold from now on, and its count of eager writes then."""
+
+    storage: PackedStorage
+    made: Buffers
+    normalizer: PackedStorage | None
+    eager_writes: int
+
+
+Replacement = tuple[Renewal, ...]
+"""A state's new buffers, and those of the states in its units."""
 
 
 class PackedStorage:
@@ -93,7 +108,8 @@ class PackedStorage:
         first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
         sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
-        replacements: counts those of all states.
+        replacements: a number that every replacement in any state changes, to one that was never
+            there before, also where several threads change states.
         working: float32 ``[numel]``, while an eager step works on decoded values; they are then
             the state, and the codes are behind.
     """
@@ -160,25 +176,40 @@ class PackedStorage:
 
     def write(self, values: Tensor) -> None:
         """Replace all values by float32 ``[numel]``, encoded in the present format."""
+        self.replace(self.encoded(values))
+
+    def rewrite(self, values: Tensor, format: Format) -> None:
+        """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
+        self.replace(self.encoded(values, format))
+
+    def encoded(
+        self,
+        values: Tensor,
+        format: Format | None = None,
+        before: Iterable[Replacement] = (),
+    ) -> Replacement:
+        """What `replace` takes to hold float32 ``[numel]``, in the present format or another one
+        (without normalizer). Changes nothing; all memory that the change needs is taken here.
+
+        ``before``: what will have been replaced by then, the normalizer perhaps.
+        """
         if values.numel() != self.numel:
             raise FormatMismatchError(
                 where="packed state", found=f"{values.numel()} values", expected=str(self.numel)
             )
         values = values.detach().reshape(-1).float()
         source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
-        format = FLOAT32 if self.format == CONSTANT else self.format
-        made = self._converted(source, format, self.buffers.unit, REFERENCE)
-        self._replace(made, self.normalizer)
-
-    def rewrite(self, values: Tensor, format: Format) -> None:
-        """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
-        _check_normalizer(format, None, self.numel)
-        source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
-        made = self._converted(source, format, None, REFERENCE)
-        former = self.normalizer
-        self._replace(made, None)
-        if former is not None:
-            former._dependents.discard(self)
+        if format is None:
+            format = FLOAT32 if self.format == CONSTANT else self.format
+            normalizer = self.normalizer
+        else:
+            _check_normalizer(format, None, self.numel)
+            normalizer = None
+        unit = None if normalizer is None else normalizer.buffers
+        for renewal in itertools.chain(*before):
+            unit = renewal.made if renewal.storage is normalizer else unit
+        made, writes = self._converted(source, format, unit, REFERENCE)
+        return self._replacement(made, normalizer, writes)
 
     def reencode(
         self,
@@ -204,17 +235,13 @@ class PackedStorage:
         if format == self.format and normalizer is self.normalizer:
             return
         unit = None if normalizer is None else normalizer.buffers
+        writes = self.eager_writes
         if self.newborn:
             codes, scales = reference.empty_buffers(format, self.numel, self.device)
             made = Buffers(codes, scales, format, self.numel, unit)
         else:
-            made = self._converted(self.buffers, format, unit, codec)
-        former = self.normalizer
-        self._replace(made, normalizer, codec, following)
-        if former is not None and former is not normalizer:
-            former._dependents.discard(self)
-        if normalizer is not None:
-            normalizer._dependents.add(self)
+            made, writes = self._converted(self.buffers, format, unit, codec)
+        self.replace(self._replacement(made, normalizer, writes, codec, following))
 
     def take(self, values: Tensor) -> None:
         """Make a ``constant`` state hold float32 ``[numel]``, in the memory of ``values``."""
@@ -232,34 +259,47 @@ class PackedStorage:
                 where="packed state", found=f"format {self.format.name}", expected="a new state"
             )
 
-    def _replace(
+    def _replacement(
         self,
         made: Buffers,
         normalizer: PackedStorage | None,
+        writes: int,
         codec: Codec = REFERENCE,
         following: Mapping[PackedStorage, Format] = MappingProxyType({}),
-    ) -> None:
-        """Take new buffers; states in units of this one are re-encoded to keep their values."""
-        renewed = []
+    ) -> Replacement:
+        """New buffers of this state, and of those in its units, which keep their values."""
+        renewed = [Renewal(self, made, normalizer, writes)]
         for state in list(self._dependents):
             format = following.get(state, state.format)
             unit = made if format.normalized else None
-            renewed.append((state, state._converted(state.buffers, format, unit, codec)))
-        self._take(made, normalizer)
-        for state, buffers in renewed:
-            state._take(buffers, self if buffers.format.normalized else None)
-            if not buffers.format.normalized:
-                self._dependents.discard(state)
+            own, count = state._converted(state.buffers, format, unit, codec)
+            renewed.append(Renewal(state, own, self if format.normalized else None, count))
+        return tuple(renewed)
+
+    @staticmethod
+    def replace(replacement: Replacement) -> None:
+        """Take new buffers, all of them: signals wait, and no tensor is allocated."""
+        with interrupts.scope() as hold:
+            hold()
+            for storage, made, normalizer, writes in replacement:
+                storage._take(made, normalizer)
+                storage.eager_writes = writes
 
     def _take(self, made: Buffers, normalizer: PackedStorage | None) -> None:
+        former = self.normalizer
         self.codes, self.scales, self.format = made.codes, made.scales, made.format
         self.normalizer = normalizer
+        if former is not normalizer:
+            if former is not None:
+                former._dependents.discard(self)
+            if normalizer is not None:
+                normalizer._dependents.add(self)
         self.buffers_replaced()
 
     def buffers_replaced(self) -> None:
         """Let those know who keep the buffers' addresses."""
         self.version += 1
-        PackedStorage.replacements += 1
+        PackedStorage.replacements = next(_REPLACEMENTS)
 
     def kept(self) -> dict[str, Any]:
         """What `restore` takes: references to the buffers, which a change of format replaces."""
@@ -288,8 +328,9 @@ class PackedStorage:
 
     def _converted(
         self, source: Buffers, format: Format, unit: Buffers | None, codec: Codec
-    ) -> Buffers:
-        """The values of ``source`` in ``format``, by this state's rounding and random stream."""
+    ) -> tuple[Buffers, int]:
+        """The values of ``source`` in ``format``, by this state's rounding and random stream, and
+        the count of eager writes after it."""
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
@@ -306,9 +347,7 @@ class PackedStorage:
             made.put(start, count, codec.encode(values, format, noise, root, block))
             nonzero = nonzero or bool(values.any())
         # Zeros use no random number: the next write may have this one. But all shards count alike.
-        if self.sharded or nonzero:
-            self.eager_writes += 1
-        return made
+        return made, self.eager_writes + int(self.sharded or nonzero)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_dependents"}

@@ -10,7 +10,7 @@ whose every operator takes all of them).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stq_compile import interrupts
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
-from stq_compile.storage import DEVICES, PackedStorage
+from stq_compile.storage import DEVICES, PackedStorage, Replacement
 
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
 """For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
@@ -60,9 +61,16 @@ class WorkingSet(TorchDispatchMode):
         self._turn_to({self._owner(state.packed) for state in packed} - {None})
         return run_dense(func, args, kwargs, self._read, self._write)
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
-        self._turn_to(set())
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        """What is decoded is encoded; after an error it is forgotten, and the codes hold: the
+        states of the parameter that the step was at are then as they were before it."""
+        super().__exit__(kind, *error)  # type: ignore[no-untyped-call]  # torch's
+        try:
+            if kind is None:
+                self._turn_to(set())
+        finally:
+            for storage in self._decoded:
+                storage.working = None
 
     def _owner(self, storage: PackedStorage) -> int | None:
         if id(storage) not in self._owners and storage.format == CONSTANT:
@@ -90,28 +98,38 @@ class WorkingSet(TorchDispatchMode):
     def _turn_to(self, owners: set[int | None]) -> None:
         """Encode and forget the decoded states of all other owners; normalizers first."""
         done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
+        made: list[Replacement] = []
         for storage in sorted(done, key=lambda s: s.format.normalized):
-            self._decoded.discard(storage)
-            values, storage.working = storage.working, None
+            values = storage.working
             assert values is not None
             if storage in self._written:
-                self._written.discard(storage)
-                write_as(storage, values, self._owners[id(storage)][1])
+                encoded = encoded_as(storage, values, self._owners[id(storage)][1], made)
+                made += [] if encoded is None else [encoded]
+        with interrupts.scope() as hold:
+            hold()  # the states of one parameter change together
+            for storage in done:
+                storage.working = None
+            self._decoded.difference_update(done)
+            self._written.difference_update(done)
+            for replacement in made:
+                PackedStorage.replace(replacement)
 
 
-def write_as(storage: PackedStorage, values: Tensor, width: int) -> None:
-    """Replace all values; the format changes only if they do not fit it.
+def encoded_as(
+    storage: PackedStorage, values: Tensor, width: int, before: Iterable[Replacement] = ()
+) -> Replacement | None:
+    """New values of a state, as `PackedStorage.encoded`; None if nothing changes.
 
-    A state that is still a constant gets its format now. One that was never negative so far and
-    is so now gets a signed format of the same width.
+    The format changes only if they do not fit it: a state that is still a constant gets its format
+    now, and one that was never negative so far and is so now a signed format of the same width.
     """
     format = storage.format
     if format == CONSTANT and not float(storage.codes) and not bool(values.any()):
-        return
+        return None
     if format == CONSTANT or (not format.signed and bool((values < 0).any())):
-        storage.rewrite(values, format_for(values, width if format == CONSTANT else format.width))
-    else:
-        storage.write(values)
+        wanted = format_for(values, width if format == CONSTANT else format.width)
+        return storage.encoded(values, wanted)
+    return storage.encoded(values, before=before)
 
 
 def format_for(values: Tensor, width: int) -> Format:

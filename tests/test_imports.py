@@ -14,8 +14,8 @@ import pytest
 # From bottom to top, one line a layer; names are below `stq_compile`, and `a.*` stands for all of a
 # subpackage that no other line names. Modules of one layer may import each other without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("architectures", "dump", "dynamo"),
+    ("errors", "printable"),
+    ("architectures", "dump", "dynamo", "interrupts"),
     ("formats", "layout", "rounding", "reference"),
     ("options",),
     ("storage",),

@@ -51,8 +51,9 @@ def break_pass(monkeypatch: pytest.MonkeyPatch) -> Break:
 
 @pytest.fixture(autouse=True)
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path))
-    return tmp_path / "stq_repro"
+    folder = tmp_path / "stq_repro"
+    monkeypatch.setattr(failures, "_private_folder", lambda: folder)
+    return folder
 
 
 def divide(_: Program) -> Program:
@@ -174,7 +175,7 @@ def test_a_script_that_cannot_be_written_hides_nothing(
     break_pass: Break, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_pass("ranges", divide)
-    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: "/proc/nowhere")
+    monkeypatch.setattr(failures, "_private_folder", lambda: Path("/proc/nowhere"))
     reason = r"ZeroDivisionError[\s\S]*no script .* be written"
     with pytest.warns(EagerStepWarning, match=reason):
         train(precision=4)

@@ -89,7 +89,7 @@ def test_failed_build_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(iter(model.parameters()))
     values = optimizer.state[first]["exp_avg"].dequantize()
 
-    def fail(name: str, source: str) -> None:
+    def fail(name: str, *_: object) -> None:
         raise errors.KernelBuildError(kernel=name, source="generated C++", output="no compiler")
 
     with monkeypatch.context() as patch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import torch
 
@@ -27,6 +29,13 @@ class CppBackend:
 
     def compile(self, kernels: Sequence[Kernel], device: torch.device) -> list[Executable]:
         """Several at a time: the C++ compiler runs in processes of its own."""
-        names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
+        stop = threading.Event()
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(build, names, sources))
+            # torch's settings (which compiler to take) are those of a context.
+            jobs = [pool.submit(copy_context().run, build, k.name, emit(k), stop) for k in kernels]
+            try:
+                return [job.result() for job in jobs]
+            except BaseException:  # Ctrl-C too: it does not reach the compilers by itself
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise

@@ -103,9 +103,13 @@ class DeviceStep:
         self.vectors = np.zeros(0, dtype=np.int64)
         self.tiles: list[tuple[int, Tensor]] = []
 
-    def __call__(self, step: int) -> None:
+    def prepare(self) -> None:
+        """Send the table, if it has changed."""
         if self.sent.send():
             self._divide()
+
+    def __call__(self, step: int) -> None:
+        self.prepare()
         if self.clock_holds != step:
             self.clock.fill_(signed64(step))
         self.clock_holds = (step + 1) & MASK64
@@ -147,6 +151,9 @@ class DeviceLook:
             executable, executable.kernel, sent, sums,
         )  # fmt: skip
         self.clock = torch.zeros(1, dtype=torch.int64, device=executable.device)
+
+    def prepare(self) -> None:
+        """Nothing: a look takes its memory as it goes, and changes nothing if it fails."""
 
     def __call__(self, step: int) -> None:
         self.sent.send()

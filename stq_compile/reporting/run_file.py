@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 from stq_compile.errors import RunFileError
 from stq_compile.planner.history import Comparison, History, Incident, Record
+from stq_compile.printable import all_printable
 from stq_compile.reporting.graph_data import GraphData
 
 VERSION = 1
@@ -149,13 +151,18 @@ def line_of(event: Event) -> str:
 
 def save(run: Run, path: Path) -> None:
     """Write a whole run; the file is complete or as it was before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(map(line_of, events_of(run))))
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("x") as file:  # a new file: nobody's link is followed
+            file.writelines(map(line_of, events_of(run)))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Run:
-    """Read a run.
+    """Read a run. It may be another's: nothing in it is executed, and its texts are `printable`.
 
     Raises:
         RunFileError: the file cannot be read or is no run; the line is named.
@@ -167,8 +174,8 @@ def read(path: Path) -> Run:
     reader = _Reader()
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
-        except ValueError as error:
+            event = all_printable(json.loads(line))
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and number > 1 and not line.endswith("\n"):
                 break
             raise RunFileError(file=path, line=number, reason=f"no JSON: {error}") from error

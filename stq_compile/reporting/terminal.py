@@ -25,7 +25,8 @@ class RunView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         run = self.run
-        yield f"[bold]{run.optimizer}[/bold] after {run.steps} steps: {summary(run)}"
+        title = Text(f" after {run.steps} steps: {summary(run)}")
+        yield Text(run.optimizer, style="bold") + title
         if run.losses:
             (first, start), (last, end) = run.losses[0], run.losses[-1]
             yield f"loss {start:.4g} at step {first}, {end:.4g} at step {last}"
