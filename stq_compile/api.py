@@ -27,6 +27,7 @@ from stq_compile.errors import (
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
+    ShardedEagerStepError,
     StqError,
     TooManyGraphsError,
     UncompiledStepError,
@@ -218,6 +219,8 @@ class _Driver:
             return self.run(optimizer)
         if self.for_good or len(arguments) > 1 or not self.closure_first:
             reason = "its step makes use of the closure or of other arguments as it goes"
+            if self._sharded():
+                raise ShardedEagerStepError(optimizer=type(optimizer).__name__, reason=reason)
             announce(self.session, f"{type(optimizer).__name__} cannot be compiled: {reason}.")
             return self._eagerly(optimizer, *args, **kwargs)
         with torch.enable_grad():
@@ -251,14 +254,17 @@ class _Driver:
             for param in born if session.steps == before else ():  # else the step was made
                 del optimizer.state[param]
             known = translated(error, type(optimizer).__name__)
-            sharded = any(is_sharded(p) for p in session.params())
-            if session.steps == before and isinstance(known, UncompiledStepError) and not sharded:
+            unmade = session.steps == before
+            if unmade and isinstance(known, UncompiledStepError) and not self._sharded():
                 return self._fall_back(optimizer, known)
             if session.compiles == 0:
                 self._uninstall(optimizer)
             if known is None:
                 raise
             raise known from error
+
+    def _sharded(self) -> bool:
+        return any(is_sharded(p) for p in self.session.params())
 
     def _fall_back(self, optimizer: Optimizer, reason: UncompiledStepError) -> Any:
         """Run this step eagerly, and all later ones but after a mere excess of graphs.

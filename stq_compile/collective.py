@@ -46,11 +46,11 @@ def add_up(sums: Mapping[int, Mapping[str, float]], params: Sequence[Tensor]) ->
     return total, sent
 
 
-def any_failed(failed: bool, params: Sequence[Tensor]) -> bool:
-    """Whether something failed on any process that has a part of these parameters."""
-    count = 1.0 if failed else 0.0
-    total, _ = add_up({number: {"failed": count} for number in range(len(params))}, params)
-    return any(row["failed"] > 0 for row in total.values())
+def anywhere(here: bool, params: Sequence[Tensor]) -> bool:
+    """Whether something is so on any process that has a part of these parameters."""
+    count = 1.0 if here else 0.0
+    total, _ = add_up({number: {"count": count} for number in range(len(params))}, params)
+    return any(row["count"] > 0 for row in total.values())
 
 
 def _meshes(sums: Sums, params: Sequence[Tensor]) -> dict[Any, list[int]]:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from stq_compile.formats import block_count
-from stq_compile.saved_state import is_split
+from stq_compile.shard_blocks import is_split
 from stq_compile.shards import distributed, is_sharded, local, placed_as
 
 FIELDS = (

@@ -193,6 +193,12 @@ def memory_order(values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,), values.storage_offset())
 
 
+def in_order_of(values: Tensor, like: Tensor) -> Tensor:
+    """The elements of ``values`` in the order in which those of ``like`` lie in memory."""
+    ordered = torch.empty_strided(like.size(), like.stride(), dtype=values.dtype)
+    return memory_order(ordered.copy_(values))
+
+
 def is_dense(values: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gaps or overlap."""
     if values.numel() == 0:

@@ -5,20 +5,52 @@
 so that the float32 values of packed states live no longer than the region of their parameter. The
 graph runs operator by operator: on the CPU the operators that make a region one (matrix products,
 decompositions, sorts) are library calls, and a graph is traced anew for every shape.
+
+Of a sharded parameter every process gathers the whole gradient, states and values, runs the graph
+on them, and keeps its part of the results (the "distributed Muon" of Liu et al., "Muon is scalable
+for LLM training", 2025). So results are those of one process, whatever the operators are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from stq_compile.packed_state import PackedState
+from stq_compile.capture import Argument
+from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.runtime import Resolve, changed, live
+from stq_compile.shards import local, part_of, whole_of
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph
 from stq_compile.working_set import write_as
+
+
+class Cell(NamedTuple):
+    """What stands behind an operand in one step, and the mesh of a sharded one."""
+
+    operand: Operand
+    value: Any
+    mesh: Any = None
+
+    def read(self) -> Any:
+        """The value as the graph takes it: decoded and whole; all processes must call it."""
+        if self.operand.returned >= 0:
+            return None  # a state that the step makes is only written
+        value = self.value.dequantize() if isinstance(self.value, PackedState) else self.value
+        if self.operand.region is None:
+            return value
+        return whole_of(value, self.operand.region, self.mesh)
+
+    def write(self, whole: Tensor, width: int) -> None:
+        """Store a result of the graph, or this process's part of it."""
+        region, target = self.operand.region, self.value
+        part = whole if region is None else part_of(whole, region)
+        if isinstance(target, PackedState):
+            write_as(target.packed, in_order_of(part, target).float(), width, whole)
+        else:
+            target.copy_(part)
 
 
 class Region:
@@ -48,37 +80,37 @@ class Region:
 
     def _row(
         self, instance: Instance, args: Sequence[Any], created: dict[int, Tensor]
-    ) -> list[Any]:
-        row: list[Any] = []
+    ) -> list[Cell]:
+        row: list[Cell] = []
         for operand, number in zip(instance.operands, self.numbers, strict=True):
+            if operand.value is not None:
+                row.append(Cell(operand, operand.value))
+                continue
             if operand.returned >= 0:
-                row.append(created[operand.returned])
-            elif operand.value is not None:
-                row.append(operand.value)
+                outer: Any = created[operand.returned]
+                value = local(outer)
             else:
-                value = live(operand, self.resolve(operand), args)
-                row.append(float(value) if number else value)
+                source = self.resolve(operand)
+                outer = args[source.position] if isinstance(source, Argument) else source
+                value = live(operand, source, args)
                 _check(operand, value)
+            mesh = None if operand.region is None else outer.device_mesh
+            row.append(Cell(operand, float(value) if number else value, mesh))
         return row
 
     def launch(self) -> None:
         """Update every tensor."""
         with torch.no_grad():
-            for instance, row in zip(self.unit.instances, self.rows, strict=True):
-                self._run(instance, row)
+            for row in self.rows:
+                self._run(row)
         self.rows = []
 
-    def _run(self, instance: Instance, row: list[Any]) -> None:
-        results = self.module(*(_decoded(value) for value in row))
-        for operand, target in zip(instance.operands, row, strict=True):
-            if operand.name not in self.outputs:
-                continue
-            value = results[self.outputs[operand.name]]
-            if isinstance(target, PackedState):
-                values = _in_memory_order(value, target)
-                write_as(target.packed, values, self.width_of(operand))
-            else:
-                target.copy_(value)
+    def _run(self, row: list[Cell]) -> None:
+        results = self.module(*(cell.read() for cell in row))
+        for cell in row:
+            name = cell.operand.name
+            if name in self.outputs:
+                cell.write(results[self.outputs[name]], self.width_of(cell.operand))
 
 
 def _check(operand: Operand, value: Any) -> None:
@@ -90,14 +122,3 @@ def _check(operand: Operand, value: Any) -> None:
         raise changed(operand, "layout", value)
     if value.dtype != operand.dtype:
         raise changed(operand, "dtype", value)
-
-
-def _decoded(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, PackedState) else value
-
-
-def _in_memory_order(value: Tensor, state: PackedState) -> Tensor:
-    """The elements of ``value`` in the order in which those of ``state`` are stored."""
-    ordered = torch.empty_strided(state.size(), state.stride())
-    ordered.copy_(value)
-    return ordered.as_strided((ordered.numel(),), (1,))

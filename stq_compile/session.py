@@ -45,7 +45,7 @@ from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
-from stq_compile.shards import local, region_of, wrap
+from stq_compile.shards import Region, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
@@ -396,7 +396,7 @@ class Session:
             if info is None or isinstance(held, PackedState) or not can_be_packed(held):
                 continue
             if info.format != FLOAT32:
-                leaf.put(wrap(self.unencoded(held, info.source), self.params()[source.param]))
+                leaf.put(wrap(self.unencoded(held, info.source, region_of(leaf.value)), leaf.value))
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -411,9 +411,9 @@ class Session:
                 if isinstance(held, PackedState) and wide:
                     self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
-    def unencoded(self, value: Tensor, source: Source) -> PackedState:
+    def unencoded(self, value: Tensor, source: Source, region: Region | None) -> PackedState:
         """A packed state of float32 values that are yet to be encoded."""
-        return PackedState.wrap(value.float(), **self.storage_options(source))
+        return PackedState.wrap(value.float(), **self.storage_options(source, region))
 
     def rounding_options(self, source: Source) -> dict[str, Any]:
         """How a state is rounded, and the random numbers that are its own."""
@@ -423,9 +423,8 @@ class Session:
             "stream": stream_id(source.param, source.key),
         }
 
-    def storage_options(self, source: Source) -> dict[str, Any]:
-        """What the storage of a parameter's state is made with."""
-        region = region_of(self.params()[source.param])
+    def storage_options(self, source: Source, region: Region | None) -> dict[str, Any]:
+        """What the storage of a state is made with that lies in ``region`` of a whole one."""
         return {
             **self.rounding_options(source),
             "first_block": 0 if region is None else region.first_block,

@@ -1,10 +1,10 @@
 """Where the part of a tensor that this process holds lies in the whole one.
 
 A parameter that ``fully_shard`` or tensor parallelism has sharded is a DTensor, and so are its
-gradient and its states; a packed state is a DTensor whose local tensor is a `PackedState`. The
-optimizers that are compiled work element by element, so kernels run on local tensors. What must
-not depend on the sharding is stated here in terms of the whole tensor: its number of elements, and
-which of its blocks the local ones are.
+gradient and its states; a packed state is a DTensor whose local tensor is a `PackedState`. Kernels
+work element by element and run on local tensors; what is no kernel gets whole tensors, one
+parameter's at a time (`regions`). What must not depend on the sharding is stated here in terms of
+the whole tensor: its number of elements, and which of its blocks the local ones are.
 
 The blocks of a shard are those of the whole tensor if the shard is one stretch of its memory that
 begins where a block begins. Else its blocks are its own, and so are their random numbers: then
@@ -53,12 +53,14 @@ class Region:
         placements: torch's, one per dimension of the mesh.
         first_block: of the local tensor, as the random counter counts blocks.
         on_grid: whether the local blocks are blocks of the whole tensor.
+        box: size and beginning of the part.
     """
 
     shape: tuple[int, ...]
     placements: tuple[Any, ...]
     first_block: int
     on_grid: bool
+    box: Box
 
     @property
     def numel(self) -> int:
@@ -101,13 +103,13 @@ def _region(
     size, start = _box(shape, mesh, placements, coordinate)
     begin = _begin(shape, placements, start)
     if begin is not None and (begin % BLOCK == 0 or not math.prod(size)):
-        return Region(shape, placements, begin // BLOCK, True)
+        return Region(shape, placements, begin // BLOCK, True, (size, start))
     index = 0
     for i, placement in enumerate(placements):
         if placement.is_shard():
             index = index * mesh[i] + coordinate[i]
     own = OWN_BLOCKS + index * (block_count(math.prod(shape)) + 1)
-    return Region(shape, placements, own, False)
+    return Region(shape, placements, own, False, (size, start))
 
 
 def _box(
@@ -216,9 +218,30 @@ def distributed(
     placements = tuple(like.placements)
     if by_rows:
         placements = tuple(Shard(0) if p.is_shard() else Replicate() for p in placements)
+    return _assembled(part, like.device_mesh, placements, shape)
+
+
+def _assembled(
+    part: Tensor, mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]
+) -> Tensor:
     stride = torch.empty(shape, device="meta").stride()
-    mesh = like.device_mesh
     return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)
+
+
+def whole_of(part: Tensor, region: Region, mesh: Any) -> Tensor:
+    """All of a tensor of which this process holds ``part``, row-major; all processes call it."""
+    whole: Tensor = gathered(_assembled(part, mesh, region.placements, region.shape))
+    return whole.contiguous()
+
+
+def part_of(whole: Tensor, region: Region) -> Tensor:
+    """What this process holds of a whole tensor, as a view."""
+    return whole[slices(region.box)]
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """What a box cuts out of a tensor."""
+    return tuple(slice(s, s + n) for n, s in zip(*box, strict=True))
 
 
 def gathered(value: Any) -> Any:
@@ -237,6 +260,4 @@ def placed_as(shape: tuple[int, ...], layout: Layout, like: Tensor) -> Tensor:
     mesh, placements = like.device_mesh, placements_of(layout[1])
     coordinate = mesh.get_coordinate() or (0,) * mesh.ndim
     size, _ = _box(tuple(shape), tuple(mesh.shape), placements, tuple(coordinate))
-    part = torch.empty(size, device=mesh.device_type)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)
+    return _assembled(torch.empty(size, device=mesh.device_type), mesh, placements, tuple(shape))

@@ -99,17 +99,20 @@ class WorkingSet(TorchDispatchMode):
                 write_as(storage, values, self._owners[id(storage)][1])
 
 
-def write_as(storage: PackedStorage, values: Tensor, width: int) -> None:
+def write_as(
+    storage: PackedStorage, values: Tensor, width: int, whole: Tensor | None = None
+) -> None:
     """Replace all values; the format changes only if they do not fit it.
 
     A state that is still a constant gets its format now. One that was never negative so far and
-    is so now gets a signed format of the same width.
+    is so now gets a signed format of the same width. ``whole``: all values of a state of which
+    ``values`` are this process's part, so that all processes choose alike.
     """
-    format = storage.format
-    if format == CONSTANT and not float(storage.codes) and not bool(values.any()):
+    format, seen = storage.format, values if whole is None else whole
+    if format == CONSTANT and not float(storage.codes) and not bool(seen.any()):
         return
-    if format == CONSTANT or (not format.signed and bool((values < 0).any())):
-        storage.rewrite(values, format_for(values, width if format == CONSTANT else format.width))
+    if format == CONSTANT or (not format.signed and bool((seen < 0).any())):
+        storage.rewrite(values, format_for(seen, width if format == CONSTANT else format.width))
     else:
         storage.write(values)
 
