@@ -38,6 +38,7 @@ from stq_compile.planner.history import History
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.shards import is_sharded
 from stq_compile.state_report import Report, make_report
+from stq_compile.state_tree import Leaf
 from stq_compile.symbolic_math import symbolic_math
 
 REFUSED_OPTIONS = {
@@ -240,8 +241,9 @@ class _Driver:
         session = self.session
         if self.for_good:
             return self._eagerly(optimizer)
+        loaded: list[tuple[Leaf, torch.Tensor]] = []
         if session.loaded:
-            session.pack_loaded()
+            loaded = session.pack_loaded()
             session.compiled_at.clear()  # captures that are due to loading say nothing of the step
             self.inner = self._compiled()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
@@ -258,6 +260,8 @@ class _Driver:
             if unmade and isinstance(known, UncompiledStepError) and not self._sharded():
                 return self._fall_back(optimizer, known)
             if session.compiles == 0:
+                for leaf, value in loaded:
+                    leaf.put(value)
                 self._uninstall(optimizer)
             if known is None:
                 raise

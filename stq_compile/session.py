@@ -145,7 +145,8 @@ class Session:
             value = binding.live if isinstance(binding, Argument) else binding
             if role is not Role.STATE or not isinstance(value, Tensor):
                 continue
-            wide = isinstance(value, PackedState) and value.format == BFLOAT16  # created as a copy
+            # A packed one was created as a copy, or loaded.
+            wide = isinstance(value, PackedState) and value.format in (BFLOAT16, FLOAT32)
             if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
 
@@ -385,18 +386,25 @@ class Session:
         for leaf, source in self.leaves():
             yield leaf.owner, source, leaf.key, leaf.value
 
-    def pack_loaded(self) -> None:
-        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
-        if not self.loaded:
-            return
+    def pack_loaded(self) -> list[tuple[Leaf, Tensor]]:
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed.
+
+        Returns what they were, so that this can be undone.
+        """
+        found = []
         self.loaded = False
         for leaf, source in list(self.leaves()):
             info = self.info.get((source.param, leaf.key))
             held = local(leaf.value)
-            if info is None or isinstance(held, PackedState) or not can_be_packed(held):
+            if isinstance(held, PackedState) or not can_be_packed(held):
                 continue
-            if info.format != FLOAT32:
-                leaf.put(wrap(self.unencoded(held, info.source, region_of(leaf.value)), leaf.value))
+            numel = leaf.value.numel() if leaf.value.ndim else 0
+            width = self.width_of_state(source, numel) if info is None else info.format.width
+            if width < FLOAT32.width:
+                found.append((leaf, leaf.value))
+                state = self.unencoded(held, source, region_of(leaf.value))
+                leaf.put(wrap(state, leaf.value))
+        return found
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
