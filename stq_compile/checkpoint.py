@@ -34,8 +34,8 @@ from stq_compile import saved_state
 from stq_compile.capture import param_sources
 from stq_compile.collective import anywhere
 from stq_compile.errors import CheckpointError
-from stq_compile.formats import BFLOAT16, WIDTHS
-from stq_compile.packed_state import PackedState, is_dense, memory_order
+from stq_compile.formats import WIDTHS
+from stq_compile.packed_state import PackedState, is_dense
 from stq_compile.planner import saved_plan
 from stq_compile.planner.planner import Planner
 from stq_compile.saved_state import whole_number
@@ -376,7 +376,8 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
     """A state of another kind, as the optimizer should have it.
 
     Of a whole tensor for a sharded parameter, this process's part. A bfloat16 one is packed as it
-    is: torch would make a float32 copy of every such state before the first could be packed.
+    is: torch would make a float32 copy of every such state before the first could be packed. As
+    torch does with float32 ones, it is taken and not copied.
     """
     if value.shape != param.shape or not value.ndim:
         return value
@@ -388,9 +389,7 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
     held = local(value)
     if held.dtype != torch.bfloat16 or not is_dense(held) or held.stride() != local(param).stride():
         return value
-    storage = PackedStorage(held.numel(), BFLOAT16)
-    storage.codes = memory_order(held).view(torch.int16).clone()
-    return wrap(PackedState(storage, held.size(), held.stride()), value)
+    return wrap(PackedState.wrap(held), value)
 
 
 def _mapping(value: Any, entry: str) -> Mapping[Any, Any]:

@@ -72,7 +72,7 @@ class PackedState(Tensor):
 
     @classmethod
     def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
-        """A dense float32 tensor as a packed state of format float32, in the same memory."""
+        """A dense float32 or bfloat16 tensor as a packed state of that format, in its memory."""
         packed = PackedStorage(values.numel(), CONSTANT, **storage)
         packed.take(memory_order(values.detach()))
         return cls(packed, values.size(), values.stride())

@@ -10,6 +10,7 @@ whose every operator takes all of them).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,6 +128,9 @@ def format_for(values: Tensor, width: int) -> Format:
 LIKE_WEIGHTS = 0.9
 """Cosine from which on a state counts as a copy of its parameter."""
 
+IN_DOUBLE = 1 << 20
+"""Elements that are converted to float64 at a time."""
+
 
 def is_like(value: Tensor, param: Any) -> bool:
     """Whether a state is a copy of the weights, or an average of them: slow weights, starting
@@ -137,9 +141,16 @@ def is_like(value: Tensor, param: Any) -> bool:
     """
     if not isinstance(param, Tensor) or value.shape != param.shape:
         return False
-    a, b = value.detach().flatten().double(), param.detach().flatten().double()
-    scale = float(a.norm() * b.norm())
-    return scale > 0 and float(a @ b) > LIKE_WEIGHTS * scale
+    values = value.dequantize() if isinstance(value, PackedState) else value.detach()
+    parts = zip(
+        values.flatten().split(IN_DOUBLE), param.detach().flatten().split(IN_DOUBLE), strict=True
+    )
+    pairs = ((a.double(), b.double()) for a, b in parts)
+    product, ours, theirs = (
+        math.fsum(sums) for sums in zip(*((a @ b, a @ a, b @ b) for a, b in pairs), strict=True)
+    )
+    scale = math.sqrt(ours * theirs)
+    return scale > 0 and product > LIKE_WEIGHTS * scale
 
 
 def can_be_packed(value: Tensor) -> bool:
