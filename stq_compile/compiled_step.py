@@ -219,7 +219,7 @@ class CompiledStep:
         """Let the step hold a packed state where it held the float32 one, and the optimizer."""
         binding = self.bindings[(Role.STATE, source)]
         former = binding.live if isinstance(binding, Argument) else binding
-        assert former is not None
+        assert isinstance(former, Tensor)
         state = wrap(value, former)
         if isinstance(binding, Argument):
             self.bindings[(Role.STATE, source)] = Argument(binding.position, state)

@@ -142,9 +142,8 @@ def is_like(value: Tensor, param: Any) -> bool:
     if not isinstance(param, Tensor) or value.shape != param.shape:
         return False
     values = value.dequantize() if isinstance(value, PackedState) else value.detach()
-    parts = zip(
-        values.flatten().split(IN_DOUBLE), param.detach().flatten().split(IN_DOUBLE), strict=True
-    )
+    flat = values.flatten(), param.detach().flatten()
+    parts = zip(*(torch.split(x, IN_DOUBLE) for x in flat), strict=True)
     pairs = ((a.double(), b.double()) for a, b in parts)
     product, ours, theirs = (
         math.fsum(sums) for sums in zip(*((a @ b, a @ a, b @ b) for a, b in pairs), strict=True)
