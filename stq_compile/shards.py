@@ -69,7 +69,16 @@ class Region:
     @property
     def sharded(self) -> bool:
         """Whether no process of a replica holds all of the tensor."""
-        return any(p.is_shard() for p in self.placements)
+        return any(divides(p) for p in self.placements)
+
+
+def divides(placement: Any) -> bool:
+    """Whether a placement shares a tensor out.
+
+    torch's ``is_shard`` says no of a strided shard, that of FSDP over tensor parallelism on one
+    dimension.
+    """
+    return isinstance(placement, (Shard, _StridedShard))
 
 
 def local(value: Any) -> Any:
@@ -106,7 +115,7 @@ def _region(
         return Region(shape, placements, begin // BLOCK, True, (size, start))
     index = 0
     for i, placement in enumerate(placements):
-        if placement.is_shard():
+        if divides(placement):
             index = index * mesh[i] + coordinate[i]
     own = OWN_BLOCKS + index * (block_count(math.prod(shape)) + 1)
     return Region(shape, placements, own, False, (size, start))
@@ -126,7 +135,7 @@ def _begin(
     shape: tuple[int, ...], placements: tuple[Any, ...], start: tuple[int, ...]
 ) -> int | None:
     """The element at which a shard begins that is one stretch of the whole tensor's memory."""
-    dims = {p.dim for p in placements if p.is_shard()}
+    dims = {p.dim for p in placements if divides(p)}
     if not all(type(p) in (Shard, Replicate) for p in placements):
         return None  # a strided shard's rows may lie apart
     if not dims:
@@ -139,7 +148,7 @@ def _begin(
 
 def boxes(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...]) -> list[Box]:
     """Every shard, in the order of the mesh; each replicated one once."""
-    counts = [n if p.is_shard() else 1 for n, p in zip(mesh, placements, strict=True)]
+    counts = [n if divides(p) else 1 for n, p in zip(mesh, placements, strict=True)]
     places = itertools.product(*map(range, counts))
     return [_box(shape, mesh, placements, place) for place in places]
 
@@ -192,7 +201,7 @@ def layout_of(tensor: Any) -> Layout | None:
         return None
     placements: tuple[Any, ...] = tuple(tensor.placements)
     dims = tuple(
-        (p.dim, getattr(p, "split_factor", 1)) if p.is_shard() else (-1, 1) for p in placements
+        (p.dim, getattr(p, "split_factor", 1)) if divides(p) else (-1, 1) for p in placements
     )
     return tuple(tensor.device_mesh.shape), dims
 
@@ -217,7 +226,7 @@ def distributed(
     assert isinstance(like, DTensor)
     placements = tuple(like.placements)
     if by_rows:
-        placements = tuple(Shard(0) if p.is_shard() else Replicate() for p in placements)
+        placements = tuple(Shard(0) if divides(p) else Replicate() for p in placements)
     return _assembled(part, like.device_mesh, placements, shape)
 
 
