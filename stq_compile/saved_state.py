@@ -15,8 +15,9 @@ that ``torch.distributed.checkpoint`` saves every part once and gives each proce
 ``sharding`` says how the state was sharded: sizes of the mesh, and for each of its dimensions the
 tensor's dimension that is divided (-1 for none) and torch's factor of a strided shard.
 
-A state that is read for another sharding is cut out block by block where its blocks are blocks of
-the whole tensor in both; otherwise it is decoded and encoded once.
+A part that was saved is read as it is. A state that is read for another sharding is cut out block
+by block where its blocks are blocks of the whole tensor in both; otherwise it is decoded and
+encoded once.
 """
 
 from __future__ import annotations
@@ -186,6 +187,12 @@ def place(
     box = place_of(like)
     if not saved.format.blocked:
         storage.codes = in_order_of(saved.elements()[slices(box)], held)
+        return storage, True
+    same = next((piece for piece in saved.pieces if piece.box == box), None)
+    if (
+        same is not None and held.is_contiguous()
+    ):  # divided as it was: its blocks are the saved ones
+        storage.codes, storage.scales = same.codes.clone(), same.scales.clone()
         return storage, True
     begin = stretch(box, saved.shape) if held.is_contiguous() else None
     found = None if begin is None or begin % BLOCK else saved.blocks()
