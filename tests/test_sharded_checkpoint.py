@@ -214,6 +214,7 @@ def test_cut_blocks_are_encoded_once_and_named(tmp_path: Path) -> None:
     expected = run_processes(4, saving_run, folder, (5,), "adamw", True)[0]
     (same, *_) = run_processes(4, resumed_run, folder, 5, "adamw", True)
     check_same(same, expected)
+    start, _ = make(shapes(True), "adamw", **OPTIONS)
     results = [*run_processes(2, resumed_run, folder, 5, "adamw", True)]
     results.append(resumed_here(folder, 5, "adamw", True))
     for result in results:
@@ -222,7 +223,8 @@ def test_cut_blocks_are_encoded_once_and_named(tmp_path: Path) -> None:
         assert len(names) == 2 * len(CUT)  # both states of each, and of no other
         assert "encoded anew" in str(result["report"])
         for name in CUT:
-            assert distance(result["params"][name], expected["params"][name]) < 0.01
+            moved = distance(start.get_parameter(name), expected["params"][name])
+            assert distance(result["params"][name], expected["params"][name]) < 0.3 * moved
 
 
 def stock_runs(rank: int, world: int, folder: str) -> list[float]:
