@@ -323,7 +323,7 @@ def _with_created(instance: Instance, created: list[Operand], traced: Operand) -
     param = instance.param
     operands = []
     for operand, position in zip(created, instance.returns, strict=True):
-        like_param = operand.shape != () and operand.shape == traced.shape
+        like_param = operand.shape != () and operand.shape == traced.whole_shape
         operands.append(
             replace(
                 operand,

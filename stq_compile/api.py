@@ -32,6 +32,7 @@ from stq_compile.errors import (
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
+    ShardedEagerStepError,
     StepMemoryError,
     StqError,
     TooManyGraphsError,
@@ -47,6 +48,7 @@ from stq_compile.planner.history import History
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.shards import is_sharded
 from stq_compile.state_report import Report, make_report
+from stq_compile.state_tree import Leaf
 from stq_compile.symbolic_math import symbolic_math
 
 REFUSED_OPTIONS = {
@@ -255,6 +257,8 @@ class _Driver:
             return self.run(optimizer)
         if self.for_good or len(arguments) > 1 or not self.closure_first:
             reason = "its step makes use of the closure or of other arguments as it goes"
+            if self._sharded():
+                raise ShardedEagerStepError(optimizer=type(optimizer).__name__, reason=reason)
             announce(self.session, f"{type(optimizer).__name__} cannot be compiled: {reason}.")
             return self._eagerly(optimizer, *args, **kwargs)
         with torch.enable_grad():
@@ -288,9 +292,10 @@ class _Driver:
             return self._eagerly(optimizer)
         before, session.changing = session.steps, False
         born: list[torch.Tensor] = []
+        loaded: list[tuple[Leaf, torch.Tensor]] = []
         try:
             if session.loaded:
-                self._take_loaded()
+                loaded = self._take_loaded()
             born = init_states(optimizer, session.options.min_numel)
             session.unpack_wide(born)
             session.move_counters()
@@ -302,31 +307,43 @@ class _Driver:
                 forget(optimizer, born)
             if not isinstance(error, Exception):
                 raise
-            return self._failed(optimizer, error, untouched)
+            return self._failed(optimizer, error, untouched, loaded)
 
-    def _failed(self, optimizer: Optimizer, error: Exception, untouched: bool) -> Any:
-        """Do in another way what failed, or raise what says why."""
+    def _failed(
+        self,
+        optimizer: Optimizer,
+        error: Exception,
+        untouched: bool,
+        loaded: list[tuple[Leaf, torch.Tensor]],
+    ) -> Any:
+        """Do in another way what failed, or raise what says why; ``loaded`` is what the optimizer
+        held before it was to be packed."""
         session, name = self.session, type(optimizer).__name__
         memory = next((e for e in causes(error) if is_out_of_memory(e)), None)
         if untouched and memory is not None:
             raise StepMemoryError(optimizer=name, reason=first_line(memory)) from error
         known = translated(error, name)
-        sharded = any(is_sharded(p) for p in session.params())
-        if untouched and isinstance(known, UncompiledStepError) and not sharded:
+        if untouched and isinstance(known, UncompiledStepError) and not self._sharded():
             return self._fall_back(optimizer, known)
         if session.compiles == 0:
+            for leaf, value in loaded:
+                leaf.put(value)
             self._uninstall(optimizer)
         if known is None:
             raise error
         raise known from error
 
-    def _take_loaded(self) -> None:
+    def _take_loaded(self) -> list[tuple[Leaf, torch.Tensor]]:
         """Pack what a checkpoint brought, and capture afresh."""
         session = self.session
-        session.pack_loaded()
+        found = session.pack_loaded()
         session.compiled_at.clear()  # captures that are due to loading say nothing of the step
         self._forget()  # what was captured holds the states of before
         session.loaded = False
+        return found
+
+    def _sharded(self) -> bool:
+        return any(is_sharded(p) for p in self.session.params())
 
     def _fall_back(self, optimizer: Optimizer, reason: UncompiledStepError) -> Any:
         """Run this step eagerly, and all later ones but after a mere excess of graphs.

@@ -6,23 +6,32 @@ from torch import Tag
 from torch._ops import OpOverload
 
 from stq_compile.codegen.backend import check_device
-from stq_compile.errors import RandomStepError, ShardedRegionError
-from stq_compile.step_graph import Program, Role, location_of
+from stq_compile.errors import RandomStepError, ShardedStateError
+from stq_compile.step_graph import Program, Role, StepGraph, location_of
 
 
 def check_program(program: Program) -> None:
     """Devices and shards of an analysed program, and that nothing in it is random."""
-    for unit, operand in program.operands():
-        if unit.unfused and operand.region is not None and operand.region.sharded:
-            raise ShardedRegionError(
-                optimizer=program.optimizer, source=operand.source, reason=unit.unfused
-            )
+    for _, operand in program.operands():
         if operand.role in (Role.PARAM, Role.GRAD):
             check_device(operand.device, operand.source)
     for unit in program.units:
+        _check_created(unit, program.optimizer)
         for node in unit.calls:
             target = node.target
             if isinstance(target, OpOverload) and Tag.nondeterministic_seeded in target.tags:
                 raise RandomStepError(
                     optimizer=program.optimizer, operator=target, location=location_of(node)
+                )
+
+
+def _check_created(unit: StepGraph, optimizer: str) -> None:
+    """States that a step makes for a sharded parameter are sharded as it is, or one number."""
+    for instance in unit.instances:
+        if instance.param.region is None:
+            continue
+        for operand in instance.operands:
+            if operand.returned >= 0 and operand.region is None and operand.shape != ():
+                raise ShardedStateError(
+                    optimizer=optimizer, source=operand.source, shape=operand.shape
                 )

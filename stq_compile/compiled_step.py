@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, Gradient
 from stq_compile.codec import Conversion
-from stq_compile.collective import Sums, add_up
+from stq_compile.collective import Sums, add_up, anywhere
 from stq_compile.compiler import (
     Generated,
     Unit,
@@ -31,7 +31,7 @@ from stq_compile.compiler import (
 from stq_compile.dump import Dump
 from stq_compile.errors import PartialStepError, first_line
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import CONSTANT, FLOAT32, Format
+from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import with_packed_normalizers
@@ -90,9 +90,9 @@ class Owner(Protocol):
     def params(self) -> list[Tensor]: ...
     def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
+    def unencoded(self, value: Tensor, source: Source, region: Any) -> PackedState: ...
     def rounding_options(self, source: Source) -> dict[str, Any]: ...
-    def storage_options(self, source: Source) -> dict[str, Any]: ...
+    def storage_options(self, source: Source, region: Any) -> dict[str, Any]: ...
     def decide(self) -> None: ...
     def without_planning(self, action: str, error: Exception) -> None: ...
 
@@ -182,7 +182,7 @@ class CompiledStep:
                 format = session.format_of(operand, unit)
                 reason = unit.facts.fragile.get(operand.source.key, "")
                 if unit.unfused:
-                    format = _format_now(self._live((Role.STATE, operand.source)), format)
+                    format = self._format_now(operand, format)
                 info = StateInfo(operand.source, format, unit.facts, reason)
                 found.append((operand, info))
         return found
@@ -203,6 +203,24 @@ class CompiledStep:
                     self.bindings[where] = moved
                 places[(operand.source.param, operand.source.key)](moved)
 
+    def _format_now(self, operand: Operand, format: Format) -> Format:
+        """The format of a region's state: what it is in, if that has the width asked for.
+
+        The graph of a region proves little, so the sign is that of the values, of all shards.
+        """
+        value = local(self._live((Role.STATE, operand.source)))
+        if isinstance(value, PackedState):
+            waiting = value.format == CONSTANT or value.format.width == format.width
+            if waiting and value.format != FLOAT32:
+                return value.format
+            value = value.dequantize()
+        if format == FLOAT32:
+            return format
+        signed = bool((value < 0).any())
+        if operand.region is not None:
+            signed = anywhere(signed, [self.session.params()[operand.source.param]])
+        return choose_format(format.width, nonnegative=not signed, normalizable=False)
+
     def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
         session = self.session
@@ -217,11 +235,11 @@ class CompiledStep:
                 if info.format == FLOAT32 or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
-                value = session.unencoded(value, operand.source)
+                value = session.unencoded(value, operand.source, operand.region)
                 put = places[(operand.source.param, operand.source.key)]
                 self._replace_state(operand.source, value, put)
             storage = value.packed
-            for name, option in session.storage_options(operand.source).items():
+            for name, option in session.storage_options(operand.source, operand.region).items():
                 setattr(storage, name, option)
             normalizer = self._normalizer(operand.source, info)
             storage.reencode(info.format, normalizer, codec=codec, following=following)
@@ -239,8 +257,10 @@ class CompiledStep:
         self, source: Source, value: PackedState, put: Callable[[Tensor], None]
     ) -> None:
         """Let the step hold a packed state where it held the float32 one, and the optimizer."""
-        state = wrap(value, self.session.params()[source.param])
         binding = self.bindings[(Role.STATE, source)]
+        former = binding.live if isinstance(binding, Argument) else binding
+        assert isinstance(former, Tensor)
+        state = wrap(value, former)
         if isinstance(binding, Argument):
             self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
         else:
@@ -433,7 +453,7 @@ class CompiledStep:
             )
         else:
             like = torch.empty_strided(operand.shape, operand.stride, device="meta")
-            options = self.session.storage_options(operand.source)
+            options = self.session.storage_options(operand.source, operand.region)
             state = PackedState.zeros_like(like, format, device=operand.device, **options)
         if operand.region is None:
             return state
@@ -454,16 +474,3 @@ def one_thread() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-def _format_now(value: Any, format: Format) -> Format:
-    """The format of a region's state: what it is in, if that has the width asked for.
-
-    The graph of a region proves little, so the sign is that of the values.
-    """
-    if isinstance(value, PackedState):
-        waiting = value.format == CONSTANT or value.format.width == format.width
-        if waiting and value.format != FLOAT32:
-            return value.format
-        value = value.dequantize()
-    return format if format == FLOAT32 else format_for(value, format.width)

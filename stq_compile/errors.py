@@ -151,10 +151,18 @@ class UnsupportedOptimizerError(StqError):
     message = "{optimizer} cannot be compiled: {reason}. It is left as it was."
 
 
-class ShardedRegionError(StqError):
+class ShardedStateError(StqError):
     message = (
-        "{optimizer}, {source}: its update is not element by element ({reason}), and the parameter "
-        "is sharded: no process has what it would need. The optimizer is left as it was."
+        "{optimizer}, {source}: the step makes a state of shape {shape} for a sharded parameter of "
+        "another shape, and how that is to be sharded is not known. Make such states before the "
+        "step (in `_init_group`, from the parameter). The optimizer is left as it was."
+    )
+
+
+class ShardedEagerStepError(StqError):
+    message = (
+        "{optimizer} cannot be compiled: {reason}; and with sharded parameters a step is not run "
+        "eagerly. The optimizer is left as it was."
     )
 
 

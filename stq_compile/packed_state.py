@@ -87,7 +87,7 @@ class PackedState(Tensor):
 
     @classmethod
     def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
-        """A dense float32 tensor as a packed state of format float32, in the same memory."""
+        """A dense float32 or bfloat16 tensor as a packed state of that format, in its memory."""
         packed = PackedStorage(values.numel(), CONSTANT, device=values.device, **storage)
         packed.take(memory_order(values.detach()))
         return cls(packed, values.size(), values.stride())
@@ -207,6 +207,14 @@ def memory_order(values: Tensor) -> Tensor:
             expected="a dense, non-overlapping tensor",
         )
     return values.as_strided((values.numel(),), (1,), values.storage_offset())
+
+
+def in_order_of(values: Tensor, like: Tensor) -> Tensor:
+    """The elements of ``values`` in the order in which those of ``like`` lie in memory."""
+    ordered = torch.empty_strided(
+        like.size(), like.stride(), dtype=values.dtype, device=like.device
+    )
+    return memory_order(ordered.copy_(values))
 
 
 def is_dense(values: Tensor) -> bool:

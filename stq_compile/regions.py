@@ -5,22 +5,57 @@
 so that the float32 values of packed states live no longer than the region of their parameter. The
 graph runs operator by operator: on the CPU the operators that make a region one (matrix products,
 decompositions, sorts) are library calls, and a graph is traced anew for every shape.
+
+Of a sharded parameter every process gathers the whole gradient, states and values, runs the graph
+on them, and keeps its part of the results (the "distributed Muon" of Liu et al., "Muon is scalable
+for LLM training", 2025). So results are those of one process, whatever the operators are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from stq_compile.packed_state import PackedState
+from stq_compile.capture import Argument
+from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.runtime import Resolve, changed, live
+from stq_compile.shards import local, part_of, whole_of
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph, set_device
 from stq_compile.storage import PackedStorage, Replacement
 from stq_compile.working_set import encoded_as
+
+
+class Cell(NamedTuple):
+    """What stands behind an operand in one step, and the mesh of a sharded one."""
+
+    operand: Operand
+    value: Any
+    mesh: Any = None
+
+    def read(self) -> Any:
+        """The value as the graph takes it: decoded and whole; all processes must call it."""
+        if self.operand.returned >= 0:
+            return None  # a state that the step makes is only written
+        value = self.value.dequantize() if isinstance(self.value, PackedState) else self.value
+        if self.operand.region is None:
+            return value
+        return whole_of(value, self.operand.region, self.mesh)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of a result of the graph."""
+        region = self.operand.region
+        return whole if region is None else part_of(whole, region)
+
+    def encoded(
+        self, whole: Tensor, width: int, before: Iterable[Replacement]
+    ) -> Replacement | None:
+        """A packed state's new buffers; see `working_set.encoded_as`."""
+        values = in_order_of(self.part(whole), self.value).float()
+        return encoded_as(self.value.packed, values, width, before, whole)
 
 
 class Region:
@@ -53,17 +88,22 @@ class Region:
 
     def _row(
         self, instance: Instance, args: Sequence[Any], created: dict[int, Tensor]
-    ) -> list[Any]:
-        row: list[Any] = []
+    ) -> list[Cell]:
+        row: list[Cell] = []
         for operand, number in zip(instance.operands, self.numbers, strict=True):
+            if operand.value is not None:
+                row.append(Cell(operand, operand.value))
+                continue
             if operand.returned >= 0:
-                row.append(created[operand.returned])
-            elif operand.value is not None:
-                row.append(operand.value)
+                outer: Any = created[operand.returned]
+                value = local(outer)
             else:
-                value = live(operand, self.resolve(operand), args)
-                row.append(float(value) if number else value)
+                source = self.resolve(operand)
+                outer = args[source.position] if isinstance(source, Argument) else source
+                value = live(operand, source, args)
                 _check(operand, value)
+            mesh = None if operand.region is None else outer.device_mesh
+            row.append(Cell(operand, float(value) if number else value, mesh))
         return row
 
     def launch(self) -> Iterator[Instance]:
@@ -71,24 +111,23 @@ class Region:
         rows, self.rows = self.rows, []
         for instance, row in zip(self.unit.instances, rows, strict=True):
             with torch.no_grad():
-                self._run(instance, row)
+                self._run(row)
             yield instance
 
-    def _run(self, instance: Instance, row: list[Any]) -> None:
+    def _run(self, row: list[Cell]) -> None:
         """Update one parameter: whatever takes memory first, then all that changes."""
-        results = self.module(*(_decoded(value) for value in row))
+        results = self.module(*(cell.read() for cell in row))
         encoded: list[Replacement] = []
         plain: list[tuple[Tensor, Tensor]] = []
-        for operand, target in zip(instance.operands, row, strict=True):
-            if operand.name not in self.outputs:
+        for cell in row:
+            if cell.operand.name not in self.outputs:
                 continue
-            value = results[self.outputs[operand.name]]
-            if isinstance(target, PackedState):
-                values = _in_memory_order(value, target)
-                made = encoded_as(target.packed, values, self.width_of(operand), encoded)
+            whole = results[self.outputs[cell.operand.name]]
+            if isinstance(cell.value, PackedState):
+                made = cell.encoded(whole, self.width_of(cell.operand), encoded)
                 encoded += [] if made is None else [made]
             else:
-                plain.append((target, value.to(target.dtype)))
+                plain.append((cell.value, cell.part(whole).to(cell.value.dtype)))
         for replacement in encoded:
             PackedStorage.replace(replacement)
         for target, value in plain:
@@ -104,14 +143,3 @@ def _check(operand: Operand, value: Any) -> None:
         raise changed(operand, "layout", value)
     if value.dtype != operand.dtype:
         raise changed(operand, "dtype", value)
-
-
-def _decoded(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, PackedState) else value
-
-
-def _in_memory_order(value: Tensor, state: PackedState) -> Tensor:
-    """The elements of ``value`` in the order in which those of ``state`` are stored."""
-    ordered = torch.empty_strided(state.size(), state.stride(), device=state.device)
-    ordered.copy_(value)
-    return ordered.as_strided((ordered.numel(),), (1,))

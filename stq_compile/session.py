@@ -59,7 +59,7 @@ from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
-from stq_compile.shards import is_sharded, local, region_of, wrap
+from stq_compile.shards import Region, is_sharded, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
@@ -234,7 +234,8 @@ class Session:
             value = binding.live if isinstance(binding, Argument) else binding
             if role is not Role.STATE or not isinstance(value, Tensor):
                 continue
-            wide = isinstance(value, PackedState) and value.format == BFLOAT16  # created as a copy
+            # A packed one was created as a copy, or loaded.
+            wide = isinstance(value, PackedState) and value.format in (BFLOAT16, FLOAT32)
             if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
 
@@ -525,18 +526,25 @@ class Session:
         for leaf, source in self.leaves():
             yield leaf.owner, source, leaf.key, leaf.value
 
-    def pack_loaded(self) -> None:
+    def pack_loaded(self) -> list[tuple[Leaf, Tensor]]:
         """Mark the float32 states that a loaded checkpoint brought as waiting to be packed.
 
-        May be done again where it was interrupted; `loaded` is the caller's to clear.
+        May be done again where it was interrupted; `loaded` is the caller's to clear. Returns what
+        they were, so that this can be undone.
         """
+        found = []
         for leaf, source in list(self.leaves()):
             info = self.info.get((source.param, leaf.key))
             held = local(leaf.value)
-            if info is None or isinstance(held, PackedState) or not can_be_packed(held):
+            if isinstance(held, PackedState) or not can_be_packed(held):
                 continue
-            if info.format != FLOAT32:
-                leaf.put(wrap(self.unencoded(held, info.source), self.params()[source.param]))
+            numel = leaf.value.numel() if leaf.value.ndim else 0
+            width = self.width_of_state(source, numel) if info is None else info.format.width
+            if width < FLOAT32.width:
+                found.append((leaf, leaf.value))
+                state = self.unencoded(held, source, region_of(leaf.value))
+                leaf.put(wrap(state, leaf.value))
+        return found
 
     def move_counters(self) -> None:
         """Put step counters, which torch keeps on the CPU, where their parameters are.
@@ -561,9 +569,9 @@ class Session:
                 if isinstance(held, PackedState) and wide:
                     self.optimizer.state[param][key] = wrap(held.dequantize(), param)
 
-    def unencoded(self, value: Tensor, source: Source) -> PackedState:
+    def unencoded(self, value: Tensor, source: Source, region: Region | None) -> PackedState:
         """A packed state of float32 values that are yet to be encoded."""
-        return PackedState.wrap(value.float(), **self.storage_options(source))
+        return PackedState.wrap(value.float(), **self.storage_options(source, region))
 
     def rounding_options(self, source: Source) -> dict[str, Any]:
         """How a state is rounded, and the random numbers that are its own."""
@@ -573,9 +581,8 @@ class Session:
             "stream": stream_id(source.param, source.key),
         }
 
-    def storage_options(self, source: Source) -> dict[str, Any]:
-        """What the storage of a parameter's state is made with."""
-        region = region_of(self.params()[source.param])
+    def storage_options(self, source: Source, region: Region | None) -> dict[str, Any]:
+        """What the storage of a state is made with that lies in ``region`` of a whole one."""
         return {
             **self.rounding_options(source),
             "first_block": 0 if region is None else region.first_block,

@@ -69,6 +69,28 @@ def _walk(owner: Any, key: str, value: Any, put: Callable[[Any], None]) -> Itera
             yield from _walk(owner, _join(key, i), inner, rebuild(i))
 
 
+def tensors(entries: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in the state of one parameter, with its key."""
+    for leaf in _walk(None, "", entries, lambda _: None):
+        yield leaf.key, leaf.value
+
+
+def rebuilt(value: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:
+    """A copy of nested containers, each part of which is what ``change`` gives for (key, part).
+
+    A part that ``change`` gives back is walked if it is a container.
+    """
+    new = change(key, value)
+    if new is not value:
+        return new
+    if isinstance(value, dict):
+        return {name: rebuilt(part, change, _join(key, name)) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [rebuilt(part, change, _join(key, i)) for i, part in enumerate(value)]
+        return parts if isinstance(value, list) else getattr(value, "_make", type(value))(parts)
+    return value
+
+
 def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
 

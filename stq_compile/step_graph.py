@@ -85,9 +85,14 @@ class Operand:
     region: Region | None = None
 
     @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor, of which a process may hold a part."""
+        return self.shape if self.region is None else self.region.shape
+
+    @property
     def numel(self) -> int:
-        """Elements of the whole tensor, of which a process may hold a part."""
-        return math.prod(self.shape) if self.region is None else self.region.numel
+        """Elements of the whole tensor."""
+        return math.prod(self.whole_shape)
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stq_compile import interrupts, reference
 from stq_compile.errors import FormatMismatchError, NegativeStateError
-from stq_compile.formats import BLOCK, CONSTANT, FLOAT32, Format, block_count
+from stq_compile.formats import BFLOAT16, BLOCK, CONSTANT, FLOAT32, Format, block_count
 from stq_compile.options import Rounding
 from stq_compile.rounding import NEAREST, Noise, step_key
 
@@ -244,9 +244,11 @@ class PackedStorage:
         self.replace(self._replacement(made, normalizer, writes, codec, following))
 
     def take(self, values: Tensor) -> None:
-        """Make a ``constant`` state hold float32 ``[numel]``, in the memory of ``values``."""
+        """Make a ``constant`` state hold float32 or bfloat16 ``[numel]``, in their own memory."""
         self._check_new()
-        self._take(Buffers(values, self.scales, FLOAT32, self.numel), None)
+        half = values.dtype == torch.bfloat16
+        format, codes = (BFLOAT16, values.view(torch.int16)) if half else (FLOAT32, values)
+        self._take(Buffers(codes, self.scales, format, self.numel), None)
 
     def fill(self, value: float) -> None:
         """Make a ``constant`` state hold ``value`` everywhere."""

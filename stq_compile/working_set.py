@@ -10,6 +10,7 @@ whose every operator takes all of them).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -116,18 +117,24 @@ class WorkingSet(TorchDispatchMode):
 
 
 def encoded_as(
-    storage: PackedStorage, values: Tensor, width: int, before: Iterable[Replacement] = ()
+    storage: PackedStorage,
+    values: Tensor,
+    width: int,
+    before: Iterable[Replacement] = (),
+    whole: Tensor | None = None,
 ) -> Replacement | None:
     """New values of a state, as `PackedStorage.encoded`; None if nothing changes.
 
     The format changes only if they do not fit it: a state that is still a constant gets its format
     now, and one that was never negative so far and is so now a signed format of the same width.
+    ``whole``: all values of a state of which ``values`` are this process's part, so that all
+    processes choose alike.
     """
-    format = storage.format
-    if format == CONSTANT and not float(storage.codes) and not bool(values.any()):
+    format, seen = storage.format, values if whole is None else whole
+    if format == CONSTANT and not float(storage.codes) and not bool(seen.any()):
         return None
-    if format == CONSTANT or (not format.signed and bool((values < 0).any())):
-        wanted = format_for(values, width if format == CONSTANT else format.width)
+    if format == CONSTANT or (not format.signed and bool((seen < 0).any())):
+        wanted = format_for(seen, width if format == CONSTANT else format.width)
         return storage.encoded(values, wanted)
     return storage.encoded(values, before=before)
 
@@ -142,6 +149,9 @@ def format_for(values: Tensor, width: int) -> Format:
 LIKE_WEIGHTS = 0.9
 """Cosine from which on a state counts as a copy of its parameter."""
 
+IN_DOUBLE = 1 << 20
+"""Elements that are converted to float64 at a time."""
+
 
 def is_like(value: Tensor, param: Any) -> bool:
     """Whether a state is a copy of the weights, or an average of them: slow weights, starting
@@ -152,9 +162,15 @@ def is_like(value: Tensor, param: Any) -> bool:
     """
     if not isinstance(param, Tensor) or value.shape != param.shape:
         return False
-    a, b = value.detach().flatten().double(), param.detach().flatten().double()
-    scale = float(a.norm() * b.norm())
-    return scale > 0 and float(a @ b) > LIKE_WEIGHTS * scale
+    values = value.dequantize() if isinstance(value, PackedState) else value.detach()
+    flat = values.flatten(), param.detach().flatten()
+    parts = zip(*(torch.split(x, IN_DOUBLE) for x in flat), strict=True)
+    pairs = ((a.double(), b.double()) for a, b in parts)
+    product, ours, theirs = (
+        math.fsum(sums) for sums in zip(*((a @ b, a @ a, b @ b) for a, b in pairs), strict=True)
+    )
+    scale = math.sqrt(ours * theirs)
+    return scale > 0 and product > LIKE_WEIGHTS * scale
 
 
 def can_be_packed(value: Tensor) -> bool:

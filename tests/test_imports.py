@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compiled_step",),
     ("reporting", "reporting.*"),
     ("session",),
-    ("repro", "saved_state"),
+    ("repro", "saved_state", "shard_blocks"),
     ("checkpoint", "dcp", "eager"),
     ("backend", "state_report"),
     ("closures", "symbolic_math"),

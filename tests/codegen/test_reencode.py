@@ -38,11 +38,7 @@ def changed(old: str, new: str, rounding: Rounding, target: str) -> list[str]:
     normalized = first.normalized or last.normalized
     unit_format = FORMATS["adaptive_log4"] if normalized else None
     kernel = reencode_kernel(first, last, rounding, unit_format)
-    runner = (
-        compiled(tabulate(kernel))
-        if target == "cpu"
-        else executable(emit(kernel))
-    )
+    runner = compiled(tabulate(kernel)) if target == "cpu" else executable(emit(kernel))
     noise = NEAREST if rounding == "nearest" else Noise(step_key(SEED, STEP, STREAM))
     rows, live, wanted = [], [], []
     for numel in SIZES:
