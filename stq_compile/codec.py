@@ -11,6 +11,7 @@ little of it for a kernel to be worth building.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from stq_compile.compiler import compile_kernels
 from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Rounding
 from stq_compile.rounding import Noise, kernel_arguments, signed64
-from stq_compile.storage import REFERENCE, Codec
+from stq_compile.storage import REFERENCE, Codec, PackedStorage
 
 Way = tuple[Format, Format]
 """From a format, to a format; one of them is float32."""
@@ -62,7 +63,8 @@ class CompiledCodec:
 
     def __init__(self, rounding: Rounding) -> None:
         self.rounding = rounding
-        self._kernels: dict[Way, tuple[Kernel, CompiledKernel]] = {}
+        self.kernels: dict[Way, tuple[Kernel, CompiledKernel]] = {}
+        self._converted: Counter[Format] = Counter()
 
     def prepare(self, conversions: Sequence[Conversion]) -> Codec:
         """What is to make these changes, with all kernels built before a state is touched.
@@ -78,13 +80,25 @@ class CompiledCodec:
         self.build(formats, {c.new: None for c in made})
         return self
 
+    def amortized(self, states: Iterable[PackedStorage]) -> Codec:
+        """What is to decode and encode these states in a step that runs outside of kernels.
+
+        The kernels of a format are built once the reference has done as much work as building
+        them is: in all, no more than twice the time of whichever would have been the better.
+        """
+        for state in states:
+            self._converted[state.format] += state.numel
+        worth = [f for f, numel in self._converted.items() if numel >= WORTH_BUILDING]
+        self.build(worth, worth)
+        return self
+
     def build(self, decoded: Iterable[Format], encoded: Iterable[Format]) -> None:
         """Build the kernels that are missing."""
         ways = [(format, FLOAT32) for format in decoded] + [(FLOAT32, f) for f in encoded]
-        missing = [w for w in dict.fromkeys(ways) if _has_kernel(w) and w not in self._kernels]
+        missing = [w for w in dict.fromkeys(ways) if _has_kernel(w) and w not in self.kernels]
         kernels = [_kernel(way, self.rounding) for way in missing]
         built = compile_kernels(kernels)
-        self._kernels |= dict(zip(missing, zip(kernels, built, strict=True), strict=True))
+        self.kernels |= dict(zip(missing, zip(kernels, built, strict=True), strict=True))
 
     def encode(
         self,
@@ -96,7 +110,8 @@ class CompiledCodec:
     ) -> tuple[Tensor, Tensor]:
         """`reference.encode`."""
         way = (FLOAT32, format)
-        if way not in self._kernels:
+        other_rounding = (noise.key is None) != (self.rounding == "nearest")
+        if way not in self.kernels or other_rounding:
             return reference.encode(x, format, noise, normalizer, first_block)
         made = reference.empty_buffers(format, x.numel())
         self._run(way, (x, None), made, normalizer, noise.key, first_block)
@@ -112,7 +127,7 @@ class CompiledCodec:
     ) -> Tensor:
         """`reference.decode`."""
         way = (format, FLOAT32)
-        if way not in self._kernels:
+        if way not in self.kernels:
             return reference.decode(codes, scales, format, numel, normalizer)
         values = torch.empty(numel)
         self._run(way, (codes, scales), (values, None), normalizer)
@@ -127,7 +142,7 @@ class CompiledCodec:
         key: int | None = None,
         first_block: int = 0,
     ) -> None:
-        kernel, compiled = self._kernels[way]
+        kernel, compiled = self.kernels[way]
         step, stream = (0, 0) if key is None else kernel_arguments(key)
         tensors = (*old, *new, normalizer)
         fields = {

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.capture import Argument, Captured
-from stq_compile.codec import Conversion
+from stq_compile.codec import CompiledCodec, Conversion
 from stq_compile.collective import Sums, add_up
 from stq_compile.compiler import (
     Generated,
@@ -60,6 +60,7 @@ class Owner(Protocol):
 
     options: Options
     dump: Dump
+    codec: CompiledCodec
     seed: int
     steps: int
     compiles: int
@@ -209,7 +210,7 @@ class CompiledStep:
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
-            Region(unit, self._resolve, partial(self._width_of, unit))
+            Region(unit, self._resolve, partial(self._width_of, unit), self.session.codec)
             for unit in self.program.units
             if unit.unfused
         ]

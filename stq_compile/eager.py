@@ -41,7 +41,10 @@ def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs
     """
     wide = session.options.precision == FLOAT32.width
     min_numel = None if wide else max(session.options.min_numel, 1)
-    with WorkingSet(lambda: _owners(session), min_numel), torch.compiler.set_stance("force_eager"):
+    held = (leaf.value for leaf, _ in session.leaves())
+    codec = session.codec.amortized(v.packed for v in held if isinstance(v, PackedState))
+    working = WorkingSet(lambda: _owners(session), min_numel, codec)
+    with working, torch.compiler.set_stance("force_eager"):
         args = tuple(_outside(a) for a in args)
         result = step(*args, **{k: _outside(v) for k, v in kwargs.items()})
     pack_states(session)

@@ -131,12 +131,12 @@ class PackedStorage:
         """Bytes of codes and scales; a normalizer's bytes are its own."""
         return self.codes.nbytes + self.scales.nbytes
 
-    def read(self) -> Tensor:
+    def read(self, codec: Codec = REFERENCE) -> Tensor:
         """The values, float32 ``[numel]``, in a new tensor."""
         if self.working is not None:
             return self.working.clone()
-        unit = None if self.normalizer is None else self.normalizer.read()
-        return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
+        unit = None if self.normalizer is None else self.normalizer.read(codec)
+        return codec.decode(self.codes, self.scales, self.format, self.numel, unit)
 
     @property
     def newborn(self) -> bool:
@@ -149,7 +149,7 @@ class PackedStorage:
         unit = None if self.normalizer is None else self.normalizer.buffers
         return Buffers(self.codes, self.scales, self.format, self.numel, unit)
 
-    def write(self, values: Tensor) -> None:
+    def write(self, values: Tensor, codec: Codec = REFERENCE) -> None:
         """Replace all values by float32 ``[numel]``, encoded in the present format."""
         if values.numel() != self.numel:
             raise FormatMismatchError(
@@ -158,16 +158,16 @@ class PackedStorage:
         values = values.detach().reshape(-1).float()
         source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
         format = FLOAT32 if self.format == CONSTANT else self.format
-        made = self._converted(source, format, self.buffers.unit, REFERENCE)
-        self._replace(made, self.normalizer)
+        made = self._converted(source, format, self.buffers.unit, codec)
+        self._replace(made, self.normalizer, codec)
 
-    def rewrite(self, values: Tensor, format: Format) -> None:
+    def rewrite(self, values: Tensor, format: Format, codec: Codec = REFERENCE) -> None:
         """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
         _check_normalizer(format, None, self.numel)
         source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
-        made = self._converted(source, format, None, REFERENCE)
+        made = self._converted(source, format, None, codec)
         former = self.normalizer
-        self._replace(made, None)
+        self._replace(made, None, codec)
         if former is not None:
             former._dependents.discard(self)
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import REFERENCE, Codec, PackedStorage
 
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
 """For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
@@ -34,9 +34,10 @@ class WorkingSet(TorchDispatchMode):
     ``min_numel``: constants of so many elements or more are born packed; None leaves them alone.
     """
 
-    def __init__(self, owners: Owners, min_numel: int | None) -> None:
+    def __init__(self, owners: Owners, min_numel: int | None, codec: Codec = REFERENCE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._min_numel = min_numel
+        self._codec = codec
         self._ask = owners
         self._owners = owners()
         self._decoded: set[PackedStorage] = set()
@@ -75,9 +76,9 @@ class WorkingSet(TorchDispatchMode):
 
     def _read(self, storage: PackedStorage) -> Tensor:
         if id(storage) not in self._owners:
-            return storage.read()
+            return storage.read(self._codec)
         if storage.working is None:
-            storage.working = storage.read()
+            storage.working = storage.read(self._codec)
             self._decoded.add(storage)
         return storage.working
 
@@ -85,7 +86,7 @@ class WorkingSet(TorchDispatchMode):
         if storage.working is not None:
             self._written.add(storage)  # `values` is what `_read` gave, changed in place
         else:
-            storage.write(values)
+            storage.write(values, self._codec)
 
     def _turn_to(self, owners: set[int | None]) -> None:
         """Encode and forget the decoded states of all other owners; normalizers first."""
@@ -96,10 +97,10 @@ class WorkingSet(TorchDispatchMode):
             assert values is not None
             if storage in self._written:
                 self._written.discard(storage)
-                write_as(storage, values, self._owners[id(storage)][1])
+                write_as(storage, values, self._owners[id(storage)][1], self._codec)
 
 
-def write_as(storage: PackedStorage, values: Tensor, width: int) -> None:
+def write_as(storage: PackedStorage, values: Tensor, width: int, codec: Codec = REFERENCE) -> None:
     """Replace all values; the format changes only if they do not fit it.
 
     A state that is still a constant gets its format now. One that was never negative so far and
@@ -109,9 +110,10 @@ def write_as(storage: PackedStorage, values: Tensor, width: int) -> None:
     if format == CONSTANT and not float(storage.codes) and not bool(values.any()):
         return
     if format == CONSTANT or (not format.signed and bool((values < 0).any())):
-        storage.rewrite(values, format_for(values, width if format == CONSTANT else format.width))
+        kept = width if format == CONSTANT else format.width
+        storage.rewrite(values, format_for(values, kept), codec)
     else:
-        storage.write(values)
+        storage.write(values, codec)
 
 
 def format_for(values: Tensor, width: int) -> Format:
