@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tag
+from itertools import pairwise
+
+from torch import Tag, Tensor
 from torch._ops import OpOverload
 
-from stq_compile.errors import RandomStepError, ShardedRegionError, UnsupportedDeviceError
+from stq_compile.capture import Argument, Captured
+from stq_compile.errors import (
+    RandomStepError,
+    ShardedRegionError,
+    SharedMemoryError,
+    UnsupportedDeviceError,
+)
+from stq_compile.packed_state import PackedState
+from stq_compile.shards import local
 from stq_compile.step_graph import Program, Role, location_of
 
 
@@ -25,3 +35,22 @@ def check_program(program: Program) -> None:
                 raise RandomStepError(
                     optimizer=program.optimizer, operator=target, location=location_of(node)
                 )
+
+
+def check_memory(captured: Captured) -> None:
+    """No parameter or state lies in the memory of another (a view of the parameter, kept)."""
+    found = []
+    for (role, source), binding in captured.bindings.items():
+        value = binding.live if isinstance(binding, Argument) else binding
+        if role not in (Role.PARAM, Role.STATE) or not isinstance(value, Tensor):
+            continue
+        value = local(value)
+        if not isinstance(value, PackedState) and value.numel():
+            last = sum((n - 1) * s for n, s in zip(value.size(), value.stride(), strict=True))
+            start = value.data_ptr()
+            found.append((start, start + (last + 1) * value.element_size(), str(source)))
+    for (_, end, first), (start, _, second) in pairwise(sorted(found)):
+        if start < end:
+            raise SharedMemoryError(
+                optimizer=captured.program.optimizer, first=first, second=second
+            )

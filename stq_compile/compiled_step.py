@@ -7,6 +7,7 @@ kernels run on; which width a state has is the `Session`'s to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -26,10 +27,12 @@ from stq_compile.compiler import (
     measuring_program,
 )
 from stq_compile.dump import Dump
+from stq_compile.errors import FormatMismatchError
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.agree import agree
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
@@ -43,6 +46,23 @@ from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
+
+
+@contextmanager
+def agreement(
+    steps: Sequence[CompiledStep], is_nonnegative: Callable[[StateKey], bool]
+) -> Iterator[None]:
+    """Steps of one optimizer go by facts that they share; by their former ones if this fails."""
+    former = [step.program for step in steps]
+    agreed = agree([step.front[-1].program for step in steps], is_nonnegative)
+    try:
+        for step, program in zip(steps, agreed, strict=True):
+            step.take(program)
+        yield
+    except BaseException:
+        for step, program in zip(steps, former, strict=True):
+            step.take(program)
+        raise
 
 
 @dataclass
@@ -81,7 +101,10 @@ class Owner(Protocol):
 
 
 class CompiledStep:
-    """One captured graph: templates, live objects, and the buckets for the widths in use."""
+    """One captured graph: templates, live objects, and the buckets for the widths in use.
+
+    ``program`` holds the templates before formats, with facts on which all graphs agree.
+    """
 
     def __init__(self, session: Owner, captured: Captured, stages: list[Stage]) -> None:
         self.session = session
@@ -90,6 +113,7 @@ class CompiledStep:
         self.attributes = captured.attributes
         self.front = stages
         self.stages = stages
+        self.program = stages[-1].program
         self.buckets: list[Bucket] = []
         self.regions: list[Region] = []
         self.measured: Program | None = None
@@ -98,10 +122,12 @@ class CompiledStep:
         kept = {operand.returned for _, operand in self._created_by()}
         self.shared = shared_results(captured.program.units[0], kept)
 
-    @property
-    def program(self) -> Program:
-        """The templates, before formats."""
-        return self.front[-1].program
+    def take(self, program: Program) -> None:
+        """Go on with other facts of the same templates, from the next `generate` on."""
+        if program is not self.program:
+            self.program = program
+            self.measured = None
+            vars(self).pop("planned_program", None)
 
     @cached_property
     def planned_program(self) -> Program:
@@ -244,10 +270,11 @@ class CompiledStep:
         created: dict[int, Any] = {o.returned: self._create(o) for o in self.created}
         shared = self._shared_results(args)
         step = mixed_step(session.seed, session.steps)
-        for bucket in self.buckets:
-            bucket.fill(args, created)
-        for region in self.regions:
-            region.fill(args, created)
+        try:
+            self._fill(args, created)
+        except FormatMismatchError:  # another graph of this optimizer, or an eager step, ran last
+            self._commit(self._wanted(), session.codec)
+            self._fill(args, created)
         planner = session.planner if self.buckets else None
         looks = planner is not None and planner.due(session.steps + 1)
         if looks:
@@ -262,6 +289,13 @@ class CompiledStep:
             session.replan()
         results = created | shared
         return tuple(results[i] for i in sorted(results))
+
+    def _fill(self, args: Sequence[Any], created: dict[int, Any]) -> None:
+        """Find and check all tensors of this step; nothing is changed before all are found."""
+        for bucket in self.buckets:
+            bucket.fill(args, created)
+        for region in self.regions:
+            region.fill(args, created)
 
     def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
         """The step's new numbers, by output position; from its inputs before they change."""

@@ -19,13 +19,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile.capture import Argument, Captured, capture, param_sources
-from stq_compile.checks import check_program
+from stq_compile.checks import check_memory, check_program
 from stq_compile.codec import CompiledCodec
-from stq_compile.compiled_step import CompiledStep, StateInfo
+from stq_compile.compiled_step import CompiledStep, StateInfo, agreement
 from stq_compile.compiler import analyse
 from stq_compile.dump import Dump
+from stq_compile.dynamo import lost_attributes
 from stq_compile.errors import (
     InfeasibleBudgetError,
+    LostAttributeError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
 )
@@ -45,7 +47,7 @@ from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
-from stq_compile.shards import local, region_of, wrap
+from stq_compile.shards import is_sharded, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
@@ -96,7 +98,13 @@ class Session:
     def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
         start = time.perf_counter()
+        lost = lost_attributes()
+        if lost:
+            raise LostAttributeError(
+                optimizer=type(self.optimizer).__name__, attributes=", ".join(lost)
+            )
         captured = capture(gm, self.optimizer)
+        check_memory(captured)
         with reporting_defects(self, captured.program):
             stages = analyse(captured.program, self.dump.folder("analyse"))
         program = stages[-1].program
@@ -104,10 +112,11 @@ class Session:
         self.check_precision(program)
         step = CompiledStep(self, captured, stages)
         self._find_weights(captured)
-        with self._attempt():
+        steps = [*self.compiled, step]
+        with self._attempt(), agreement(steps, self._is_nonnegative):
             changes = self.enroll(step.planned_program)
             known = self.plan.keys() & changes.keys()
-            self._transition(changes, [*self.compiled, step])
+            self._transition(changes, steps)
             self.transitions += len(known)
         step.release(gm)
         self.compiled.add(step)
@@ -148,6 +157,13 @@ class Session:
             wide = isinstance(value, PackedState) and value.format == BFLOAT16  # created as a copy
             if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
+
+    def _is_nonnegative(self, state: StateKey) -> bool:
+        """Whether no value of a state is negative now; of a sharded one nobody sees all values."""
+        for leaf, source in self.leaves():
+            if (source.param, leaf.key) == state:
+                return not is_sharded(leaf.value) and not bool((leaf.value < 0).any())
+        return False
 
     def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
