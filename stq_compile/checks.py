@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tag, Tensor
@@ -37,13 +38,16 @@ def check_program(program: Program) -> None:
                 )
 
 
-def check_memory(captured: Captured) -> None:
-    """No parameter or state lies in the memory of another (a view of the parameter, kept)."""
-    found = []
+def check_memory(captured: Captured, params: Sequence[Tensor]) -> None:
+    """No state of a step lies in the memory of another, or of any parameter (a view, kept)."""
+    sources = {source.param: source for role, source in captured.bindings if role is Role.PARAM}
+    tensors = [(sources.get(i, f"parameter {i}"), param) for i, param in enumerate(params)]
     for (role, source), binding in captured.bindings.items():
         value = binding.live if isinstance(binding, Argument) else binding
-        if role not in (Role.PARAM, Role.STATE) or not isinstance(value, Tensor):
-            continue
+        if role is Role.STATE and isinstance(value, Tensor):
+            tensors.append((source, value))
+    found = []
+    for source, value in tensors:
         value = local(value)
         if not isinstance(value, PackedState) and value.numel():
             last = sum((n - 1) * s for n, s in zip(value.size(), value.stride(), strict=True))

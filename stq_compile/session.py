@@ -104,7 +104,7 @@ class Session:
                 optimizer=type(self.optimizer).__name__, attributes=", ".join(lost)
             )
         captured = capture(gm, self.optimizer)
-        check_memory(captured)
+        check_memory(captured, self.params())
         with reporting_defects(self, captured.program):
             stages = analyse(captured.program, self.dump.folder("analyse"))
         program = stages[-1].program

@@ -342,7 +342,7 @@ def test_it_takes_the_eager_optimizers_steps(cls: Any) -> None:
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
     assert stq.report(optimizer).compiles <= 4
     moved = (vector(eager) - vector(make_params())).norm()
-    assert 0 < (vector(packed) - vector(eager)).norm() < 0.25 * moved
+    assert (vector(packed) - vector(eager)).norm() < 0.25 * moved
     memory = {p.untyped_storage().data_ptr() for p in packed}
     for leaf in leaves(packed_optimizer):
         if leaf.value.dtype == torch.float32 and leaf.value.numel() >= MIN_NUMEL:
