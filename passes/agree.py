@@ -14,7 +14,7 @@ the weights, in one graph is so in all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def agree(programs: Sequence[Program], is_nonnegative: Callable[[State], bool]) 
             unit.facts,
             normalizers=rest | found,
             fragile=dict(unit.facts.fragile) | {k: fragile[i, k] for k in keys if fragile[i, k]},
-            copies=_decided(unit.facts.copies, keys, lambda k, i=i: copies[i, k]),
+            copies=_decided(unit.facts.copies, {k: copies[i, k] for k in keys}),
         )
         agreed.append(unit if _same(facts, unit.facts) else unit.replace(facts=facts))
     return [_with_units(program, agreed) for program in programs]
@@ -79,7 +79,7 @@ def _signed(
     signed = []
     for i, unit in enumerate(units):
         keys = [key for j, key in states if i == j]
-        nonnegative = _decided(unit.facts.nonnegative, keys, lambda k, i=i: signs[i, k])
+        nonnegative = _decided(unit.facts.nonnegative, {k: signs[i, k] for k in keys})
         if nonnegative != unit.facts.nonnegative:
             unit = unit.replace(facts=replace(unit.facts, nonnegative=nonnegative))
             (unit,) = find_normalizers(Program("", (unit,))).units
@@ -127,10 +127,9 @@ def _common(
             return facts
 
 
-def _decided(
-    known: frozenset[str], keys: list[str], holds: Callable[[str], bool]
-) -> frozenset[str]:
-    return frozenset({k for k in known if k not in keys} | {k for k in keys if holds(k)})
+def _decided(known: frozenset[str], holds: Mapping[str, bool]) -> frozenset[str]:
+    """What was known, but for keys of which something else was found."""
+    return frozenset((known - holds.keys()) | {key for key in holds if holds[key]})
 
 
 def _same(a: Facts, b: Facts) -> bool:

@@ -41,18 +41,18 @@ def check_program(program: Program) -> None:
 def check_memory(captured: Captured, params: Sequence[Tensor]) -> None:
     """No state of a step lies in the memory of another, or of any parameter (a view, kept)."""
     sources = {source.param: source for role, source in captured.bindings if role is Role.PARAM}
-    tensors = [(sources.get(i, f"parameter {i}"), param) for i, param in enumerate(params)]
+    tensors = [(str(sources.get(i, f"parameter {i}")), p) for i, p in enumerate(params)]
     for (role, source), binding in captured.bindings.items():
         value = binding.live if isinstance(binding, Argument) else binding
         if role is Role.STATE and isinstance(value, Tensor):
-            tensors.append((source, value))
+            tensors.append((str(source), value))
     found = []
-    for source, value in tensors:
-        value = local(value)
+    for name, tensor in tensors:
+        value = local(tensor)
         if not isinstance(value, PackedState) and value.numel():
             last = sum((n - 1) * s for n, s in zip(value.size(), value.stride(), strict=True))
             start = value.data_ptr()
-            found.append((start, start + (last + 1) * value.element_size(), str(source)))
+            found.append((start, start + (last + 1) * value.element_size(), name))
     for (_, end, first), (start, _, second) in pairwise(sorted(found)):
         if start < end:
             raise SharedMemoryError(
