@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tag
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tag, Tensor
 from torch._ops import OpOverload
 
+from stq_compile.capture import Argument, Captured
 from stq_compile.codegen.backend import check_device
-from stq_compile.errors import RandomStepError, ShardedStateError
+from stq_compile.errors import RandomStepError, ShardedStateError, SharedMemoryError
+from stq_compile.packed_state import PackedState
+from stq_compile.shards import local
 from stq_compile.step_graph import Program, Role, StepGraph, location_of
 
 
@@ -35,3 +41,25 @@ def _check_created(unit: StepGraph, optimizer: str) -> None:
                 raise ShardedStateError(
                     optimizer=optimizer, source=operand.source, shape=operand.shape
                 )
+
+
+def check_memory(captured: Captured, params: Sequence[Tensor]) -> None:
+    """No state of a step lies in the memory of another, or of any parameter (a view, kept)."""
+    sources = {source.param: source for role, source in captured.bindings if role is Role.PARAM}
+    tensors = [(str(sources.get(i, f"parameter {i}")), p) for i, p in enumerate(params)]
+    for (role, source), binding in captured.bindings.items():
+        value = binding.live if isinstance(binding, Argument) else binding
+        if role is Role.STATE and isinstance(value, Tensor):
+            tensors.append((str(source), value))
+    found = []
+    for name, tensor in tensors:
+        value = local(tensor)
+        if not isinstance(value, PackedState) and value.numel():
+            last = sum((n - 1) * s for n, s in zip(value.size(), value.stride(), strict=True))
+            start = value.data_ptr()
+            found.append((start, start + (last + 1) * value.element_size(), name))
+    for (_, end, first), (start, _, second) in pairwise(sorted(found)):
+        if start < end:
+            raise SharedMemoryError(
+                optimizer=captured.program.optimizer, first=first, second=second
+            )

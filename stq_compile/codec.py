@@ -11,6 +11,7 @@ little of it for a kernel to be worth building.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Rounding
 from stq_compile.rounding import Noise, kernel_arguments, signed64
 from stq_compile.step_graph import CPU
-from stq_compile.storage import REFERENCE, Codec
+from stq_compile.storage import REFERENCE, Codec, PackedStorage
 
 Way = tuple[Format, Format]
 """From a format, to a format; one of them is float32."""
@@ -65,7 +66,8 @@ class CompiledCodec:
 
     def __init__(self, rounding: Rounding) -> None:
         self.rounding = rounding
-        self._kernels: dict[Kind, tuple[Kernel, Executable]] = {}
+        self.kernels: dict[Kind, tuple[Kernel, Executable]] = {}
+        self._converted: Counter[tuple[Format, torch.device]] = Counter()
 
     def prepare(self, conversions: Sequence[Conversion]) -> Codec:
         """What is to make these changes, with all kernels built before a state is touched.
@@ -83,17 +85,32 @@ class CompiledCodec:
             self.build(formats, {c.new: None for c in mine}, device)
         return self
 
+    def amortized(self, states: Iterable[PackedStorage]) -> Codec:
+        """What is to decode and encode these states in a step that runs outside of kernels.
+
+        The kernels of a format are built once the reference has done as much work as building
+        them is: in all, no more than twice the time of whichever would have been the better.
+        """
+        for state in states:
+            self._converted[state.format, state.device] += state.numel
+        for (format, device), numel in self._converted.items():
+            if numel >= WORTH_BUILDING:
+                self.build([format], [format], device)
+        return self
+
     def build(
         self, decoded: Iterable[Format], encoded: Iterable[Format], device: torch.device = CPU
     ) -> None:
         """Build the kernels that are missing."""
         ways = [(format, FLOAT32) for format in decoded] + [(FLOAT32, f) for f in encoded]
         kinds = [(way, device) for way in dict.fromkeys(ways) if _has_kernel(way)]
-        missing = [kind for kind in kinds if kind not in self._kernels]
+        missing = [kind for kind in kinds if kind not in self.kernels]
+        if not missing:
+            return
         target = backend_of(device).target(device)
         kernels = [_kernel(way, self.rounding, target) for way, _ in missing]
         built = compile_kernels(kernels, device)
-        self._kernels |= dict(zip(missing, zip(kernels, built, strict=True), strict=True))
+        self.kernels |= dict(zip(missing, zip(kernels, built, strict=True), strict=True))
 
     def encode(
         self,
@@ -105,7 +122,8 @@ class CompiledCodec:
     ) -> tuple[Tensor, Tensor]:
         """`reference.encode`."""
         way = (FLOAT32, format)
-        if (way, x.device) not in self._kernels:
+        other_rounding = (noise.key is None) != (self.rounding == "nearest")
+        if (way, x.device) not in self.kernels or other_rounding:
             return reference.encode(x, format, noise, normalizer, first_block)
         made = reference.empty_buffers(format, x.numel(), x.device)
         self._run(way, (x, None), made, normalizer, noise.key, first_block)
@@ -121,7 +139,7 @@ class CompiledCodec:
     ) -> Tensor:
         """`reference.decode`."""
         way = (format, FLOAT32)
-        if (way, codes.device) not in self._kernels:
+        if (way, codes.device) not in self.kernels:
             return reference.decode(codes, scales, format, numel, normalizer)
         values = torch.empty(numel, device=codes.device)
         self._run(way, (codes, scales), (values, None), normalizer)
@@ -136,7 +154,7 @@ class CompiledCodec:
         key: int | None = None,
         first_block: int = 0,
     ) -> None:
-        kernel, compiled = self._kernels[way, old[0].device]
+        kernel, compiled = self.kernels[way, old[0].device]
         step, stream = (0, 0) if key is None else kernel_arguments(key)
         tensors = (*old, *new, normalizer)
         fields = {

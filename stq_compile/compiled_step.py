@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, Gradient
-from stq_compile.codec import Conversion
+from stq_compile.codec import CompiledCodec, Conversion
 from stq_compile.collective import Sums, add_up, anywhere
 from stq_compile.compiler import (
     Generated,
@@ -29,11 +29,12 @@ from stq_compile.compiler import (
     measuring_program,
 )
 from stq_compile.dump import Dump
-from stq_compile.errors import PartialStepError, first_line
+from stq_compile.errors import FormatMismatchError, PartialStepError, first_line
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.agree import agree
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
@@ -58,6 +59,23 @@ COMPARED_AT_ONCE = 16
 """About how many parameters a look measures directly after the calibration, in turn."""
 
 
+@contextmanager
+def agreement(
+    steps: Sequence[CompiledStep], is_nonnegative: Callable[[StateKey], bool]
+) -> Iterator[None]:
+    """Steps of one optimizer go by facts that they share; by their former ones if this fails."""
+    former = [step.program for step in steps]
+    agreed = agree([step.front[-1].program for step in steps], is_nonnegative)
+    try:
+        for step, program in zip(steps, agreed, strict=True):
+            step.take(program)
+        yield
+    except BaseException:
+        for step, program in zip(steps, former, strict=True):
+            step.take(program)
+        raise
+
+
 @dataclass
 class StateInfo:
     """What the compiler knows about one state of one parameter."""
@@ -73,6 +91,7 @@ class Owner(Protocol):
 
     options: Options
     dump: Dump
+    codec: CompiledCodec
     seed: int
     steps: int
     compiles: int
@@ -98,7 +117,10 @@ class Owner(Protocol):
 
 
 class CompiledStep:
-    """One captured graph: templates, live objects, and the buckets for the widths in use."""
+    """One captured graph: templates, live objects, and the buckets for the widths in use.
+
+    ``program`` holds the templates before formats, with facts on which all graphs agree.
+    """
 
     def __init__(self, session: Owner, captured: Captured, stages: list[Stage]) -> None:
         self.session = session
@@ -107,6 +129,7 @@ class CompiledStep:
         self.attributes = captured.attributes
         self.front = stages
         self.stages = stages
+        self.program = stages[-1].program
         self.buckets: list[Bucket] = []
         self.regions: list[Region] = []
         self.measured: Program | None = None
@@ -115,10 +138,12 @@ class CompiledStep:
         kept = {operand.returned for _, operand in self._created_by()}
         self.shared = shared_results(captured.program.units[0], kept)
 
-    @property
-    def program(self) -> Program:
-        """The templates, before formats."""
-        return self.front[-1].program
+    def take(self, program: Program) -> None:
+        """Go on with other facts of the same templates, from the next `generate` on."""
+        if program is not self.program:
+            self.program = program
+            self.measured = None
+            vars(self).pop("planned_program", None)
 
     @cached_property
     def planned_program(self) -> Program:
@@ -270,7 +295,7 @@ class CompiledStep:
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
-            Region(unit, self._resolve, partial(self._width_of, unit))
+            Region(unit, self._resolve, partial(self._width_of, unit), self.session.codec)
             for unit in self.program.units
             if unit.unfused
         ]
@@ -304,10 +329,11 @@ class CompiledStep:
         created: dict[int, Any] = {o.returned: self._create(o) for o in self.created}
         shared = self._shared_results(args)
         step = mixed_step(session.seed, session.steps)
-        for bucket in self.buckets:
-            bucket.fill(args, created)
-        for region in self.regions:
-            region.fill(args, created)
+        try:
+            self._fill(args, created)
+        except FormatMismatchError:  # another graph of this optimizer, or an eager step, ran last
+            self._commit(self._wanted(), session.codec)
+            self._fill(args, created)
         session.recorded = session.recorded or recording()
         looked = self._planned_look(args, created)
         results = created | shared
@@ -358,6 +384,13 @@ class CompiledStep:
             session.without_planning("measure", error)
             return False
         return True
+
+    def _fill(self, args: Sequence[Any], created: dict[int, Any]) -> None:
+        """Find and check all tensors of this step; nothing is changed before all are found."""
+        for bucket in self.buckets:
+            bucket.fill(args, created)
+        for region in self.regions:
+            region.fill(args, created)
 
     def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
         """The step's new numbers, by output position; from its inputs before they change."""

@@ -67,11 +67,11 @@ def _run(
         return None
     before = Before(session) if calls and session.options.on_nonfinite != "propagate" else None
     outside = partial(_outside, session)
+    held = (leaf.value for leaf, _ in session.leaves())
+    codec = session.codec.amortized(v.packed for v in held if isinstance(v, PackedState))
+    working = WorkingSet(lambda: _owners(session), min_numel, codec)
     try:
-        with (
-            WorkingSet(lambda: _owners(session), min_numel),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with working, torch.compiler.set_stance("force_eager"):
             result = step(*map(outside, args), **{k: outside(v) for k, v in kwargs.items()})
     except BaseException as error:
         if before is not None and isinstance(error, (_Skipped, NonFiniteGradientError)):

@@ -187,6 +187,19 @@ class SharedScalarError(UncompiledStepError):
     message = why + LEFT_AS_IT_WAS + "."
 
 
+class LostAttributeError(UncompiledStepError):
+    why = (
+        "{optimizer}: its step sets {attributes} of the optimizer itself, which torch.compile "
+        "would forget"
+    )
+    message = why + LEFT_AS_IT_WAS + "; keep what changes in `state` or in a parameter group."
+
+
+class SharedMemoryError(UncompiledStepError):
+    why = "{optimizer}: {first} and {second} share memory, and a kernel would update them apart"
+    message = why + LEFT_AS_IT_WAS + "."
+
+
 class UnsupportedOutputError(UncompiledStepError):
     why = "{optimizer}: the step stores {found}\n  at {location}"
     message = why + LEFT_AS_IT_WAS + "; keep step counters as tensors, and clone what is stored."

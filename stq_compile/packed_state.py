@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from stq_compile.dynamo import traced_optimizer
 from stq_compile.errors import FormatMismatchError, TracingError
 from stq_compile.formats import CONSTANT, Format
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import REFERENCE, Codec, PackedStorage
 
 
 @lru_cache
@@ -105,11 +105,12 @@ class PackedState(Tensor):
     def format(self) -> Format:
         return self.packed.format
 
-    def dequantize(self) -> Tensor:
+    def dequantize(self, codec: Codec = REFERENCE) -> Tensor:
         """The values as an ordinary float32 tensor of the same size and strides."""
         if self._storage is None:
             return self._anchor.new_empty_strided(self.size(), self.stride())
-        return self._storage.read().as_strided(self.size(), self.stride(), self.storage_offset())
+        values = self._storage.read(codec)
+        return values.as_strided(self.size(), self.stride(), self.storage_offset())
 
     # Methods that torch answers from memory without asking the dispatcher.
     def numpy(self, *, force: bool = False) -> Any:

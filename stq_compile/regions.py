@@ -2,7 +2,8 @@
 
     decode the packed states of one parameter -> run its graph -> encode the states that it wrote
 
-so that the float32 values of packed states live no longer than the region of their parameter. The
+so that the float32 values of packed states live no longer than the region of their parameter. They
+are decoded and encoded by kernels where that is enough work for kernels to be built. The
 graph runs operator by operator: on the CPU the operators that make a region one (matrix products,
 decompositions, sorts) are library calls, and a graph is traced anew for every shape.
 
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from stq_compile.capture import Argument
+from stq_compile.codec import CompiledCodec
 from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.runtime import Resolve, changed, live
 from stq_compile.shards import local, part_of, whole_of
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph, set_device
-from stq_compile.storage import PackedStorage, Replacement
+from stq_compile.storage import Codec, PackedStorage, Replacement
 from stq_compile.working_set import encoded_as
 
 
@@ -36,11 +38,11 @@ class Cell(NamedTuple):
     value: Any
     mesh: Any = None
 
-    def read(self) -> Any:
+    def read(self, codec: Codec) -> Any:
         """The value as the graph takes it: decoded and whole; all processes must call it."""
         if self.operand.returned >= 0:
             return None  # a state that the step makes is only written
-        value = self.value.dequantize() if isinstance(self.value, PackedState) else self.value
+        value = self.value.dequantize(codec) if isinstance(self.value, PackedState) else self.value
         if self.operand.region is None:
             return value
         return whole_of(value, self.operand.region, self.mesh)
@@ -51,24 +53,29 @@ class Cell(NamedTuple):
         return whole if region is None else part_of(whole, region)
 
     def encoded(
-        self, whole: Tensor, width: int, before: Iterable[Replacement]
+        self, whole: Tensor, width: int, before: Iterable[Replacement], codec: Codec
     ) -> Replacement | None:
         """A packed state's new buffers; see `working_set.encoded_as`."""
         values = in_order_of(self.part(whole), self.value).float()
-        return encoded_as(self.value.packed, values, width, before, whole)
+        return encoded_as(self.value.packed, values, width, before, whole, codec)
 
 
 class Region:
     """One unfused graph and its rows of tensors."""
 
     def __init__(
-        self, unit: StepGraph, resolve: Resolve, width_of: Callable[[Operand], int]
+        self,
+        unit: StepGraph,
+        resolve: Resolve,
+        width_of: Callable[[Operand], int],
+        codec: CompiledCodec,
     ) -> None:
         """``width_of``: of states that get their format when they are first written."""
         unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of
+        self.codec = codec
         self.module = fx.GraphModule({}, copy.deepcopy(unit.graph))
         for node in self.module.graph.nodes:
             set_device(node, unit.device)
@@ -85,6 +92,9 @@ class Region:
             ChangedTensorError: a tensor is not what the graph was traced for.
         """
         self.rows = [self._row(instance, args, created) for instance in self.unit.instances]
+        self.codec.amortized(
+            c.value.packed for row in self.rows for c in row if isinstance(c.value, PackedState)
+        )
 
     def _row(
         self, instance: Instance, args: Sequence[Any], created: dict[int, Tensor]
@@ -116,7 +126,7 @@ class Region:
 
     def _run(self, row: list[Cell]) -> None:
         """Update one parameter: whatever takes memory first, then all that changes."""
-        results = self.module(*(cell.read() for cell in row))
+        results = self.module(*(cell.read(self.codec) for cell in row))
         encoded: list[Replacement] = []
         plain: list[tuple[Tensor, Tensor]] = []
         for cell in row:
@@ -124,7 +134,7 @@ class Region:
                 continue
             whole = results[self.outputs[cell.operand.name]]
             if isinstance(cell.value, PackedState):
-                made = cell.encoded(whole, self.width_of(cell.operand), encoded)
+                made = cell.encoded(whole, self.width_of(cell.operand), encoded, self.codec)
                 encoded += [] if made is None else [made]
             else:
                 plain.append((cell.value, cell.part(whole).to(cell.value.dtype)))

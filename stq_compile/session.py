@@ -23,14 +23,16 @@ from torch.utils.hooks import RemovableHandle
 
 from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, capture, param_sources
-from stq_compile.checks import check_program
+from stq_compile.checks import check_memory, check_program
 from stq_compile.codec import CompiledCodec
-from stq_compile.compiled_step import CompiledStep, StateInfo
+from stq_compile.compiled_step import CompiledStep, StateInfo, agreement
 from stq_compile.compiler import analyse
 from stq_compile.dump import Dump
+from stq_compile.dynamo import lost_attributes
 from stq_compile.errors import (
     InfeasibleBudgetError,
     KernelBuildError,
+    LostAttributeError,
     NonFiniteGradientError,
     PlanningWarning,
     StqError,
@@ -121,21 +123,28 @@ class Session:
         ``exemplars``: whose step was captured, in place of the whole optimizer's.
         """
         start = time.perf_counter()
+        lost = lost_attributes()
+        if lost:
+            raise LostAttributeError(
+                optimizer=type(self.optimizer).__name__, attributes=", ".join(lost)
+            )
         captured = capture(gm, self.optimizer)
         with reporting_defects(self, captured.program):
             stages = analyse(captured.program, self.dump.folder("analyse"))
         if exemplars is not None:
             captured, stages[-1] = self._for_all(captured, stages[-1], exemplars)
+        check_memory(captured, self.params())
         program = stages[-1].program
         check_program(program)
         self.check_precision(program)
         step = CompiledStep(self, captured, stages)
         self._find_weights(captured)
+        steps = [*self.compiled, step]
         with interrupts.scope() as hold:
-            with self._attempt():
+            with self._attempt(), agreement(steps, self._is_nonnegative):
                 changes = self.enroll(step.planned_program)
                 known = self.plan.keys() & changes.keys()
-                self._transition(changes, [*self.compiled, step], hold)
+                self._transition(changes, steps, hold)
                 self.transitions += len(known)
             step.release(gm)
             self.compiled.add(step)
@@ -238,6 +247,13 @@ class Session:
             wide = isinstance(value, PackedState) and value.format in (BFLOAT16, FLOAT32)
             if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
+
+    def _is_nonnegative(self, state: StateKey) -> bool:
+        """Whether no value of a state is negative now; of a sharded one nobody sees all values."""
+        for leaf, source in self.leaves():
+            if (source.param, leaf.key) == state:
+                return not is_sharded(leaf.value) and not bool((leaf.value < 0).any())
+        return False
 
     def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""

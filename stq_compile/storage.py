@@ -156,12 +156,12 @@ class PackedStorage:
         """Where codes and scales are."""
         return self.codes.device
 
-    def read(self) -> Tensor:
+    def read(self, codec: Codec = REFERENCE) -> Tensor:
         """The values, float32 ``[numel]``, in a new tensor."""
         if self.working is not None:
             return self.working.clone()
-        unit = None if self.normalizer is None else self.normalizer.read()
-        return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
+        unit = None if self.normalizer is None else self.normalizer.read(codec)
+        return codec.decode(self.codes, self.scales, self.format, self.numel, unit)
 
     @property
     def newborn(self) -> bool:
@@ -174,19 +174,20 @@ class PackedStorage:
         unit = None if self.normalizer is None else self.normalizer.buffers
         return Buffers(self.codes, self.scales, self.format, self.numel, unit)
 
-    def write(self, values: Tensor) -> None:
+    def write(self, values: Tensor, codec: Codec = REFERENCE) -> None:
         """Replace all values by float32 ``[numel]``, encoded in the present format."""
-        self.replace(self.encoded(values))
+        self.replace(self.encoded(values, codec=codec))
 
-    def rewrite(self, values: Tensor, format: Format) -> None:
+    def rewrite(self, values: Tensor, format: Format, codec: Codec = REFERENCE) -> None:
         """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
-        self.replace(self.encoded(values, format))
+        self.replace(self.encoded(values, format, codec=codec))
 
     def encoded(
         self,
         values: Tensor,
         format: Format | None = None,
         before: Iterable[Replacement] = (),
+        codec: Codec = REFERENCE,
     ) -> Replacement:
         """What `replace` takes to hold float32 ``[numel]``, in the present format or another one
         (without normalizer). Changes nothing; all memory that the change needs is taken here.
@@ -208,8 +209,8 @@ class PackedStorage:
         unit = None if normalizer is None else normalizer.buffers
         for renewal in itertools.chain(*before):
             unit = renewal.made if renewal.storage is normalizer else unit
-        made, writes = self._converted(source, format, unit, REFERENCE)
-        return self._replacement(made, normalizer, writes)
+        made, writes = self._converted(source, format, unit, codec)
+        return self._replacement(made, normalizer, writes, codec)
 
     def reencode(
         self,

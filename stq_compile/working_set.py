@@ -23,7 +23,7 @@ from stq_compile import interrupts
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
-from stq_compile.storage import DEVICES, PackedStorage, Replacement
+from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
 
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
 """For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
@@ -36,9 +36,10 @@ class WorkingSet(TorchDispatchMode):
     ``min_numel``: constants of so many elements or more are born packed; None leaves them alone.
     """
 
-    def __init__(self, owners: Owners, min_numel: int | None) -> None:
+    def __init__(self, owners: Owners, min_numel: int | None, codec: Codec = REFERENCE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._min_numel = min_numel
+        self._codec = codec
         self._ask = owners
         self._owners = owners()
         self._decoded: set[PackedStorage] = set()
@@ -84,9 +85,9 @@ class WorkingSet(TorchDispatchMode):
 
     def _read(self, storage: PackedStorage) -> Tensor:
         if id(storage) not in self._owners:
-            return storage.read()
+            return storage.read(self._codec)
         if storage.working is None:
-            storage.working = storage.read()
+            storage.working = storage.read(self._codec)
             self._decoded.add(storage)
         return storage.working
 
@@ -94,7 +95,7 @@ class WorkingSet(TorchDispatchMode):
         if storage.working is not None:
             self._written.add(storage)  # `values` is what `_read` gave, changed in place
         else:
-            storage.write(values)
+            storage.write(values, self._codec)
 
     def _turn_to(self, owners: set[int | None]) -> None:
         """Encode and forget the decoded states of all other owners; normalizers first."""
@@ -104,7 +105,8 @@ class WorkingSet(TorchDispatchMode):
             values = storage.working
             assert values is not None
             if storage in self._written:
-                encoded = encoded_as(storage, values, self._owners[id(storage)][1], made)
+                width = self._owners[id(storage)][1]
+                encoded = encoded_as(storage, values, width, made, codec=self._codec)
                 made += [] if encoded is None else [encoded]
         with interrupts.scope() as hold:
             hold()  # the states of one parameter change together
@@ -122,6 +124,7 @@ def encoded_as(
     width: int,
     before: Iterable[Replacement] = (),
     whole: Tensor | None = None,
+    codec: Codec = REFERENCE,
 ) -> Replacement | None:
     """New values of a state, as `PackedStorage.encoded`; None if nothing changes.
 
@@ -135,8 +138,8 @@ def encoded_as(
         return None
     if format == CONSTANT or (not format.signed and bool((seen < 0).any())):
         wanted = format_for(seen, width if format == CONSTANT else format.width)
-        return storage.encoded(values, wanted)
-    return storage.encoded(values, before=before)
+        return storage.encoded(values, wanted, codec=codec)
+    return storage.encoded(values, before=before, codec=codec)
 
 
 def format_for(values: Tensor, width: int) -> Format:
