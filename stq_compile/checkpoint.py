@@ -11,6 +11,12 @@ step of the random counter, the widths in force and what the planner knows. With
 continues bit for bit, later decisions included. A checkpoint that is damaged or does not fit is
 refused whole, before anything is changed.
 
+The error of a compensated 16-bit parameter (design/0016) stands beside its states as ``param_error``
+and takes part in all of this; it belongs to the value of the parameter that was saved at the same
+time. The float32 form has none, and neither has the stock optimizer: parameters are then what is
+left of them in 16 bits. Loaded without compensation it is dropped, and what comes without it starts
+from errors of zero.
+
 Loaded under other options: widths and planner carry over if ``precision`` is the same, and the
 next decision follows the new options (the first step decides at once if the budget is exceeded or a
 width is not on the ladder). With another ``precision``, or from a run with a planner to one without
@@ -33,14 +39,15 @@ from stq_compile import saved_state
 from stq_compile.capture import param_sources
 from stq_compile.collective import any_failed
 from stq_compile.errors import CheckpointError
-from stq_compile.formats import BFLOAT16, WIDTHS
+from stq_compile.formats import BFLOAT16, ULP8, WIDTHS
+from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense, memory_order
 from stq_compile.planner import saved_plan
 from stq_compile.planner.planner import Planner
 from stq_compile.saved_state import whole_number
 from stq_compile.session import Session
 from stq_compile.shards import is_sharded, local, place_of, wrap
-from stq_compile.step_graph import Source
+from stq_compile.step_graph import PARAM_ERROR, Source
 from stq_compile.storage import PackedStorage
 
 VERSION = 3
@@ -84,6 +91,8 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
         for index, entries in state_dict["state"].items()
     }  # fmt: skip
     if format == "packed":
+        for number, error in session.errors.items():
+            out["state"].setdefault(number, {})[PARAM_ERROR] = saved_state.save(error, None)
         header = {
             "version": VERSION,
             "seed": session.seed,
@@ -131,10 +140,12 @@ class Import:
     plan: dict[tuple[int, str], int] = field(default_factory=dict)
     planner: Mapping[str, Any] | None = None
     reencoded: list[str] = field(default_factory=list)
+    errors: dict[int, Tensor] = field(default_factory=dict)
 
     def apply(self, session: Session) -> None:
         """Let the session continue where the checkpoint was made."""
         session.reencoded = tuple(self.reencoded)
+        session.load_errors(self.errors)
         if self.seed is None:
             return
         session.seed, session.steps, session.plan = self.seed, self.steps, self.plan
@@ -271,12 +282,20 @@ def _read_entries(
         states[key] = state = saved_state.read(packed[key], param, where, states)
         divisor = packed[key]["normalizer"]
         options = session.storage_options(_source(session, param, str(key)))
+        if (state.format == ULP8) != (key == PARAM_ERROR):
+            raise CheckpointError(
+                entry=f"{where}.format",
+                found=state.format.name,
+                expected=f"{ULP8.name} for {PARAM_ERROR} and for nothing else",
+            )
         storage, exact = saved_state.place(state, param, options, storages.get(divisor))
         storages[key] = storage
         if not exact:
             found.reencoded.append(where)
         held = local(param)
-        entries[key] = wrap(PackedState(storage, held.size(), held.stride()), param)
+        entries[key] = wrap(_packed(storage, held), param)
+        if key == PARAM_ERROR:
+            found.errors[_source(session, param, key).param] = entries.pop(key)
     if param is not None:
         live = session.optimizer.state.get(param, {})
         for key, value in entries.items():
@@ -319,7 +338,13 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
         return value
     storage = PackedStorage(held.numel(), BFLOAT16)
     storage.codes = memory_order(held).view(torch.int16).clone()
-    return wrap(PackedState(storage, held.size(), held.stride()), value)
+    return wrap(_packed(storage, local(param)), value)
+
+
+def _packed(storage: PackedStorage, param: Tensor) -> PackedState:
+    """A state of its parameter's type, which is what torch turns it into otherwise."""
+    dtype = param.dtype if param.dtype in FLOAT_DTYPES else torch.float32
+    return PackedState(storage, param.size(), param.stride(), dtype=dtype)
 
 
 def _mapping(value: Any, entry: str) -> Mapping[Any, Any]:

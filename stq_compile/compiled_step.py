@@ -28,6 +28,8 @@ from stq_compile.compiler import (
 from stq_compile.dump import Dump
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import CONSTANT, FLOAT32, Format
+from stq_compile.half_params import HalfParams
+from stq_compile.halves import FLOAT_DTYPES, HALF_DTYPES
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import with_packed_normalizers
@@ -40,7 +42,16 @@ from stq_compile.rounding import mixed_step
 from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
 from stq_compile.shards import local, wrap
 from stq_compile.state_tree import Leaf
-from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
+from stq_compile.step_graph import (
+    PARAM_ERROR,
+    PARAM_ROUNDING,
+    Facts,
+    Operand,
+    Program,
+    Role,
+    Source,
+    StepGraph,
+)
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
 
@@ -53,6 +64,7 @@ class StateInfo:
     format: Format
     facts: Facts
     reason: str = ""
+    widened: bool = False
 
 
 class Owner(Protocol):
@@ -67,6 +79,7 @@ class Owner(Protocol):
     plan: dict[StateKey, int]
     planner: Planner | None
     look_bytes: int
+    errors: dict[int, Tensor]
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -114,7 +127,7 @@ class CompiledStep:
             return generate(
                 self.program,
                 session.format_of,
-                session.options.rounding,
+                session.options,
                 session.dump.folder("generate"),
             )
 
@@ -158,7 +171,7 @@ class CompiledStep:
                 reason = unit.facts.fragile.get(operand.source.key, "")
                 if unit.unfused:
                     format = _format_now(self._live((Role.STATE, operand.source)), format)
-                info = StateInfo(operand.source, format, unit.facts, reason)
+                info = StateInfo(operand.source, format, unit.facts, reason, unit.widened)
                 found.append((operand, info))
         return found
 
@@ -173,7 +186,8 @@ class CompiledStep:
             value = local(self._live(where))
             if not isinstance(value, PackedState):
                 assert isinstance(value, Tensor)
-                if info.format == FLOAT32 or not can_be_packed(value):
+                wide = info.format == FLOAT32 and not (info.widened and value.dtype in HALF_DTYPES)
+                if wide or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
                 value = session.unencoded(value, operand.source)
@@ -209,7 +223,7 @@ class CompiledStep:
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
-            Region(unit, self._resolve, partial(self._width_of, unit))
+            Region(unit, self._resolve, partial(self._width_of, unit), self._params)
             for unit in self.program.units
             if unit.unfused
         ]
@@ -218,6 +232,17 @@ class CompiledStep:
         self._formats = {
             o.returned: self._format_at_birth(o, u) for u, o in self._created_by() if o.shape != ()
         }
+        self._packed_wide = {
+            o.returned
+            for u, o in self._created_by()
+            if u.widened and o.dtype in HALF_DTYPES and o.shape != ()
+        }
+
+    @cached_property
+    def _params(self) -> HalfParams:
+        """How regions read and write parameters of 16 bits."""
+        session = self.session
+        return HalfParams(session.options.param_rounding, session.errors, lambda: session.seed)
 
     def _width_of(self, unit: StepGraph, operand: Operand) -> int:
         return self.session.format_of(operand, unit).width
@@ -228,13 +253,16 @@ class CompiledStep:
     def _format_at_birth(self, operand: Operand, unit: StepGraph) -> Format:
         """A region's states get their format when they are first written, from their values."""
         format = self.session.format_of(operand, unit)
-        if operand.dtype != torch.float32:
+        if operand.dtype not in FLOAT_DTYPES:
             return FLOAT32
         return CONSTANT if unit.unfused and format != FLOAT32 else format
 
     def _resolve(self, operand: Operand) -> Any:
-        if operand.returned >= 0 or operand.role is Role.SUMS:
+        key = operand.source.key
+        if operand.returned >= 0 or operand.role is Role.SUMS or key == PARAM_ROUNDING:
             return None
+        if key == PARAM_ERROR:
+            return self.session.errors[operand.source.param]
         role = Role.STATE if operand.role in (Role.CODES, Role.SCALES, Role.KEY) else operand.role
         return self.bindings[(role, operand.source)]
 
@@ -253,7 +281,7 @@ class CompiledStep:
             self._look(args, created)
         written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
         for region in self.regions:
-            region.launch()
+            region.launch(session.steps)
         tracked = [tensor for tensor in written if not tensor.is_inference()]
         torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
         session.steps += 1
@@ -336,10 +364,12 @@ class CompiledStep:
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
         state: Tensor
-        if format == FLOAT32:
+        if format == FLOAT32 and operand.returned not in self._packed_wide:
             state = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
         else:
-            like = torch.empty_strided(operand.shape, operand.stride, device="meta")
+            like = torch.empty_strided(
+                operand.shape, operand.stride, dtype=operand.dtype, device="meta"
+            )
             options = self.session.storage_options(operand.source)
             state = PackedState.zeros_like(like, format, **options)
         if operand.region is None:

@@ -26,7 +26,7 @@ def _cpu_row(graph: StepGraph) -> dict[str, Any]:
     widths = {
         o.name.removesuffix("_codes"): o.width
         for o in kernel.operands
-        if o.kind in (OperandKind.CODES, OperandKind.HALVES)
+        if o.width
     }
     unknown = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "barriers"))
     return {

@@ -18,6 +18,7 @@ from stq_compile.errors import (
 from stq_compile.formats import WIDTHS
 
 Rounding = Literal["stochastic", "nearest"]
+ParamRounding = Literal["nearest", "stochastic", "compensated"]
 Precision = int | Mapping[str, int]
 
 DEFAULT_PRECISION = 4
@@ -45,6 +46,7 @@ class Options:
     tolerance: float | None = None
     interval: int = 100
     rounding: Rounding = "stochastic"
+    param_rounding: ParamRounding = "nearest"
     seed: int = 0
     min_numel: int = 4096
     exclude: tuple[str, ...] = ()
@@ -95,6 +97,12 @@ class Options:
             ):
                 width = value
         return width
+
+    @property
+    def as_torch_rounds(self) -> bool:
+        """Whether steps on 16-bit parameters round after every operation, as torch does, and not
+        once: where nothing is packed, the result is the stock optimizer's."""
+        return self.param_rounding == "nearest" and self.precision == 32
 
     def pins_wide(self, param: str, state: str) -> bool:
         """Whether a state is pinned in float32."""
@@ -152,6 +160,12 @@ class Options:
         if self.rounding not in ("stochastic", "nearest"):
             raise InvalidOptionError(
                 name="rounding", value=self.rounding, reason="use 'stochastic' or 'nearest'"
+            )
+        if self.param_rounding not in ("nearest", "stochastic", "compensated"):
+            raise InvalidOptionError(
+                name="param_rounding",
+                value=self.param_rounding,
+                reason="use 'nearest', 'stochastic' or 'compensated'",
             )
 
     def _check_planning(self) -> None:

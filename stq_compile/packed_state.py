@@ -1,6 +1,9 @@
-"""`PackedState`: a tensor that is float32 to everyone who asks and packed codes in memory.
+"""`PackedState`: a tensor that is ordinary to everyone who asks and packed codes in memory.
 
-The compiler sees the logical side: Dynamo traces a `PackedState` as a plain float32 tensor,
+Its type is that which the optimizer gave it: float32, or that of a 16-bit parameter. Codes stand
+for float32 values whatever it is; kernels see those, and other operations their casts.
+
+The compiler sees the logical side: Dynamo traces a `PackedState` as a plain tensor,
 and its buffers are invisible to guards, so that a change of width never re-traces. Every other
 operation, an eager ``optimizer.step()`` included, is answered by decoding, computing and
 encoding again: correct, and as slow as that sounds.
@@ -30,7 +33,7 @@ changes is guarded."""
 
 
 class PackedState(Tensor):
-    """A float32 tensor on the CPU whose values live in a `PackedStorage`."""
+    """A tensor of float32 (or of 16 bits) on the CPU whose values live in a `PackedStorage`."""
 
     _storage: PackedStorage | None  # None only for the stand-ins that Dynamo makes while tracing
     _anchor: Tensor
@@ -42,13 +45,14 @@ class PackedState(Tensor):
         size: Iterable[int],
         stride: Iterable[int],
         offset: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> PackedState:
         self: PackedState = Tensor._make_wrapper_subclass(
             cls,
             torch.Size(size),
             strides=tuple(stride),
             storage_offset=offset,
-            dtype=torch.float32,
+            dtype=dtype,
             device=torch.device("cpu"),
         )
         self._storage = storage
@@ -60,22 +64,23 @@ class PackedState(Tensor):
 
     @classmethod
     def zeros_like(cls, like: Tensor, format: Format, **storage: Any) -> PackedState:
-        """Zeros with the size and strides of ``like`` (dense); no float32 copy is ever made."""
-        return cls(PackedStorage(like.numel(), format, **storage), like.size(), like.stride())
+        """Zeros with the size, strides and type of ``like`` (dense); they are never in memory."""
+        packed = PackedStorage(like.numel(), format, **storage)
+        return cls(packed, like.size(), like.stride(), dtype=like.dtype)
 
     @classmethod
     def pack(cls, values: Tensor, format: Format, **storage: Any) -> PackedState:
-        """Encode a dense float32 tensor."""
+        """Encode a dense tensor."""
         state = cls.zeros_like(values, format, **storage)
         state.packed.write(memory_order(values))
         return state
 
     @classmethod
     def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
-        """A dense float32 tensor as a packed state of format float32, in the same memory."""
+        """A dense tensor as a packed state of format float32; if it is one, in the same memory."""
         packed = PackedStorage(values.numel(), CONSTANT, **storage)
-        packed.take(memory_order(values.detach()))
-        return cls(packed, values.size(), values.stride())
+        packed.take(memory_order(values.detach()).float())
+        return cls(packed, values.size(), values.stride(), dtype=values.dtype)
 
     @property
     def packed(self) -> PackedStorage:
@@ -91,7 +96,8 @@ class PackedState(Tensor):
         return self.packed.format
 
     def dequantize(self) -> Tensor:
-        """The values as an ordinary float32 tensor of the same size and strides."""
+        """The values as an ordinary float32 tensor of the same size and strides, whatever the
+        type of the state."""
         if self._storage is None:
             return self._anchor.new_empty_strided(self.size(), self.stride())
         return self._storage.read().as_strided(self.size(), self.stride(), self.storage_offset())
@@ -129,7 +135,8 @@ class PackedState(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedState:
         storage = deepcopy(self.packed, memo)
-        return PackedState(storage, self.size(), self.stride(), int(self.storage_offset()))
+        offset = int(self.storage_offset())
+        return PackedState(storage, self.size(), self.stride(), offset, self.dtype)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return PackedState, (
@@ -137,11 +144,17 @@ class PackedState(Tensor):
             tuple(self.size()),
             self.stride(),
             self.storage_offset(),
+            self.dtype,
         )
 
     # What Dynamo asks of a traceable wrapper subclass.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["_anchor"], (tuple(self.size()), self.stride(), self.storage_offset())
+        return ["_anchor"], (
+            tuple(self.size()),
+            self.stride(),
+            self.storage_offset(),
+            self.dtype,
+        )
 
     @staticmethod
     def __tensor_unflatten__(
@@ -166,8 +179,9 @@ class PackedState(Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.clone.default and _keeps_layout(args[0], kwargs):
             state = args[0]
+            offset = int(state.storage_offset())
             return PackedState(
-                state.packed.clone(), state.size(), state.stride(), state.storage_offset()
+                state.packed.clone(), state.size(), state.stride(), offset, state.dtype
             )
         if torch.Tag.inplace_view in func.tags:
             raise FormatMismatchError(
@@ -242,17 +256,18 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         + state.storage_offset()
         + sum((n - 1) * s for n, s in zip(state.size(), state.stride(), strict=True) if n > 0)
     )
-    base = torch.empty(max(numel, extent), device="meta")
+    base = torch.empty(max(numel, extent), device="meta", dtype=state.dtype)
     window = base.as_strided(state.size(), state.stride(), state.storage_offset())
 
     def wrap(out: Any) -> Any:
         if not isinstance(out, Tensor):
             return out
-        if out.dtype != torch.float32:
+        if out.dtype != state.dtype:
             raise FormatMismatchError(
-                where=f"{func} of a packed state", found=str(out.dtype), expected="float32"
+                where=f"{func} of a packed state", found=str(out.dtype), expected=str(state.dtype)
             )
-        view = PackedState(state._storage, out.size(), out.stride(), int(out.storage_offset()))
+        offset = int(out.storage_offset())
+        view = PackedState(state._storage, out.size(), out.stride(), offset, out.dtype)
         view._anchor = state._anchor
         return view
 
@@ -280,11 +295,11 @@ def run_dense(
             return x
         if id(x) not in dense_of:
             if x._storage is None:
-                value = x.dequantize()
+                value = x.dequantize().to(x.dtype)
             else:
                 key = id(x._storage)
                 if key not in flats:
-                    flats[key] = read(x._storage)
+                    flats[key] = read(x._storage).to(x.dtype)
                 value = flats[key].as_strided(x.size(), x.stride(), x.storage_offset())
             dense_of[id(x)] = value
             originals[id(value)] = x

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from stq_compile.half_params import HalfParams
+from stq_compile.halves import HALF_DTYPES
 from stq_compile.packed_state import PackedState
 from stq_compile.runtime import Resolve, changed, live
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph
@@ -25,13 +27,19 @@ class Region:
     """One unfused graph and its rows of tensors."""
 
     def __init__(
-        self, unit: StepGraph, resolve: Resolve, width_of: Callable[[Operand], int]
+        self,
+        unit: StepGraph,
+        resolve: Resolve,
+        width_of: Callable[[Operand], int],
+        params: HalfParams,
     ) -> None:
-        """``width_of``: of states that get their format when they are first written."""
+        """``width_of``: of states that get their format when they are first written; ``params``
+        reads and writes 16-bit parameters where the unit is widened."""
         unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of
+        self.params = params
         self.module = fx.GraphModule({}, unit.graph)
         self.numbers = [
             isinstance(n.meta.get("val"), (torch.SymFloat, torch.SymInt)) for n in unit.placeholders
@@ -61,15 +69,16 @@ class Region:
                 _check(operand, value)
         return row
 
-    def launch(self) -> None:
-        """Update every tensor."""
+    def launch(self, step: int) -> None:
+        """Update every tensor; ``step`` counts the steps before."""
         with torch.no_grad():
             for instance, row in zip(self.unit.instances, self.rows, strict=True):
-                self._run(instance, row)
+                self._run(instance, row, step)
         self.rows = []
 
-    def _run(self, instance: Instance, row: list[Any]) -> None:
-        results = self.module(*(_decoded(value) for value in row))
+    def _run(self, instance: Instance, row: list[Any], step: int) -> None:
+        pairs = zip(instance.operands, row, strict=True)
+        results = self.module(*(self._decoded(operand, value) for operand, value in pairs))
         for operand, target in zip(instance.operands, row, strict=True):
             if operand.name not in self.outputs:
                 continue
@@ -77,8 +86,26 @@ class Region:
             if isinstance(target, PackedState):
                 values = _in_memory_order(value, target)
                 write_as(target.packed, values, self.width_of(operand))
+            elif self._is_half_param(operand):
+                self.params.write(operand, target, value, step)
             else:
                 target.copy_(value)
+
+    def _is_half_param(self, operand: Operand) -> bool:
+        half = operand.role is Role.PARAM and operand.dtype in HALF_DTYPES
+        return self.unit.widened and half
+
+    def _decoded(self, operand: Operand, value: Any) -> Any:
+        """What the graph takes: in a widened one, float32 in place of 16 bits."""
+        if not isinstance(value, Tensor):
+            return value
+        if self._is_half_param(operand):
+            return self.params.read(operand, value)
+        if not isinstance(value, PackedState):
+            wide = self.unit.widened and value.dtype in HALF_DTYPES
+            return value.float() if wide else value
+        values = value.dequantize()
+        return values if self.unit.widened else values.to(value.dtype)
 
 
 def _check(operand: Operand, value: Any) -> None:
@@ -90,10 +117,6 @@ def _check(operand: Operand, value: Any) -> None:
         raise changed(operand, "layout", value)
     if value.dtype != operand.dtype:
         raise changed(operand, "dtype", value)
-
-
-def _decoded(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, PackedState) else value
 
 
 def _in_memory_order(value: Tensor, state: PackedState) -> Tensor:

@@ -346,7 +346,7 @@ def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Pie
     like = reference.empty_buffers(format, 0)
     with torch.device("meta"):
         shapes = [tuple(buffer.shape) for buffer in reference.empty_buffers(format, count)]
-    if type(codes) is Tensor and format.width >= 16 and tuple(codes.shape) == box[0]:
+    if type(codes) is Tensor and not format.blocked and tuple(codes.shape) == box[0]:
         codes = codes.reshape(-1) if codes.layout == torch.strided else codes
     _check_buffer(codes, like[0].dtype, shapes[0], f"{where}.codes")
     _check_buffer(scales, like[1].dtype, shapes[1], f"{where}.scales")

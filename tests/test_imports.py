@@ -16,7 +16,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("architectures", "dump", "dynamo"),
-    ("formats", "layout", "rounding", "reference"),
+    ("formats", "halves", "layout", "rounding", "reference"),
     ("options",),
     ("storage",),
     ("packed_state", "state_tree"),
@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner", "planner.*"),
     ("compiler", "formulas", "kernels"),
     ("checks", "codec", "collective", "failures", "graph_text", "runtime"),
+    ("half_params",),
     ("regions",),
     ("compiled_step",),
     ("reporting", "reporting.*"),

@@ -87,7 +87,7 @@ def static_report(kernel: Kernel, emitted: Emitted, template: str, target: Targe
         widths={
             o.name.removesuffix("_codes"): o.width
             for o in kernel.operands
-            if o.kind in (OperandKind.CODES, OperandKind.HALVES)
+            if o.width
         },
         target=target.name,
         registers=resources.registers,

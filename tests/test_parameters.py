@@ -1,0 +1,261 @@
+"""Every kind of parameter, compiled beside the stock optimizer: types, layouts, shapes, changes
+midway. What is pointwise runs in kernels for all of them that are dense."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stq_compile as stq
+from stq_compile import PackedState
+
+HALVES = (torch.bfloat16, torch.float16)
+MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "SGD plain": lambda p: torch.optim.SGD(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+MAKE = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def gradients(params: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+
+
+def follow(
+    ours: torch.optim.Optimizer, other: torch.optim.Optimizer, steps: int = 6
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Give both the same gradients; where ``other`` is in another type, in that."""
+    mine = [p for g in ours.param_groups for p in g["params"]]
+    theirs = [p for g in other.param_groups for p in g["params"]]
+    for grads in gradients(mine, steps):
+        for p, q, g in zip(mine, theirs, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.to(q.dtype)
+        ours.step()
+        other.step()
+    return mine, theirs
+
+
+def params_of(*tensors: Tensor) -> list[nn.Parameter]:
+    return [nn.Parameter(t) for t in tensors]
+
+
+def twins(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "contiguous": lambda d: torch.randn(9, 70).to(d),
+    "transposed": lambda d: torch.randn(70, 9).to(d).t(),
+    "channels_last": lambda d: torch.randn(4, 6, 5, 7).to(
+        dtype=d, memory_format=torch.channels_last
+    ),
+    "channels_last_3d": lambda d: torch.randn(2, 3, 4, 5, 6).to(
+        dtype=d, memory_format=torch.channels_last_3d
+    ),
+    "permuted": lambda d: torch.randn(5, 6, 7).to(d).permute(2, 0, 1),
+    "every other column": lambda d: torch.randn(9, 140).to(d)[:, ::2],
+    "a window of another tensor": lambda d: torch.randn(20, 70).to(d)[3:12],
+    "rows apart": lambda d: torch.randn(9, 100).to(d)[:, :70],
+}
+DENSE = {k for k in LAYOUTS if k not in ("every other column", "rows apart")}
+
+
+def as_is(tensor: Tensor) -> nn.Parameter:
+    """A parameter of exactly that layout; a clone would be dense."""
+    return nn.Parameter(tensor.detach())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_layouts(name: str, dtype: torch.dtype) -> None:
+    """At 32 bits the stock step; packed, a resumed run's bits, and only what is not dense is
+    outside of kernels."""
+
+    def make() -> nn.Parameter:
+        torch.manual_seed(0)
+        return as_is(LAYOUTS[name](dtype))
+
+    p, q = make(), make()
+    wide = stq.compile(torch.optim.AdamW([p], lr=0.01), precision=32)
+    follow(wide, torch.optim.AdamW([q], lr=0.01))
+    torch.testing.assert_close(p, q)
+    assert p.stride() == make().stride()
+
+    through, first, second = make(), make(), make()
+    options: dict[str, Any] = {"precision": 4, "min_numel": 64}
+    optimizers = [
+        stq.compile(torch.optim.AdamW([r], lr=0.01), **options) for r in (through, first, second)
+    ]
+    grads = list(gradients([p], 6))
+
+    def train(i: int, steps: range) -> None:
+        for step in steps:
+            (through, first, second)[i].grad = grads[step][0]
+            optimizers[i].step()
+
+    train(0, range(6))
+    train(1, range(3))
+    with torch.no_grad():
+        second.copy_(first)
+    optimizers[2].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    train(2, range(3, 6))
+    assert torch.equal(second, through)
+    state = optimizers[2].state[second]["exp_avg"]
+    assert isinstance(state, PackedState)
+    assert state.format.width == 4
+    assert state.dtype == dtype
+    assert bool(stq.report(optimizers[2]).note) == (name not in DENSE)
+
+
+@MAKE
+@pytest.mark.parametrize("dtype", HALVES)
+def test_packed_states_of_half_parameters(
+    dtype: torch.dtype, make: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    """A kernel computes in float32 and rounds once: nearer to the float32 run than torch's own."""
+    torch.manual_seed(0)
+    start = [torch.randn(9, 70).to(dtype), torch.randn(50).to(dtype)]
+    ours, stock = params_of(*[t.clone() for t in start]), params_of(*[t.clone() for t in start])
+    exact = params_of(*[t.float() for t in start])
+    packed = stq.compile(make(ours), precision=8, min_numel=64)
+    follow(packed, make(exact), 20)
+    follow(make(stock), make(twins(exact)), 20)
+    error = sum(float((a.detach().float() - b.detach()).norm()) for a, b in zip(ours, exact, strict=True))
+    theirs = sum(float((a.detach().float() - b.detach()).norm()) for a, b in zip(stock, exact, strict=True))
+    moved = sum(float((a.detach() - b.float()).norm()) for a, b in zip(exact, start, strict=True))
+    assert error < max(1.5 * theirs, 0.03 * moved)
+    report = stq.report(packed)
+    assert not report.note
+    assert {row.width for row in report.rows if row.state not in ("step",) and row.shape == (9, 70)} <= {8}
+    assert all(isinstance(s, PackedState) for p in ours for k, s in packed.state[p].items() if s.ndim)
+    assert report.compiles <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_no_elements_no_dimension_and_many(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(0,), (), (1,), (3, 0, 2), (127,), (1, 1), (200, 2)]
+    ours = params_of(*[torch.randn(s).to(dtype) for s in shapes])
+    stock = twins(ours)
+    for options in ({"precision": 32}, {"precision": 8, "min_numel": 1}):
+        torch.manual_seed(0)
+        ours = params_of(*[torch.randn(s).to(dtype) for s in shapes])
+        stock = twins(ours)
+        optimizer = stq.compile(torch.optim.AdamW(ours, lr=0.01), **options)
+        mine, theirs = follow(optimizer, torch.optim.AdamW(stock, lr=0.01))
+        tolerance = {} if options["precision"] == 32 else {"rtol": 0.05, "atol": 0.02}
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, **tolerance)
+        assert stq.report(optimizer).compiles == 1
+        again = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(again)
+        follow(optimizer, torch.optim.AdamW(stock, lr=0.01), 1)
+
+
+def test_tied_parameters_are_stepped_once() -> None:
+    """A matrix that is embedding and head: one parameter, one state, the sum of two gradients."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(40, 8)
+            self.head = nn.Linear(8, 40, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.embedding(x))
+            return logits
+
+    def train(options: Mapping[str, Any] | None) -> tuple[Tied, torch.optim.Optimizer]:
+        model = Tied()
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+        if options is not None:
+            stq.compile(optimizer, **options)
+        tokens = torch.arange(40)
+        for _ in range(5):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(tokens), tokens.flip(0)).backward()
+            optimizer.step()
+        return model, optimizer
+
+    stock, _ = train(None)
+    wide, _ = train({"precision": 32})
+    torch.testing.assert_close(wide.head.weight, stock.head.weight)
+    packed, optimizer = train({"precision": 4, "min_numel": 64})
+    assert packed.head.weight is packed.embedding.weight
+    assert sorted(row.state for row in stq.report(optimizer).rows) == [
+        "exp_avg", "exp_avg_sq", "step",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_complex_parameters_are_stepped_as_torch_does(foreach: bool) -> None:
+    """As pairs of real numbers, outside of kernels, since the step views them so; states stay."""
+    torch.manual_seed(0)
+    ours = params_of(torch.randn(9, 70, dtype=torch.complex64), torch.randn(100))
+    stock = twins(ours)
+    optimizer = stq.compile(
+        torch.optim.AdamW(ours, lr=0.01, foreach=foreach), precision=4, min_numel=64
+    )
+    mine, theirs = follow(optimizer, torch.optim.AdamW(stock, lr=0.01))
+    torch.testing.assert_close(mine[0], theirs[0])
+    rows = {(row.param, row.state): row for row in stq.report(optimizer).rows}
+    assert rows["group0.param0", "exp_avg"].format == "complex64"
+    assert rows["group0.param1", "exp_avg"].width == 4
+    assert "complex64" in stq.report(optimizer).note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_midway(dtype: torch.dtype) -> None:
+    """`requires_grad_(False)` and no gradient: parameter and states rest, and go on later."""
+    torch.manual_seed(0)
+    ours = params_of(torch.randn(9, 70).to(dtype), torch.randn(9, 70).to(dtype))
+    stock = twins(ours)
+    optimizer = stq.compile(torch.optim.AdamW(ours, lr=0.01, weight_decay=0.1), precision=32)
+    other = torch.optim.AdamW(stock, lr=0.01, weight_decay=0.1)
+    for step, grads in enumerate(gradients(list(ours), 9)):
+        frozen = 3 <= step < 6
+        for params in (ours, stock):
+            params[0].requires_grad_(not frozen)
+            params[0].grad = None if frozen else grads[0].clone()
+            params[1].grad = grads[1].clone()
+        before = ours[0].detach().clone()
+        optimizer.step()
+        other.step()
+        assert torch.equal(ours[0], before) == frozen
+    for p, q in zip(ours, stock, strict=True):
+        torch.testing.assert_close(p, q)
+    assert float(optimizer.state[ours[0]]["step"]) == 6
+    assert stq.report(optimizer).compiles <= 2
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+def test_groups_added_midway(rounding: str) -> None:
+    """In another type than the first group, and with its own learning rate."""
+    torch.manual_seed(0)
+    first, extra = params_of(torch.randn(9, 70), torch.randn(300).bfloat16())
+    stock, late = params_of(first.detach().clone(), extra.detach().float())
+    optimizer = stq.compile(
+        torch.optim.AdamW([first], lr=0.01), precision=8, min_numel=64, param_rounding=rounding
+    )
+    other = torch.optim.AdamW([stock], lr=0.01)
+    follow(optimizer, other, 3)
+    optimizer.add_param_group({"params": [extra], "lr": 0.1})
+    other.add_param_group({"params": [late], "lr": 0.1})
+    follow(optimizer, other, 5)
+    torch.testing.assert_close(first, stock, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(extra.float(), late, rtol=0.02, atol=0.05)
+    assert isinstance(optimizer.state[extra]["exp_avg"], PackedState)
+    assert stq.report(optimizer).compiles == 2
