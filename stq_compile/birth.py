@@ -67,6 +67,7 @@ def newborn(
         (outer if sharded else meta).numel() < min_numel
         or (sharded and meta.shape != like.shape)  # as large as the whole tensor
         or meta.dtype not in FLOAT_DTYPES
+        or (meta.ndim == 0 and meta.dtype != torch.float32)  # kernels read it as it is
         or torch.device(device).type != "cpu"
         or not is_dense(meta)
     ):

@@ -41,7 +41,7 @@ from stq_compile.collective import any_failed
 from stq_compile.errors import CheckpointError
 from stq_compile.formats import BFLOAT16, ULP8, WIDTHS
 from stq_compile.halves import FLOAT_DTYPES
-from stq_compile.packed_state import PackedState, is_dense, memory_order
+from stq_compile.packed_state import PackedState, is_dense, memory_order, strides_of_states
 from stq_compile.planner import saved_plan
 from stq_compile.planner.planner import Planner
 from stq_compile.saved_state import whole_number
@@ -344,7 +344,7 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
 def _packed(storage: PackedStorage, param: Tensor) -> PackedState:
     """A state of its parameter's type, which is what torch turns it into otherwise."""
     dtype = param.dtype if param.dtype in FLOAT_DTYPES else torch.float32
-    return PackedState(storage, param.size(), param.stride(), dtype=dtype)
+    return PackedState(storage, param.size(), strides_of_states(param), dtype=dtype)
 
 
 def _mapping(value: Any, entry: str) -> Mapping[Any, Any]:

@@ -207,6 +207,13 @@ def memory_order(values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,), values.storage_offset())
 
 
+def strides_of_states(param: Tensor) -> tuple[int, ...]:
+    """The strides of ``zeros_like(param)``: those of the parameter, if it is dense."""
+    if is_dense(param):
+        return param.stride()
+    return torch.empty_like(param, device="meta").stride()
+
+
 def is_dense(values: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gaps or overlap."""
     if values.numel() == 0:

@@ -33,7 +33,7 @@ from stq_compile import reference
 from stq_compile.errors import CheckpointError, FormatMismatchError, StqError
 from stq_compile.formats import BLOCK, FORMATS, Format, block_count
 from stq_compile.layout import unpack
-from stq_compile.packed_state import memory_order
+from stq_compile.packed_state import memory_order, strides_of_states
 from stq_compile.shards import (
     Box,
     Layout,
@@ -263,7 +263,7 @@ def read(entry: Mapping[str, Any], param: Tensor, where: str, others: Mapping[st
     Raises:
         CheckpointError: what is wrong, and where.
     """
-    for name, expected in (("size", list(param.size())), ("stride", list(param.stride()))):
+    for name, expected in (("size", list(param.size())), ("stride", list(strides_of_states(param)))):
         if entry.get(name) != expected:
             raise CheckpointError(entry=f"{where}.{name}", found=entry.get(name), expected=expected)
     format = FORMATS.get(str(entry.get("format")))
