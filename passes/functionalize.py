@@ -132,7 +132,9 @@ def _parts(unit: StepGraph, optimizer: str, why_not: Supports) -> list[StepGraph
     if unit.writes is not None:
         return [unit]
     whole = _functionalize(unit, optimizer)
-    misfits = {i for i, row in enumerate(whole.instances) if why_instance_unfused(row, whole.widened)}
+    misfits = {
+        i for i, row in enumerate(whole.instances) if why_instance_unfused(row, whole.widened)
+    }
     parts = []
     if why_unfused(whole, why_not):
         misfits = set(range(len(whole.instances)))

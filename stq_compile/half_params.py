@@ -79,5 +79,3 @@ def new_error(param: Tensor, **storage: Any) -> Tensor:
     """The error state of a parameter that is exact: zeros in the format ``ulp8``."""
     like = torch.empty_like(local(param), device="meta")
     return wrap(PackedState.zeros_like(like, ULP8, **storage), param)
-
-

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stq_compile import error_law, halves, reference
 from stq_compile.formats import FORMATS, block_count
-from stq_compile.packed_state import memory_order
 from stq_compile.halves import HALVES
+from stq_compile.packed_state import memory_order
 from stq_compile.rounding import NEAREST, Noise
 
 

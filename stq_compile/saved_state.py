@@ -263,7 +263,10 @@ def read(entry: Mapping[str, Any], param: Tensor, where: str, others: Mapping[st
     Raises:
         CheckpointError: what is wrong, and where.
     """
-    for name, expected in (("size", list(param.size())), ("stride", list(strides_of_states(param)))):
+    for name, expected in (
+        ("size", list(param.size())),
+        ("stride", list(strides_of_states(param))),
+    ):
         if entry.get(name) != expected:
             raise CheckpointError(entry=f"{where}.{name}", found=entry.get(name), expected=expected)
     format = FORMATS.get(str(entry.get("format")))

@@ -123,6 +123,7 @@ def test_schedulers(name: str, make: Callable[[nn.Module], Optimizer]) -> None:
     """Whatever a scheduler changes (the cyclic ones change momentum too) becomes an input at its
     first change, and costs no further graph."""
     make_scheduler, graphs = SCHEDULERS[name]
+
     def run(model: nn.Module, optimizer: Optimizer) -> None:
         scheduler = make_scheduler(optimizer)
         for step in range(STEPS):

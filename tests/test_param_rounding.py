@@ -15,8 +15,13 @@ from torch import Tensor, nn
 import stq_compile as stq
 from stq_compile import PackedState
 from stq_compile.backend import session_of
-from stq_compile.errors import InvalidOptionError, ParamRoundingWarning
-from stq_compile.halves import half_of, with_error
+from stq_compile.errors import (
+    CheckpointError,
+    InfeasibleBudgetError,
+    InvalidOptionError,
+    ParamRoundingWarning,
+)
+from stq_compile.halves import half_of, ulp, with_error
 
 NUMEL = 1000
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -114,9 +119,7 @@ def test_small_updates_are_lost_only_by_nearest(name: str, dtype: torch.dtype) -
     moved = exact.detach() - before
     for rounding in ROUNDINGS:
         param = start(dtype)
-        optimizer = stq.compile(
-            make([param]), precision=16, min_numel=1, param_rounding=rounding
-        )
+        optimizer = stq.compile(make([param]), precision=16, min_numel=1, param_rounding=rounding)
         train(param, optimizer, range(100))
         found = value_of(param, optimizer) - before
         if rounding == "nearest":
@@ -126,8 +129,8 @@ def test_small_updates_are_lost_only_by_nearest(name: str, dtype: torch.dtype) -
             assert float(found.mean() / moved.mean()) == pytest.approx(1, abs=0.06)
         else:
             assert (found - moved).norm() < 0.05 * moved.norm()
-            nearest = value_of(param, optimizer).to(dtype)
-            assert torch.equal(nearest, param.detach())
+            left = value_of(param, optimizer) - param.detach().double()
+            assert bool((left.abs() <= 0.5 * ulp(param.detach().float(), half_of(dtype))).all())
         report = stq.report(optimizer)
         assert bool(report.note) == (name == "Sheared")
         assert report.compiles <= 2
@@ -205,24 +208,25 @@ def test_a_damaged_error_is_refused_whole() -> None:
     for change in ({"format": "softsign8"}, {"codes": torch.zeros(3, dtype=torch.int8)}):
         saved = copy.deepcopy(optimizer.state_dict())
         saved["state"][0]["param_error"].update(change)
-        with pytest.raises(stq.errors.CheckpointError, match=r"state\[0\].param_error"):
+        with pytest.raises(CheckpointError, match=r"state\[0\].param_error"):
             optimizer.load_state_dict(saved)
     assert torch.equal(value_of(param, optimizer), before)
 
 
 def test_the_budget_counts_errors() -> None:
-    """Eight bits a parameter are four for each of Adam's states: of a budget of 8, four are left."""
+    """Eight bits a parameter are four for each of Adam's states: of 8.3, some four are left."""
     param = start(torch.bfloat16)
     optimizer = stq.compile(
         MAKERS["AdamW"]([param]), target_bits=8.3, min_numel=64, param_rounding="compensated"
     )
     train(param, optimizer, range(3))
     assert stq.report(optimizer).bits_per_element <= 8.3
-    with pytest.raises(stq.errors.InfeasibleBudgetError):
-        small = start(torch.bfloat16)
-        train(small, stq.compile(
-            MAKERS["AdamW"]([small]), target_bits=4.5, min_numel=64, param_rounding="compensated"
-        ), range(1))  # fmt: skip
+    small = start(torch.bfloat16)
+    optimizer = stq.compile(
+        MAKERS["AdamW"]([small]), target_bits=4.5, min_numel=64, param_rounding="compensated"
+    )
+    with pytest.raises(InfeasibleBudgetError):
+        train(small, optimizer, range(1))
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Sheared"])
