@@ -1,8 +1,8 @@
 """A parameter of 16 bits is rounded stochastically when it is written.
 
-    new = param + update                        new = param + update
-    # -> param                        =>        on_grid = stq.round_param(new, "bfloat16", param_key)
-                                                # -> param
+    new = param + update              new = param + update
+    # -> param                  =>    on_grid = stq.round_param(new, "bfloat16", param_key)
+                                      # -> param
 
 so that updates of less than half a unit in the last place are not lost but made now and then, at
 the right rate: the mean of what is stored is the value that was computed.

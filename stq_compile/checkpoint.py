@@ -11,11 +11,11 @@ step of the random counter, the widths in force and what the planner knows. With
 continues bit for bit, later decisions included. A checkpoint that is damaged or does not fit is
 refused whole, before anything is changed.
 
-The error of a compensated 16-bit parameter (design/0016) stands beside its states as ``param_error``
-and takes part in all of this; it belongs to the value of the parameter that was saved at the same
-time. The float32 form has none, and neither has the stock optimizer: parameters are then what is
-left of them in 16 bits. Loaded without compensation it is dropped, and what comes without it starts
-from errors of zero.
+The error of a compensated 16-bit parameter (design/0016) stands beside its states, under
+``param_error``, and takes part in all of this; it belongs to the value that the parameter had when
+it was saved. The float32 form has none, and neither has the stock optimizer: parameters are then
+what is left of them in 16 bits. Loaded without compensation it is dropped, and what comes without
+it starts from errors of zero.
 
 Loaded under other options: widths and planner carry over if ``precision`` is the same, and the
 next decision follows the new options (the first step decides at once if the budget is exceeded or a

@@ -7,8 +7,8 @@ A block is 128 consecutive elements that share one 16-bit scale word. Four kinds
                   update); evenly spaced levels ``(code - (2^w - 1)/2) * step * d``
 ``adaptive_log``  non-negative; levels ``s * 2^(-R * (1 - code/L))``, ``L = 2^w - 1``; the block
                   carries its largest element ``s`` and its range ``R`` in octaves
-``ulp``           signed, no blocks: multiples of 2^-8 in [-1/2, 1/2), the error of a 16-bit parameter
-                  in units of its last place (design/0016)
+``ulp``           signed, no blocks: multiples of 2^-8 in [-1/2, 1/2), the error of a parameter of
+                  16 bits in units of its last place (design/0016)
 ``bfloat16``, ``float32``  plain casts, no blocks
 ``constant``      no bytes at all: a state at birth, before its first step, all one value
 

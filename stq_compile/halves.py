@@ -84,5 +84,5 @@ def error_of(x: Tensor, p: Tensor, half: Half) -> Tensor:
 
 
 def with_error(p: Tensor, error: Tensor, half: Half) -> Tensor:
-    """The value of a compensated parameter, float32: exact where ``error`` is a code of ``ulp8``."""
+    """The value of a compensated parameter, float32: exact where ``error`` is one of ``ulp8``."""
     return p + error * ulp(p, half)

@@ -105,7 +105,7 @@ SCHEDULERS: dict[str, tuple[Callable[[Optimizer], Any], int]] = {
     "StepLR": (lambda o: lr_scheduler.StepLR(o, 3), 2),
     "SequentialLR": (
         lambda o: lr_scheduler.SequentialLR(
-            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.StepLR(o, 2)], [3]
         ),
         2,
     ),

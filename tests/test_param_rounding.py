@@ -1,4 +1,4 @@
-"""`param_rounding`: what reaches a 16-bit parameter over many small steps, and what is kept of it."""
+"""`param_rounding`: what reaches a 16-bit parameter in many small steps, and what is kept."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ MAKERS: dict[str, Make] = {
 
 
 def start(dtype: torch.dtype, seed: int = 0) -> nn.Parameter:
-    """Weights in [1, 2): an update of 1e-4 is a 78th of a unit of bfloat16, a tenth of float16's."""
+    """Weights in [1, 2): an update of 1e-4 is a 78th of a unit of bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     return nn.Parameter((torch.rand(10, NUMEL // 10, generator=generator) + 1).to(dtype))
 
