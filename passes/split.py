@@ -37,7 +37,7 @@ def _split(unit: StepGraph, optimizer: str) -> list[StepGraph]:
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         operands: list[Operand] = []
-        for node in _scalars_first(unit.graph, needed, members):
+        for node in _in_order(unit, needed, members):
             env[node] = graph.node_copy(node, env.__getitem__)
             if node.op == "placeholder":
                 operands.append(unit.operand_of(node))
@@ -139,11 +139,23 @@ def is_in_place(node: fx.Node) -> bool:
     return node.target in IN_PLACE_OPERATORS
 
 
-def _scalars_first(graph: fx.Graph, needed: set[fx.Node], members: set[fx.Node]) -> list[fx.Node]:
-    """Placeholders, then shared scalars, then the rest: one order for equal components, wherever
-    the whole step happened to compute a shared scalar."""
-    kept = [n for n in graph.nodes if n in needed]
-    return sorted(kept, key=lambda n: (n.op != "placeholder", n in members))
+ROLES = tuple(Role)
+
+
+def _in_order(unit: StepGraph, needed: set[fx.Node], members: set[fx.Node]) -> list[fx.Node]:
+    """Placeholders by role and key, then shared scalars, then the rest.
+
+    One order for equal components, wherever the whole step happened to compute a shared scalar and
+    in whatever order Dynamo met the tensors of a parameter.
+    """
+
+    def place(node: fx.Node) -> tuple[Any, ...]:
+        if node.op != "placeholder":
+            return (1, node in members)
+        operand = unit.operand_of(node)
+        return (0, ROLES.index(operand.role), operand.source.key, operand.source.param)
+
+    return sorted((n for n in unit.graph.nodes if n in needed), key=place)
 
 
 def _scalars_of(members: set[fx.Node]) -> set[fx.Node]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,6 +34,7 @@ from stq_compile.errors import (
     UncompiledStepError,
     UnsupportedOptimizerError,
 )
+from stq_compile.exemplars import Exemplars, NotExemplaryError, may_have_exemplars
 from stq_compile.options import Options
 from stq_compile.planner.history import History
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
@@ -45,6 +48,11 @@ REFUSED_OPTIONS = {
 }
 
 Opt = TypeVar("Opt", bound=Optimizer)
+
+Backend = Callable[[Any, Exemplars | None], Any]
+"""Compiles a graph module that was captured of exemplars, or of the whole optimizer."""
+
+LOG = logging.getLogger(__name__)
 
 _COUNTER = itertools.count()
 
@@ -167,21 +175,34 @@ class _Driver:
         self.session = session
         self.closure_first = calls_closure_first(raw_step(type(session.optimizer)))
         self.for_good = False  # whether no step is compiled any more
-        self.code: types.CodeType | None = None
-        self.inner = self._compiled()
+        self.exemplary = may_have_exemplars(type(session.optimizer))
+        self.whole = _Capture(self._backend, type(session.optimizer))
+        self.captures: list[_Capture] = []  # of exemplars, the one used last at the end
 
-    def _compiled(self) -> Callable[[Optimizer], Any]:
-        """The optimizer's step under Dynamo, with nothing captured yet."""
-        if self.code is not None:
-            reset_code(self.code)  # Dynamo lets go of what it captured, and so of its states
-        step = own_code(raw_step(type(self.session.optimizer)))
-        self.code = step.__code__
-        return torch.compile(step, backend=self._backend, fullgraph=True)
-
-    def _backend(self, gm: Any, example_inputs: Any) -> Any:
+    def _backend(self, gm: Any, exemplars: Exemplars | None) -> Any:
         if self.session.out_of_graphs:
             raise self._too_many_graphs()
-        return self.session.compile(gm)
+        return self.session.compile(gm, exemplars)
+
+    def _forget(self) -> None:
+        """Let Dynamo go of all that it captured, and so of the states."""
+        for capture in (self.whole, *self.captures):
+            capture.forget()
+        self.captures.clear()
+
+    def _capture(self, optimizer: Optimizer) -> _Capture:
+        """What is captured of the step for parameters, gradients and states as they are now."""
+        if not self.exemplary:
+            return self.whole
+        found = next((c for c in self.captures if c.serves(optimizer)), None)
+        if found is not None:
+            return found
+        if self.session.out_of_graphs:
+            raise self._too_many_graphs()
+        if len(self.captures) == MOST_GRAPHS:
+            self.captures.pop(0).forget()
+        self.captures.append(_Capture(self._backend, type(optimizer), Exemplars(optimizer)))
+        return self.captures[-1]
 
     def _too_many_graphs(self) -> TooManyGraphsError:
         name = type(self.session.optimizer).__name__
@@ -240,7 +261,7 @@ class _Driver:
         if session.loaded:
             session.pack_loaded()
             session.compiled_at.clear()  # captures that are due to loading say nothing of the step
-            self.inner = self._compiled()  # what was captured holds the states of before
+            self._forget()  # what was captured holds the states of before
         born = init_states(optimizer, session.options.min_numel)
         session.unpack_wide(born)
         before = session.steps
@@ -281,17 +302,35 @@ class _Driver:
         if self.session.out_of_graphs:
             try:
                 with torch.compiler.set_stance("fail_on_recompile"):
-                    return self.inner(optimizer)
+                    return self._run(self._capture(optimizer), optimizer)
             except RuntimeError as error:
                 if "fail_on_recompile" in str(error):
                     raise self._too_many_graphs() from error
                 raise
         with symbolic_math():
+            capture = self._capture(optimizer)
             try:
-                return self.inner(optimizer)
+                return self._run(capture, optimizer)
             except (ChangedTensorError, dynamo_exc.FailOnRecompileLimitHit):
-                self.inner = self._compiled()
-                return self.inner(optimizer)
+                capture.forget()
+                if capture in self.captures:
+                    self.captures.remove(capture)
+                return self._run(self._capture(optimizer), optimizer)
+
+    def _run(self, capture: _Capture, optimizer: Optimizer) -> Any:
+        """One step; of the whole optimizer, where exemplars do not show that all are alike."""
+        compiles = self.session.compiles
+        try:
+            return capture(optimizer)
+        except Exception as error:
+            if not any(isinstance(e, NotExemplaryError) for e in causes(error)):
+                raise
+            LOG.info("%s: captured whole, since %s", type(optimizer).__name__, error)
+            capture.take_whole()
+            return capture(optimizer)
+        finally:
+            if self.session.compiles > compiles and not capture.note_states(optimizer):
+                self.captures.remove(capture)
 
     @staticmethod
     def _uninstall(optimizer: Optimizer) -> None:
@@ -300,13 +339,72 @@ class _Driver:
         close_session(optimizer)
 
 
-def translated(error: BaseException, optimizer: str) -> StqError | None:
-    """Our own error out of Dynamo's wrapping; a graph break as an error of ours."""
+class _Capture:
+    """An optimizer's step under Dynamo: of the whole optimizer, or of exemplars."""
+
+    def __init__(
+        self, backend: Backend, optimizer: type[Optimizer], exemplars: Exemplars | None = None
+    ) -> None:
+        self.backend = weakref.WeakMethod(backend)
+        self.raw = raw_step(optimizer)
+        self.exemplars = exemplars
+        self.code: types.CodeType | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let Dynamo go of what it captured, and so of the states."""
+        if self.code is not None:
+            reset_code(self.code)
+        step = own_code(self.raw)
+        self.code = step.__code__
+        # Dynamo keeps the backend for as long as the twin lives, so that it must not hold the twin.
+        compile = weakref.WeakMethod(self._compile)
+        self.step = torch.compile(step, backend=lambda gm, _: _live(compile)(gm), fullgraph=True)
+
+    def _compile(self, gm: Any) -> Any:
+        exemplars = self.exemplars
+        return _live(self.backend)(gm, exemplars if exemplars and exemplars.twin else None)
+
+    def __call__(self, optimizer: Optimizer) -> Any:
+        if self.exemplars is None or self.exemplars.twin is None:
+            return self.step(optimizer)
+        self.exemplars.update()
+        return self.step(self.exemplars.twin)
+
+    def take_whole(self) -> None:
+        """Capture the whole optimizer from now on."""
+        assert self.exemplars is not None
+        self.exemplars.twin = None
+        self.forget()
+
+    def serves(self, optimizer: Optimizer) -> bool:
+        """Whether it is of the parameters, gradients and states that there are now."""
+        return self.exemplars is not None and self.exemplars.serve(optimizer)
+
+    def note_states(self, optimizer: Optimizer) -> bool:
+        """Remember the states that were packed; False if the capture is of no more use."""
+        return self.exemplars is None or self.exemplars.note_states(optimizer)
+
+
+def _live(method: weakref.WeakMethod[Callable[..., Any]]) -> Callable[..., Any]:
+    found = method()
+    assert found is not None, "a step outlived its optimizer"
+    return found
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from, out of Dynamo's wrapping."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, StqError):
-            return cause
+        yield cause
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
+
+
+def translated(error: BaseException, optimizer: str) -> StqError | None:
+    """Our own error out of Dynamo's wrapping; a graph break as an error of ours."""
+    known = next((e for e in causes(error) if isinstance(e, StqError)), None)
+    if known is not None:
+        return known
     if isinstance(error, dynamo_exc.Unsupported):
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     if isinstance(error, dynamo_exc.BackendCompilerFailed):

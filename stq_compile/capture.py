@@ -31,8 +31,16 @@ class Argument:
     live: Tensor | None = None
 
 
-Binding = Tensor | Argument
-"""What an operand of the captured step stands for: a live tensor, or an argument of the call."""
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a parameter that Dynamo was not shown."""
+
+    param: Tensor
+
+
+Binding = Tensor | Argument | Gradient
+"""What an operand of the captured step stands for: a live tensor, an argument of the call, or what
+a parameter has as its gradient then."""
 
 
 @dataclass(frozen=True)

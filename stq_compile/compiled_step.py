@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
-from stq_compile.capture import Argument, Captured
+from stq_compile.capture import Argument, Captured, Gradient
 from stq_compile.codec import Conversion
 from stq_compile.collective import Sums, add_up
 from stq_compile.compiler import (
@@ -159,6 +159,7 @@ class CompiledStep:
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
         """The object that the optimizer holds."""
         binding = self.bindings[key]
+        assert not isinstance(binding, Gradient)
         return binding.live if isinstance(binding, Argument) else binding
 
     def _wanted(self) -> list[tuple[Operand, StateInfo]]:

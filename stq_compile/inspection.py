@@ -26,13 +26,14 @@ from stq_compile.checks import check_program
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.compiler import FRONT, back, front
 from stq_compile.errors import StqError, UnsupportedOptimizerError
+from stq_compile.exemplars import extend
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import FLOAT32, Format
 from stq_compile.kernels import kernel_row
 from stq_compile.options import Options
 from stq_compile.passes.runner import Pass, Stage, iter_passes
 from stq_compile.session import Session
-from stq_compile.step_graph import Instance, Operand, Program, Role, Source
+from stq_compile.step_graph import Operand, Program, Role, Source
 
 LOG = logging.getLogger(__name__)
 
@@ -175,7 +176,9 @@ def _analyse(found: Inspection, classes: Sequence[Sequence[int]]) -> Program:
     if classes:
         last = found.stages[-1]
         sources = list(param_sources(found.optimizer).values())
-        found.stages[-1] = replace(last, program=_expand(last.program, sources, classes))
+        found.stages[-1] = replace(
+            last, program=extend(last.program, sources, classes, exemplars=1)
+        )
     program = found.stages[-1].program
     check_program(program)
     return program
@@ -274,33 +277,3 @@ def _share_states(optimizer: Optimizer, classes: Sequence[Sequence[int]]) -> Non
         entries: Mapping[str, Tensor] = optimizer.state.get(params[first], {})
         for i in others:
             optimizer.state[params[i]] = dict(entries)
-
-
-def _expand(
-    program: Program, sources: Sequence[Source], classes: Sequence[Sequence[int]]
-) -> Program:
-    """Templates of one parameter of each class as templates of all parameters."""
-    members = {group[0]: group for group in classes}
-    units = []
-    for unit in program.units:
-        rows = sorted(
-            (
-                (number, instance)
-                for instance in unit.instances
-                for number in members[instance.param.source.param]
-            ),
-            key=lambda row: row[0],
-        )
-        instances = tuple(_moved(instance, sources[number]) for number, instance in rows)
-        units.append(unit.replace(instances=instances))
-    return Program(program.optimizer, tuple(units))
-
-
-def _moved(instance: Instance, source: Source) -> Instance:
-    """The same row for another parameter."""
-    old = instance.param.source.param
-    operands = tuple(
-        replace(o, source=replace(source, key=o.source.key)) if o.source.param == old else o
-        for o in instance.operands
-    )
-    return replace(instance, operands=operands)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from stq_compile.capture import Argument
+from stq_compile.capture import Argument, Gradient
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.compiler import Unit
 from stq_compile.errors import ChangedTensorError, FormatMismatchError
@@ -60,6 +60,12 @@ class Column:
     def positions(self) -> list[int] | None:
         """Where all objects are found among the arguments of a call; None if not all are there."""
         found = [o.position for o in self.objects if isinstance(o, Argument)]
+        return found if len(found) == len(self.objects) else None
+
+    @cached_property
+    def owners(self) -> list[Tensor] | None:
+        """The parameters whose gradients the objects are; None if not all are."""
+        found = [o.param for o in self.objects if isinstance(o, Gradient)]
         return found if len(found) == len(self.objects) else None
 
     @cached_property
@@ -269,8 +275,11 @@ def _as_expected(column: Column, args: Sequence[Any]) -> list[Tensor] | None:
     A few lists in place of a look at every tensor: some tenths of a microsecond for each.
     """
     if column.role is Role.PARAM or column.role is Role.GRAD:
-        positions = column.positions
-        tensors = column.objects if positions is None else [args[p] for p in positions]
+        tensors = column.objects
+        if column.positions is not None:
+            tensors = [args[p] for p in column.positions]
+        elif column.owners is not None:
+            tensors = [p.grad for p in column.owners]
     elif column.role is Role.STATE and column.operands[0].returned < 0:
         tensors = column.objects
     else:
@@ -305,6 +314,8 @@ def present(source: Any, args: Sequence[Any]) -> Any:
     Of a sharded tensor it is the local one. In the call that packed a state, Dynamo still passes
     the float32 tensor that it saw.
     """
+    if type(source) is Gradient:
+        return source.param.grad
     if type(source) is not Argument:
         return local(source)
     value, live = local(args[source.position]), local(source.live)

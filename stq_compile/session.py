@@ -31,6 +31,7 @@ from stq_compile.errors import (
     UnmatchedPrecisionError,
     UnsupportedWidthError,
 )
+from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.half_params import new_error, uncompensated
@@ -43,6 +44,7 @@ from stq_compile.passes.measure import (
     sustained,
     with_packed_normalizers,
 )
+from stq_compile.passes.runner import Stage
 from stq_compile.planner.planner import Managed, Planner, StateKey
 from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
@@ -97,12 +99,19 @@ class Session:
         assert optimizer is not None, "the session outlived its optimizer"
         return optimizer
 
-    def compile(self, gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
-        """Compile one captured graph; the backend's entry. Nothing is changed if it fails."""
+    def compile(
+        self, gm: fx.GraphModule, exemplars: Exemplars | None = None
+    ) -> Callable[..., tuple[Any, ...]]:
+        """Compile one captured graph; the backend's entry. Nothing is changed if it fails.
+
+        ``exemplars``: whose step was captured, in place of the whole optimizer's.
+        """
         start = time.perf_counter()
         captured = capture(gm, self.optimizer)
         with reporting_defects(self, captured.program):
             stages = analyse(captured.program, self.options, self.dump.folder("analyse"))
+        if exemplars is not None:
+            captured, stages[-1] = self._for_all(captured, stages[-1], exemplars)
         program = stages[-1].program
         check_program(program)
         self.check_precision(program)
@@ -127,6 +136,16 @@ class Session:
         )
         self._record()
         return step
+
+    def _for_all(
+        self, captured: Captured, last: Stage, exemplars: Exemplars
+    ) -> tuple[Captured, Stage]:
+        """What was captured of exemplars, and its templates, for all that they stand for."""
+        sources = list(param_sources(self.optimizer).values())
+        program = extend(last.program, sources, exemplars.classes)
+        states = {(source.param, key): value for _, source, key, value in self.states()}
+        captured = bind(captured, program, exemplars.params, states)
+        return captured, replace(last, program=program)
 
     @property
     def out_of_graphs(self) -> bool:

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("birth", "ops", "working_set"),
     ("step_graph",),
     ("capture",),
+    ("exemplars",),
     ("passes", "passes.*"),
     ("codegen", "codegen.*"),
     ("planner", "planner.*"),

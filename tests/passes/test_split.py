@@ -62,8 +62,8 @@ def test_units_are_in_the_order_of_the_parameters() -> None:
 
 def test_a_unit_has_only_what_it_needs() -> None:
     first, second = split(program(interleaved())).units
-    assert [n.name for n in first.placeholders] == ["lr", "param_0", "grad_0", "buf_0"]
-    assert [n.name for n in second.placeholders] == ["lr", "param_1", "grad_1", "buf_1"]
+    assert [n.name for n in first.placeholders] == ["param_0", "grad_0", "buf_0", "lr"]
+    assert [n.name for n in second.placeholders] == ["param_1", "grad_1", "buf_1", "lr"]
     assert first.instances[0].returns == (1,)  # the outputs were in reverse
     assert second.instances[0].returns == (0,)
 
