@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 TYPES := .types/stq_compile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint types clean
+.PHONY: help install demo test test-slow test-gpu bench-gpu nightly soak mutations lint types clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -37,8 +37,21 @@ test: $(STAMP)  ## the tests, without the slow ones and those that need a GPU
 test-slow: $(STAMP)  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(STAMP)  ## the tests that need a CUDA GPU (with a TORCH that knows it)
+	$(BIN)/python -m pytest -m gpu -s
+
+bench-gpu: $(STAMP)  ## packed steps beside torch's, torchao's and bitsandbytes' on a CUDA GPU
+	$(BIN)/python -m pip install -e '.[bench]'
+	$(BIN)/stq bench --device cuda --peers
+
+nightly: $(STAMP)  ## every property test with ten times as many examples, over 10,000 in all
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'hypothesis and not gpu' -n auto
+
+soak: $(STAMP)  ## 20,000 steps with widths that change: nothing grows, the loss does not drift
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+mutations: $(STAMP)  ## put faults in by hand, one by one: the tests must see each
+	$(BIN)/python tests/mutations.py
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from stq_compile.formats import (
     EXP2_COEFFICIENTS,
     MEAN_PULL,
     MIDRISE_CLIP,
+    MIDRISE_LARGEST_UNIT,
     MIDRISE_SHRINK,
     MIDRISE_SLACK,
     OCTAVE,
@@ -86,7 +87,7 @@ def decode_block(
     assert normalizer is not None
     step = b.op("from_bits", b.op("shift_left", word, 16))
     level = b.op("mul", b.op("sub", b.op("to_float", code), format.top_code / 2), step)
-    return b.op("mul", level, root(b, normalizer))
+    return b.op("mul", level, b.op("min", root(b, normalizer), MIDRISE_LARGEST_UNIT))
 
 
 def encode(
@@ -245,7 +246,8 @@ def _encode_midrise(
     b: Builder, x: Value, normalizer: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     half = format.top_code / 2
-    u = b.op("mul", x, reciprocal(b, root(b, normalizer)))
+    inverse = b.op("max", reciprocal(b, root(b, normalizer)), 1.0 / MIDRISE_LARGEST_UNIT)
+    u = b.op("mul", x, inverse)
     if format.width in MIDRISE_CLIP:
         counted = b.op("select", b.read("valid"), u, 0.0)
         share = b.op("div", 1.0, b.read("valid_count"))

@@ -3,6 +3,8 @@
     torchrun --nproc-per-node 4 examples/train_fsdp2.py
     torchrun --nproc-per-node 2 examples/train_fsdp2.py      # goes on from the last checkpoint
 
+On GPUs, one for each process, through NCCL; without any on the CPU, through gloo.
+
 Every process reads its part of the same global batch, so losses and widths do not depend on the
 number of processes. Checkpoints go through torch.distributed.checkpoint into `--out`; a run that
 finds one there continues from it, with as many processes as it was started with.
@@ -11,6 +13,7 @@ finds one there continues from it, with as many processes as it was started with
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,13 +38,25 @@ from tinygpt import GPTConfig, Text, TinyGPT, load_text
 
 LATEST = "latest"  # a file with the name of the last complete checkpoint
 LOSSES = "losses.jsonl"
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
-def build(config: GPTConfig, lr: float, interval: int) -> tuple[TinyGPT, torch.optim.AdamW]:
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # which torchrun sets
+    torch.cuda.set_device(device)
+    return device
+
+
+def build(
+    config: GPTConfig, lr: float, interval: int, device: torch.device
+) -> tuple[TinyGPT, torch.optim.AdamW]:
     """The model, each block sharded over all processes, and its compiled optimizer."""
     torch.manual_seed(0)
-    model = TinyGPT(config)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = TinyGPT(config).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -96,9 +111,11 @@ def train(
 ) -> None:
     """Train, write the global loss of every step to a file, and save now and then."""
     first = dist.get_rank() == 0
+    device = next(model.parameters()).device
     started = time.perf_counter()
     for step in steps:
-        loss = model.loss(part_of_batch(text, step, batch, model.config.context))
+        windows = part_of_batch(text, step, batch, model.config.context)
+        loss = model.loss(windows.to(device))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
@@ -131,11 +148,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoints.")] = Path("out/fsdp2"),
 ) -> None:
     """Train a small GPT with FSDP2; run it under torchrun."""
-    dist.init_process_group("gloo")
+    device = own_device()
+    dist.init_process_group(BACKENDS[device.type])
     if batch % dist.get_world_size():
         raise typer.BadParameter(f"--batch {batch} is not divided by {dist.get_world_size()}")
     out.mkdir(parents=True, exist_ok=True)
-    model, optimizer = build(GPTConfig(layers, width, context=context), lr, interval)
+    model, optimizer = build(GPTConfig(layers, width, context=context), lr, interval, device)
     done = load(out, model, optimizer)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes, from step {done}", flush=True)

@@ -329,7 +329,7 @@ def _with_created(instance: Instance, created: list[Operand], traced: Operand) -
     param = instance.param
     operands = []
     for operand, position in zip(created, instance.returns, strict=True):
-        like_param = operand.shape != () and operand.shape == traced.shape
+        like_param = operand.shape != () and operand.shape == traced.whole_shape
         operands.append(
             replace(
                 operand,
@@ -337,6 +337,7 @@ def _with_created(instance: Instance, created: list[Operand], traced: Operand) -
                 shape=param.shape if like_param else operand.shape,
                 stride=param.stride if like_param else operand.stride,
                 returned=position,
+                device=param.device,
                 region=param.region if like_param else None,
             )
         )

@@ -45,12 +45,12 @@ def _find(unit: StepGraph) -> StepGraph:
     states = {
         o.source.key: o.name
         for n, o in zip(unit.placeholders, unit.operands, strict=True)
-        if o.role is Role.STATE and n.users and n.name in (unit.writes or ()) and o.shape != ()
+        if o.role is Role.STATE and n.users and o.shape != ()
     }
     positive = [k for k in states if k in unit.facts.nonnegative]
     found: dict[str, str] = {}
     for key in states:
-        if key in unit.facts.nonnegative:
+        if key in unit.facts.nonnegative or states[key] not in (unit.writes or ()):
             continue
         before = _sensitivity(unit, states[key], None)
         for candidate in positive:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import is_dense
-from stq_compile.step_graph import Instance, Program, Role, StepGraph, location_of
+from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph, location_of
 
 Supports = Callable[[fx.Node], str]
 """Why the code generator cannot lower a node; empty if it can."""
@@ -39,7 +39,7 @@ def _partition(unit: StepGraph) -> StepGraph:
 
 def why_unfused(unit: StepGraph, why_not: Supports) -> str:
     """Why a functional graph is no kernel: the first node that is in the way, and its line."""
-    shapes = ((), unit.instances[0].param.shape)
+    shapes = ((), unit.instances[0].param.whole_shape)
     for node in unit.calls:
         reason = why_not(node)
         value = node.meta.get("val")
@@ -72,8 +72,9 @@ def why_instance_unfused(instance: Instance, widened: bool = False) -> str:
             if operand.dtype != torch.float32 and param.shape != ():
                 return f"{what} is a scalar of {operand.dtype}"
             continue
-        if operand.shape != param.shape:
-            return f"{what} has the shape {operand.shape}, the parameter {param.shape}"
+        if operand.whole_shape != param.whole_shape:
+            shapes = operand.whole_shape, param.whole_shape
+            return f"{what} has the shape {shapes[0]}, the parameter {shapes[1]}"
         if operand.role is Role.STATE and operand.stride != param.stride:
             return f"{what} has the strides {operand.stride}, the parameter {param.stride}"
     if not is_dense(torch.empty_strided(param.shape, param.stride, device="meta")):
@@ -85,10 +86,11 @@ def by_geometry(unit: StepGraph) -> list[StepGraph]:
     """One unit per shape and layout of its tensors, with stand-ins that have them.
 
     A region is traced for its shapes: that of a mean is in the graph as the number it divides by.
+    Of a tensor that is sharded all is there when the region runs, row-major.
     """
     groups: dict[Any, list[Instance]] = {}
     for instance in unit.instances:
-        key = tuple((o.shape, o.stride, o.dtype) for o in instance.operands)
+        key = tuple((o.whole_shape, _stride(o), o.dtype) for o in instance.operands)
         groups.setdefault(key, []).append(instance)
     parts = []
     for i, instances in enumerate(groups.values()):
@@ -102,11 +104,17 @@ def by_geometry(unit: StepGraph) -> list[StepGraph]:
             if operand.shape != ():
                 dtype = node.meta["example"].dtype  # not the operand's in a widened graph
                 node.meta["example"] = torch.empty_strided(
-                    operand.shape, operand.stride, dtype=dtype, device="meta"
+                    operand.whole_shape, _stride(operand), dtype=dtype, device="meta"
                 )
         name = f"{unit.name}_{i}" if len(groups) > 1 else unit.name
         parts.append(unit.replace(name=name, graph=graph, instances=tuple(instances)))
     return parts
+
+
+def _stride(operand: Operand) -> tuple[int, ...]:
+    if operand.region is None:
+        return operand.stride
+    return torch.empty(operand.whole_shape, device="meta").stride()
 
 
 def element_nodes(unit: StepGraph) -> set[fx.Node]:

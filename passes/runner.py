@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from stq_compile.step_graph import Program, verify
 LOG = logging.getLogger(__name__)
 
 PassFunction = Callable[[Program], Program]
+
+TRACING = threading.RLock()
+"""Held while a pass runs. Tracing is a state of the whole process in torch: two threads that trace
+would confuse it, and while one does, Dynamo refuses to run what it has compiled in any other."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def iter_passes(
     yield Stage("input", program, 0.0)
     for number, step in enumerate(passes, first + 1):
         start = time.perf_counter()
-        program = step.run(program)
+        with TRACING:
+            program = step.run(program)
         stage = Stage(step.name, program, time.perf_counter() - start)
         _dump(stage, dump, number)
         verify(program, step.name)

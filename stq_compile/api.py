@@ -6,6 +6,8 @@ import functools
 import inspect
 import itertools
 import logging
+import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,8 +18,9 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import exc as dynamo_exc
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from stq_compile import interrupts
 from stq_compile.backend import close_session, open_session, session_of
-from stq_compile.birth import init_states
+from stq_compile.birth import forget, init_states
 from stq_compile.checkpoint import StateFormat
 from stq_compile.closures import calls_closure_first
 from stq_compile.eager import announce, run_eagerly
@@ -29,17 +32,23 @@ from stq_compile.errors import (
     InvalidOptionError,
     NotAnOptimizerError,
     NotCompiledError,
+    ShardedEagerStepError,
+    StepMemoryError,
     StqError,
     TooManyGraphsError,
     UncompiledStepError,
     UnsupportedOptimizerError,
+    first_line,
+    is_out_of_memory,
 )
 from stq_compile.exemplars import Exemplars, NotExemplaryError, may_have_exemplars
 from stq_compile.options import Options
+from stq_compile.passes.runner import TRACING
 from stq_compile.planner.history import History
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.shards import is_sharded
 from stq_compile.state_report import Report, make_report
+from stq_compile.state_tree import Leaf
 from stq_compile.symbolic_math import symbolic_math
 
 REFUSED_OPTIONS = {
@@ -55,6 +64,10 @@ Backend = Callable[[Any, Exemplars | None], Any]
 LOG = logging.getLogger(__name__)
 
 _COUNTER = itertools.count()
+
+OTHERS_TRACE = "symbolically trace a dynamo-optimized function"
+"""What Dynamo says where any thread of the process is tracing (`passes.runner.TRACING`)."""
+MOST_WAITS = 1000
 
 REFUSED: dict[type[Optimizer], str] = {
     LBFGS: "its step runs a line search that calls the model, which is no fixed graph",
@@ -126,13 +139,16 @@ def _session(optimizer: Optimizer) -> Session:
 
 
 def history(optimizer: Optimizer) -> History:
-    """Every decision of the planner with its reason; empty where all widths are pinned.
+    """Every decision of the planner with its reason, none where all widths are pinned; and what
+    was not finite.
 
     Raises:
         NotCompiledError: the optimizer is not compiled.
     """
-    planner = _session(optimizer).planner
-    return History() if planner is None else planner.history
+    session = _session(optimizer)
+    session.find_reached()
+    records = () if session.planner is None else session.planner.history.records
+    return History(records, session.incidents)
 
 
 def log(optimizer: Optimizer, loss: float | torch.Tensor) -> None:
@@ -173,6 +189,8 @@ class _Driver:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        session.driven = True
+        self.lock = threading.RLock()  # one optimizer's tables serve one step at a time
         self.closure_first = calls_closure_first(raw_step(type(session.optimizer)))
         self.for_good = False  # whether no step is compiled any more
         self.exemplary = may_have_exemplars(type(session.optimizer))
@@ -239,6 +257,8 @@ class _Driver:
             return self.run(optimizer)
         if self.for_good or len(arguments) > 1 or not self.closure_first:
             reason = "its step makes use of the closure or of other arguments as it goes"
+            if self._sharded():
+                raise ShardedEagerStepError(optimizer=type(optimizer).__name__, reason=reason)
             announce(self.session, f"{type(optimizer).__name__} cannot be compiled: {reason}.")
             return self._eagerly(optimizer, *args, **kwargs)
         with torch.enable_grad():
@@ -255,31 +275,75 @@ class _Driver:
         return run_eagerly(self.session, step, optimizer, *args, **kwargs)
 
     def run(self, optimizer: Optimizer) -> Any:
+        """One step and the decision that it makes due. Signals that come while tensors change wait
+        until what the step returned is stored as well (`interrupts`)."""
+        with self.lock:
+            self.session.decide()  # one that was interrupted
+            with interrupts.scope():
+                result = self._one_step(optimizer)
+            self.session.decide()
+        return result
+
+    def _one_step(self, optimizer: Optimizer) -> Any:
         session = self.session
+        if not session.admits_step():
+            return None
         if self.for_good:
             return self._eagerly(optimizer)
-        if session.loaded:
-            session.pack_loaded()
-            session.compiled_at.clear()  # captures that are due to loading say nothing of the step
-            self._forget()  # what was captured holds the states of before
-        born = init_states(optimizer, session.options.min_numel)
-        session.unpack_wide(born)
-        before = session.steps
+        before, session.changing = session.steps, False
+        born: list[torch.Tensor] = []
+        loaded: list[tuple[Leaf, torch.Tensor]] = []
         try:
+            if session.loaded:
+                loaded = self._take_loaded()
+            born = init_states(optimizer, session.options.min_numel)
+            session.unpack_wide(born)
+            session.move_counters()
             with torch.no_grad():
                 return self._captured(optimizer)
-        except Exception as error:
-            for param in born if session.steps == before else ():  # else the step was made
-                del optimizer.state[param]
-            known = translated(error, type(optimizer).__name__)
-            sharded = any(is_sharded(p) for p in session.params())
-            if session.steps == before and isinstance(known, UncompiledStepError) and not sharded:
-                return self._fall_back(optimizer, known)
-            if session.compiles == 0:
-                self._uninstall(optimizer)
-            if known is None:
+        except BaseException as error:
+            untouched = session.steps == before and not session.changing
+            if untouched:
+                forget(optimizer, born)
+            if not isinstance(error, Exception):
                 raise
-            raise known from error
+            return self._failed(optimizer, error, untouched, loaded)
+
+    def _failed(
+        self,
+        optimizer: Optimizer,
+        error: Exception,
+        untouched: bool,
+        loaded: list[tuple[Leaf, torch.Tensor]],
+    ) -> Any:
+        """Do in another way what failed, or raise what says why; ``loaded`` is what the optimizer
+        held before it was to be packed."""
+        session, name = self.session, type(optimizer).__name__
+        memory = next((e for e in causes(error) if is_out_of_memory(e)), None)
+        if untouched and memory is not None:
+            raise StepMemoryError(optimizer=name, reason=first_line(memory)) from error
+        known = translated(error, name)
+        if untouched and isinstance(known, UncompiledStepError) and not self._sharded():
+            return self._fall_back(optimizer, known)
+        if session.compiles == 0:
+            for leaf, value in loaded:
+                leaf.put(value)
+            self._uninstall(optimizer)
+        if known is None:
+            raise error
+        raise known from error
+
+    def _take_loaded(self) -> list[tuple[Leaf, torch.Tensor]]:
+        """Pack what a checkpoint brought, and capture afresh."""
+        session = self.session
+        found = session.pack_loaded()
+        session.compiled_at.clear()  # captures that are due to loading say nothing of the step
+        self._forget()  # what was captured holds the states of before
+        session.loaded = False
+        return found
+
+    def _sharded(self) -> bool:
+        return any(is_sharded(p) for p in self.session.params())
 
     def _fall_back(self, optimizer: Optimizer, reason: UncompiledStepError) -> Any:
         """Run this step eagerly, and all later ones but after a mere excess of graphs.
@@ -321,16 +385,30 @@ class _Driver:
         """One step; of the whole optimizer, where exemplars do not show that all are alike."""
         compiles = self.session.compiles
         try:
-            return capture(optimizer)
+            return self._enter(capture, optimizer)
         except Exception as error:
             if not any(isinstance(e, NotExemplaryError) for e in causes(error)):
                 raise
             LOG.info("%s: captured whole, since %s", type(optimizer).__name__, error)
             capture.take_whole()
-            return capture(optimizer)
+            return self._enter(capture, optimizer)
         finally:
             if self.session.compiles > compiles and not capture.note_states(optimizer):
                 self.captures.remove(capture)
+
+    @staticmethod
+    def _enter(capture: _Capture, optimizer: Optimizer) -> Any:
+        """Run the step under Dynamo, when no other thread is tracing."""
+        for _ in range(MOST_WAITS):
+            try:
+                return capture(optimizer)
+            except RuntimeError as error:  # before anything of the step has run
+                if OTHERS_TRACE not in str(error):
+                    raise
+            with TRACING:
+                pass
+            time.sleep(0.01)
+        return capture(optimizer)
 
     @staticmethod
     def _uninstall(optimizer: Optimizer) -> None:

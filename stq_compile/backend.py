@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from stq_compile.checkpoint import attach
-from stq_compile.dynamo import traced_frame, traced_optimizer
-from stq_compile.errors import OptimizerNotFoundError
+from stq_compile.compiled_step import CompiledStep
+from stq_compile.dynamo import traced_changes, traced_frame, traced_optimizer
+from stq_compile.errors import OptimizerNotFoundError, UnskippableStepError
 from stq_compile.options import Options
 from stq_compile.session import Session
 
@@ -60,6 +62,7 @@ def stq(
     optimizer = traced_optimizer()
     if optimizer is None:
         raise OptimizerNotFoundError(frame=traced_frame())
+    numbers = traced_changes()
     session = _SESSIONS.get(optimizer)
     if session is None:
         session = Session(optimizer, Options.from_dict(options or {}))
@@ -67,4 +70,16 @@ def stq(
     compiled = session.compile(gm)
     if optimizer not in _SESSIONS:
         _register(session)
-    return compiled
+    if session.options.on_nonfinite == "propagate":
+        return compiled
+    return partial(_checked, session, compiled, compiled.writes_only_tensors and not numbers)
+
+
+def _checked(session: Session, step: CompiledStep, skippable: bool, *args: Any) -> tuple[Any, ...]:
+    """Run a captured step with the gradients that its parameters have, if the options allow it.
+
+    What is no tensor is changed by Dynamo after the call, which only an error prevents.
+    """
+    if session.admits_step(None if skippable else UnskippableStepError):
+        return step(*args)
+    return ()

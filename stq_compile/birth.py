@@ -7,6 +7,7 @@ Inside `Birth`, ``torch.zeros_like(param)`` and its relatives give a `PackedStat
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from stq_compile.formats import CONSTANT
 from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense
 from stq_compile.shards import local, wrap
+from stq_compile.storage import DEVICES
 
 aten = torch.ops.aten
 _ZERO = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
@@ -61,18 +63,18 @@ def newborn(
     with _disable_current_modes():
         meta_args = (like.to("meta"), *args[1:]) if isinstance(args[0], Tensor) else args
         meta = func(*meta_args, **{**kwargs, "device": "meta"})
-    device = kwargs.get("device") or (like.device if like is not shape else "cpu")
+    device = torch.device(kwargs.get("device") or (like.device if like is not shape else "cpu"))
     sharded = like is not outer
     if (
         (outer if sharded else meta).numel() < min_numel
         or (sharded and meta.shape != like.shape)  # as large as the whole tensor
         or meta.dtype not in FLOAT_DTYPES
         or (meta.ndim == 0 and meta.dtype != torch.float32)  # kernels read it as it is
-        or torch.device(device).type != "cpu"
+        or device.type not in DEVICES
         or not is_dense(meta)
     ):
         return None
-    state = PackedState.zeros_like(meta, CONSTANT)
+    state = PackedState.zeros_like(meta, CONSTANT, device=device)
     state.packed.fill(value)
     return wrap(state, outer)
 
@@ -107,7 +109,17 @@ def init_states(optimizer: Optimizer, min_numel: int) -> list[Tensor]:
         if any(p.grad is not None and id(p) not in before for p in group["params"])
     ]
     lists = len(inspect.signature(init).parameters) - 1
-    with Birth(min_numel), torch.no_grad():
-        for group in waiting:
-            init(group, *([] for _ in range(lists)))
+    try:
+        with Birth(min_numel), torch.no_grad():
+            for group in waiting:
+                init(group, *([] for _ in range(lists)))
+    except BaseException:  # half of a parameter's states would count as all of them
+        forget(optimizer, [p for p in list(optimizer.state) if id(p) not in before])
+        raise
     return [p for p in list(optimizer.state) if id(p) not in before and optimizer.state[p]]
+
+
+def forget(optimizer: Optimizer, born: Iterable[Tensor]) -> None:
+    """Take the states of parameters away again, before any step has written them."""
+    for param in born:
+        del optimizer.state[param]

@@ -19,7 +19,17 @@ from torch.optim import Optimizer
 from stq_compile.errors import UnknownInputError
 from stq_compile.shards import local, region_of
 from stq_compile.state_tree import leaves
-from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph, location_of
+from stq_compile.step_graph import (
+    CPU,
+    Instance,
+    Operand,
+    Program,
+    Role,
+    Source,
+    StepGraph,
+    location_of,
+    set_device,
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +79,14 @@ def capture(
 ) -> Captured:
     """Turn Dynamo's graph of ``optimizer.step`` into a program of one step graph.
 
+    What the step makes itself is made on the CPU in the graph: passes know no devices, and what
+    runs on one is told so by the operands.
+
     ``sources`` number the parameters as `param_sources` does, where the optimizer has only some.
     """
     known = _known_tensors(optimizer, sources or param_sources(optimizer))
     name = type(optimizer).__name__
+    params = {known[id(p)][1].param: p for g in optimizer.param_groups for p in g["params"]}
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     operands: list[Operand] = []
@@ -97,21 +111,24 @@ def capture(
             continue
         new = graph.placeholder(_readable(role, source))
         number = not isinstance(example, Tensor)
-        outer, example = example, local(_as_tensor(example))
-        new.meta["example"] = _stand_in(example)
+        outer = _as_tensor(example)
+        new.meta["example"] = _stand_in(outer)
         env[node] = placeholders[key] = new
+        # A gradient may be placed otherwise than its parameter, as which it is read.
+        placed = params[source.param] if role is Role.GRAD else outer
+        held = local(placed if region_of(placed) is not None else outer)
         operands.append(
             Operand(
                 new.name,
                 role,
                 source,
-                tuple(example.shape),
-                tuple(example.stride()),
-                example.dtype,
-                example.device,
+                tuple(held.shape),
+                tuple(held.stride()),
+                outer.dtype,
+                held.device,
                 next((location_of(user) for user in node.users), ""),
                 number=number,
-                region=region_of(outer),
+                region=region_of(placed),
             )
         )
         if role is Role.STATE and isinstance(binding, Argument):
@@ -128,6 +145,7 @@ def capture(
             graph.output(tuple(fx.map_arg(o, env.__getitem__) for o in outputs))
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+            set_device(env[node], CPU)
     instance = Instance(tuple(operands), tuple(range(len(outputs))))
     step = StepGraph("step", graph, (instance,))
     return Captured(Program(name, (step,)), bindings, attributes)
@@ -152,10 +170,11 @@ def _as_tensor(example: Any) -> Tensor:
 def _stand_in(example: Tensor) -> Tensor:
     """What passes may look at: the value of a scalar, the geometry of anything else.
 
-    A graph must not keep a state alive that has since been packed.
+    The geometry is that of the whole tensor, of which this process may hold a part. A graph must
+    not keep a state alive that has since been packed.
     """
     if example.ndim == 0:
-        return example.detach().clone()
+        return local(example).detach().to("cpu", copy=True)  # type: ignore[no-any-return]  # a tensor
     return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device="meta")
 
 

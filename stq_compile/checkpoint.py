@@ -21,7 +21,8 @@ Loaded under other options: widths and planner carry over if ``precision`` is th
 next decision follows the new options (the first step decides at once if the budget is exceeded or a
 width is not on the ladder). With another ``precision``, or from a run with a planner to one without
 it, the states are converted to the widths that the new options give, and a planner starts anew.
-Version 1 had no planner; it loads as a checkpoint of a run without one.
+Version 1 had no planner; it loads as a checkpoint of a run without one. Up to version 3 states were
+of their parameter's shape, and not in lists.
 """
 
 from __future__ import annotations
@@ -37,21 +38,22 @@ from torch.optim import Optimizer
 
 from stq_compile import saved_state
 from stq_compile.capture import param_sources
-from stq_compile.collective import any_failed
+from stq_compile.collective import anywhere
 from stq_compile.errors import CheckpointError
-from stq_compile.formats import BFLOAT16, ULP8, WIDTHS
+from stq_compile.formats import CONSTANT, ULP8, WIDTHS
 from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense, memory_order, strides_of_states
 from stq_compile.planner import saved_plan
 from stq_compile.planner.planner import Planner
 from stq_compile.saved_state import whole_number
 from stq_compile.session import Session
-from stq_compile.shards import is_sharded, local, place_of, wrap
+from stq_compile.shards import is_sharded, local, place_of, region_of, wrap
+from stq_compile.state_tree import rebuilt, tensors
 from stq_compile.step_graph import PARAM_ERROR, Source
 from stq_compile.storage import PackedStorage
 
-VERSION = 3
-READABLE = (1, 2, 3)
+VERSION = 4
+READABLE = (1, 2, 3, 4)
 HEADER = "stq"
 StateFormat = Literal["packed", "fp32"]
 
@@ -85,16 +87,14 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
     """A stock ``state_dict`` with its packed states in the given form; the live states stay."""
     out = dict(state_dict)
     out["state"] = {
-        index: {
-            key: _export_value(value, entries, format) for key, value in entries.items()
-        }
-        for index, entries in state_dict["state"].items()
-    }  # fmt: skip
+        index: _export_entries(entries, format) for index, entries in state_dict["state"].items()
+    }
     if format == "packed":
         for number, error in session.errors.items():
             out["state"].setdefault(number, {})[PARAM_ERROR] = saved_state.save(error, None)
         header = {
             "version": VERSION,
+            "sizes": [list(param.shape) for param in session.params()],
             "seed": session.seed,
             "steps": session.steps,
             "precision": _plain(session.options.precision),
@@ -108,21 +108,20 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
     return out
 
 
-def _export_value(value: Any, entries: Mapping[str, Any], format: StateFormat) -> Any:
-    held = local(value)
-    if not isinstance(held, PackedState):
-        return value
-    if format == "fp32":
-        return wrap(held.dequantize(), value)
-    normalizer = next(
-        (
-            key
-            for key, other in ((key, local(other)) for key, other in entries.items())
-            if isinstance(other, PackedState) and other.packed is held.packed.normalizer
-        ),
-        None,
-    )
-    return saved_state.save(value, normalizer)
+def _export_entries(entries: Any, format: StateFormat) -> Any:
+    """The states of one parameter, whatever containers they are in."""
+    held = {key: local(value) for key, value in tensors(entries)}
+    keys = {id(v.packed): key for key, v in held.items() if isinstance(v, PackedState)}
+
+    def export_value(_: str, value: Any) -> Any:
+        state = local(value)
+        if not isinstance(state, PackedState):
+            return value
+        if format == "fp32":
+            return wrap(state.dequantize(), value)
+        return saved_state.save(value, keys.get(id(state.packed.normalizer)))
+
+    return rebuilt(entries, export_value)
 
 
 def _plain(precision: Any) -> Any:
@@ -167,14 +166,36 @@ def read(session: Session, state_dict: Mapping[str, Any]) -> Import:
     params = _saved_params(session.optimizer, out)
     header = _take_header(out, header)
     found = Import(out)
+    known = header is not None and _check_sizes(session, _mapping(header, HEADER))
+    sources = param_sources(session.optimizer)
     states = _mapping(out.get("state"), "state")
     out["state"] = {
-        index: _read_entries(session, index, entries, params.get(index), found)
+        index: _Reader(session, f"state[{index}]", params.get(index), sources, known, found).read(
+            entries
+        )
         for index, entries in states.items()
-    }
+    }  # fmt: skip
     if header is not None:
         _read_header(session, found, _mapping(header, HEADER))
     return found
+
+
+def _check_sizes(session: Session, header: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint says that it is of parameters of these shapes; it may not say."""
+    sizes = header.get("sizes")
+    if sizes is None:
+        return False
+    live = [list(param.shape) for param in session.params()]
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(live):
+        raise CheckpointError(
+            entry=f"{HEADER}.sizes", found=repr(sizes)[:200], expected=f"{len(live)} parameters"
+        )
+    for number, (found, expected) in enumerate(zip(sizes, live, strict=True)):
+        if list(found) != expected:
+            raise CheckpointError(
+                entry=f"{HEADER}.sizes[{number}]", found=found, expected=expected
+            )  # fmt: skip
+    return True
 
 
 def _read_together(session: Session, state_dict: Mapping[str, Any]) -> Import:
@@ -183,14 +204,14 @@ def _read_together(session: Session, state_dict: Mapping[str, Any]) -> Import:
         found = read(session, state_dict)
         _rehearse(session.optimizer, found.state_dict)
     except Exception as error:
-        any_failed(True, session.params())
+        anywhere(True, session.params())
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             entry="an entry", found=f"damaged ({type(error).__name__}: {error})",
             expected="what this optimizer saves",
         ) from error  # fmt: skip
-    if any_failed(False, session.params()):
+    if anywhere(False, session.params()):
         raise CheckpointError(
             entry="the part of another process", found="damaged", expected="what its error says"
         )
@@ -267,64 +288,116 @@ def _read_plan(rows: Any) -> dict[tuple[int, str], int]:
     return plan
 
 
-def _read_entries(
-    session: Session, index: Any, saved: Any, param: Tensor | None, found: Import
-) -> dict[str, Any]:
-    """The states of one parameter; normalizers first, since others are in units of them."""
-    entries: dict[str, Any] = dict(_mapping(saved, f"state[{index}]"))
-    packed = {k: v for k, v in entries.items() if isinstance(v, Mapping) and "codes" in v}
-    states: dict[str, saved_state.Saved] = {}
-    storages: dict[str, PackedStorage] = {}
-    for key in sorted(packed, key=lambda k: packed[k].get("normalizer") is not None):
-        where = f"state[{index}].{key}"
-        if param is None:
+class _Reader:
+    """Reads the states of one parameter."""
+
+    def __init__(
+        self,
+        session: Session,
+        where: str,
+        param: Tensor | None,
+        sources: Mapping[int, Source],
+        known: bool,
+        found: Import,
+    ) -> None:
+        """``known``: whether the checkpoint is known to be of parameters of these shapes."""
+        self.session, self.where, self.param, self.found = session, where, param, found
+        self.source = None if param is None else sources[id(param)]
+        live = {} if param is None else session.optimizer.state.get(param, {})
+        self.live = dict(tensors(live))
+        self.known = known
+        self.states: dict[str, saved_state.Saved] = {}
+        self.storages: dict[str, PackedStorage] = {}
+
+    def read(self, entries: Any) -> Any:
+        """The states; normalizers first, since others are in units of them."""
+        entries = _mapping(entries, self.where)
+        states = rebuilt(rebuilt(dict(entries), self._first), self._second)
+        if PARAM_ERROR in self.states:
+            assert self.source is not None
+            self.found.errors[self.source.param] = states.pop(PARAM_ERROR)
+        return states
+
+    def _first(self, key: str, value: Any) -> Any:
+        alone = saved_state.is_entry(value) and value.get("normalizer") is None
+        return self._packed(key, value) if alone else value
+
+    def _second(self, key: str, value: Any) -> Any:
+        if saved_state.is_entry(value):
+            return self._packed(key, value)
+        if self.param is None or not isinstance(value, Tensor):
+            return value
+        if isinstance(local(value), PackedState):  # read before
+            return value
+        self._check_shape(key, value)
+        return _taken(value, self.param)
+
+    def _packed(self, key: str, entry: Mapping[str, Any]) -> Tensor:
+        where = f"{self.where}.{key}"
+        if self.param is None or self.source is None:
             raise CheckpointError(entry=where, found="no such parameter", expected="a parameter")
-        states[key] = state = saved_state.read(packed[key], param, where, states)
-        divisor = packed[key]["normalizer"]
-        options = session.storage_options(_source(session, param, str(key)))
+        like = self._like(key, entry)
+        self.states[key] = state = saved_state.read(entry, like, where, self.states)
         if (state.format == ULP8) != (key == PARAM_ERROR):
             raise CheckpointError(
                 entry=f"{where}.format",
                 found=state.format.name,
                 expected=f"{ULP8.name} for {PARAM_ERROR} and for nothing else",
             )
-        storage, exact = saved_state.place(state, param, options, storages.get(divisor))
-        storages[key] = storage
+        source = Source(self.source.param, self.source.name, key)
+        options = self.session.storage_options(source, region_of(like))
+        divisor = self.storages.get(str(entry.get("normalizer")))
+        storage, exact = saved_state.place(state, like, options, divisor)
+        self.storages[key] = storage
         if not exact:
-            found.reencoded.append(where)
-        held = local(param)
-        entries[key] = wrap(_packed(storage, held), param)
-        if key == PARAM_ERROR:
-            found.errors[_source(session, param, key).param] = entries.pop(key)
-    if param is not None:
-        live = session.optimizer.state.get(param, {})
-        for key, value in entries.items():
-            if isinstance(value, Tensor) and key not in packed:
-                _check_shape(value, param, live.get(key), f"state[{index}].{key}")
-                entries[key] = _taken(value, param)
-    return entries
+            self.found.reencoded.append(where)
+        return wrap(_packed(storage, local(like), self.param), like)
 
+    def _like(self, key: str, entry: Mapping[str, Any]) -> Tensor:
+        """A tensor of the shape, strides and sharding that a state must have.
 
-def _check_shape(value: Tensor, param: Tensor, live: Any, entry: str) -> None:
-    """A state is a scalar, or of its parameter's shape, or of the shape that it has now."""
-    shapes = [(), tuple(param.shape)]
-    if isinstance(live, Tensor):
-        shapes.append(tuple(live.shape))
-    if tuple(value.shape) not in shapes or value.is_complex() or value.device.type == "meta":
-        found = f"{value.dtype}{list(value.shape)} on {value.device}"
-        raise CheckpointError(entry=entry, found=found, expected=f"a shape of {shapes}")
+        Those of the state that is there now. If there is none, the parameter's; or what the entry
+        says, if it is known to be one of a parameter like this.
+        """
+        assert self.param is not None
+        live = self.live.get(key)
+        size, stride = entry.get("size"), entry.get("stride")
+        if live is not None or not self.known or is_sharded(self.param):
+            return self.param if live is None else live
+        if size == list(self.param.shape):
+            return self.param
+        try:
+            like = torch.empty_strided(size, stride, device="meta")  # type: ignore[arg-type]  # checked
+            dense = is_dense(like)
+        except (TypeError, RuntimeError):
+            dense = False
+        if not dense:
+            where = f"{self.where}.{key}"
+            raise CheckpointError(entry=where, found=(size, stride), expected="a dense tensor")
+        return like
 
-
-def _source(session: Session, param: Tensor, key: str) -> Source:
-    source = param_sources(session.optimizer)[id(param)]
-    return Source(source.param, source.name, key)
+    def _check_shape(self, key: str, value: Tensor) -> None:
+        """A state is a scalar, or of its parameter's shape, or of the shape that it has now."""
+        assert self.param is not None
+        live = self.live.get(key)
+        shapes = [(), tuple(self.param.shape)]
+        if live is not None:
+            shapes.append(tuple(live.shape))
+        fits = tuple(value.shape) in shapes
+        if live is None:  # it may be a matrix or a vector along the parameter's dimensions
+            fits = fits or self.known or {*value.shape} <= {1, *self.param.shape}
+        if not fits or value.is_complex() or value.device.type == "meta":
+            found = f"{value.dtype}{list(value.shape)} on {value.device}"
+            entry = f"{self.where}.{key}"
+            raise CheckpointError(entry=entry, found=found, expected=f"a shape of {shapes}")
 
 
 def _taken(value: Tensor, param: Tensor) -> Tensor:
     """A state of another kind, as the optimizer should have it.
 
     Of a whole tensor for a sharded parameter, this process's part. A bfloat16 one is packed as it
-    is: torch would make a float32 copy of every such state before the first could be packed.
+    is: torch would make a float32 copy of every such state before the first could be packed. As
+    torch does with float32 ones, it is taken and not copied.
     """
     if value.shape != param.shape or not value.ndim:
         return value
@@ -336,15 +409,16 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
     held = local(value)
     if held.dtype != torch.bfloat16 or not is_dense(held) or held.stride() != local(param).stride():
         return value
-    storage = PackedStorage(held.numel(), BFLOAT16)
-    storage.codes = memory_order(held).view(torch.int16).clone()
-    return wrap(_packed(storage, local(param)), value)
+    device = local(param).device
+    storage = PackedStorage(held.numel(), CONSTANT, device=device)
+    storage.take(memory_order(held.to(device)))
+    return wrap(_packed(storage, held, param), value)
 
 
-def _packed(storage: PackedStorage, param: Tensor) -> PackedState:
+def _packed(storage: PackedStorage, like: Tensor, param: Tensor) -> PackedState:
     """A state of its parameter's type, which is what torch turns it into otherwise."""
     dtype = param.dtype if param.dtype in FLOAT_DTYPES else torch.float32
-    return PackedState(storage, param.size(), strides_of_states(param), dtype=dtype)
+    return PackedState(storage, like.size(), strides_of_states(like), dtype=dtype)
 
 
 def _mapping(value: Any, entry: str) -> Mapping[Any, Any]:

@@ -11,6 +11,7 @@ little of it for a kernel to be worth building.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,19 +20,21 @@ import torch
 from torch import Tensor
 
 from stq_compile import reference
-from stq_compile.codegen.cpp.build import CompiledKernel
+from stq_compile.codegen.backend import backend_of
+from stq_compile.codegen.executable import Executable
 from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.reencode import KEY, NEW, OLD, UNIT, reencode_kernel
-from stq_compile.codegen.tabulate import tabulate
-from stq_compile.codegen.verify import verify_kernel
-from stq_compile.compiler import compile_kernels
+from stq_compile.codegen.target import Target
+from stq_compile.compiler import compile_kernels, for_target
 from stq_compile.formats import CONSTANT, FLOAT32, Format
 from stq_compile.options import Rounding
 from stq_compile.rounding import Noise, kernel_arguments, signed64
-from stq_compile.storage import REFERENCE, Codec
+from stq_compile.step_graph import CPU
+from stq_compile.storage import REFERENCE, Codec, PackedStorage
 
 Way = tuple[Format, Format]
 """From a format, to a format; one of them is float32."""
+Kind = tuple[Way, torch.device]
 Buffers = tuple[Tensor, Tensor | None]
 """Codes and scales."""
 
@@ -50,6 +53,7 @@ class Conversion:
     numel: int
     old: Format
     new: Format
+    device: torch.device = CPU
 
     @property
     def computes(self) -> bool:
@@ -62,7 +66,8 @@ class CompiledCodec:
 
     def __init__(self, rounding: Rounding) -> None:
         self.rounding = rounding
-        self._kernels: dict[Way, tuple[Kernel, CompiledKernel]] = {}
+        self.kernels: dict[Kind, tuple[Kernel, Executable]] = {}
+        self._converted: Counter[tuple[Format, torch.device]] = Counter()
 
     def prepare(self, conversions: Sequence[Conversion]) -> Codec:
         """What is to make these changes, with all kernels built before a state is touched.
@@ -74,17 +79,38 @@ class CompiledCodec:
         made = [c for c in conversions if c.param in changed]
         if sum(c.numel for c in made) < WORTH_BUILDING:
             return REFERENCE
-        formats = {f: None for c in made for f in (c.old, c.new)}
-        self.build(formats, {c.new: None for c in made})
+        for device in dict.fromkeys(c.device for c in made):
+            mine = [c for c in made if c.device == device]
+            formats = {f: None for c in mine for f in (c.old, c.new)}
+            self.build(formats, {c.new: None for c in mine}, device)
         return self
 
-    def build(self, decoded: Iterable[Format], encoded: Iterable[Format]) -> None:
+    def amortized(self, states: Iterable[PackedStorage]) -> Codec:
+        """What is to decode and encode these states in a step that runs outside of kernels.
+
+        The kernels of a format are built once the reference has done as much work as building
+        them is: in all, no more than twice the time of whichever would have been the better.
+        """
+        for state in states:
+            self._converted[state.format, state.device] += state.numel
+        for (format, device), numel in self._converted.items():
+            if numel >= WORTH_BUILDING:
+                self.build([format], [format], device)
+        return self
+
+    def build(
+        self, decoded: Iterable[Format], encoded: Iterable[Format], device: torch.device = CPU
+    ) -> None:
         """Build the kernels that are missing."""
         ways = [(format, FLOAT32) for format in decoded] + [(FLOAT32, f) for f in encoded]
-        missing = [w for w in dict.fromkeys(ways) if _has_kernel(w) and w not in self._kernels]
-        kernels = [_kernel(way, self.rounding) for way in missing]
-        built = compile_kernels(kernels)
-        self._kernels |= dict(zip(missing, zip(kernels, built, strict=True), strict=True))
+        kinds = [(way, device) for way in dict.fromkeys(ways) if _has_kernel(way)]
+        missing = [kind for kind in kinds if kind not in self.kernels]
+        if not missing:
+            return
+        target = backend_of(device).target(device)
+        kernels = [_kernel(way, self.rounding, target) for way, _ in missing]
+        built = compile_kernels(kernels, device)
+        self.kernels |= dict(zip(missing, zip(kernels, built, strict=True), strict=True))
 
     def encode(
         self,
@@ -96,9 +122,10 @@ class CompiledCodec:
     ) -> tuple[Tensor, Tensor]:
         """`reference.encode`."""
         way = (FLOAT32, format)
-        if way not in self._kernels:
+        other_rounding = (noise.key is None) != (self.rounding == "nearest")
+        if (way, x.device) not in self.kernels or other_rounding:
             return reference.encode(x, format, noise, normalizer, first_block)
-        made = reference.empty_buffers(format, x.numel())
+        made = reference.empty_buffers(format, x.numel(), x.device)
         self._run(way, (x, None), made, normalizer, noise.key, first_block)
         return made
 
@@ -112,9 +139,9 @@ class CompiledCodec:
     ) -> Tensor:
         """`reference.decode`."""
         way = (format, FLOAT32)
-        if way not in self._kernels:
+        if (way, codes.device) not in self.kernels:
             return reference.decode(codes, scales, format, numel, normalizer)
-        values = torch.empty(numel)
+        values = torch.empty(numel, device=codes.device)
         self._run(way, (codes, scales), (values, None), normalizer)
         return values
 
@@ -127,7 +154,7 @@ class CompiledCodec:
         key: int | None = None,
         first_block: int = 0,
     ) -> None:
-        kernel, compiled = self._kernels[way]
+        kernel, compiled = self.kernels[way, old[0].device]
         step, stream = (0, 0) if key is None else kernel_arguments(key)
         tensors = (*old, *new, normalizer)
         fields = {
@@ -136,15 +163,12 @@ class CompiledCodec:
         fields[KEY] = signed64(stream)
         numel = (old if way[0] == FLOAT32 else new)[0].numel()
         row = [*(fields[o.name] for o in kernel.operands), numel, first_block]
-        table = np.array(row, dtype=np.int64)
-        compiled.run(table.ctypes.data, 1, step, torch.get_num_threads())
+        compiled.bind(np.array([row], dtype=np.int64))(step)
 
 
-def _kernel(way: Way, rounding: Rounding) -> Kernel:
+def _kernel(way: Way, rounding: Rounding, target: Target) -> Kernel:
     normalized = any(format.normalized for format in way)
-    kernel = tabulate(reencode_kernel(*way, rounding, FLOAT32 if normalized else None))
-    verify_kernel(kernel)
-    return kernel
+    return for_target(reencode_kernel(*way, rounding, FLOAT32 if normalized else None), target)
 
 
 def _has_kernel(way: Way) -> bool:

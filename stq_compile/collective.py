@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from stq_compile.shards import region_of
+from stq_compile.shards import divides, region_of
 
 Sums = dict[int, dict[str, float]]
 """Named sums by parameter number; the same names in the same order on every process."""
@@ -32,10 +32,10 @@ def add_up(sums: Mapping[int, Mapping[str, float]], params: Sequence[Tensor]) ->
         parts = [torch.tensor(list(total[n].values()), dtype=torch.float64) for n in numbers]
         placements = [params[n].placements for n in numbers]  # type: ignore[attr-defined]  # DTensors
         for dim in range(mesh.ndim):
-            if not any(p[dim].is_shard() for p in placements):
+            if not any(divides(p[dim]) for p in placements):
                 continue
             for part, placed in zip(parts, placements, strict=True):
-                if not placed[dim].is_shard() and mesh.get_local_rank(dim) != 0:
+                if not divides(placed[dim]) and mesh.get_local_rank(dim) != 0:
                     part.zero_()  # of copies, one counts
             vector = torch.cat(parts).to(mesh.device_type)
             dist.all_reduce(vector, group=mesh.get_group(dim))
@@ -46,11 +46,11 @@ def add_up(sums: Mapping[int, Mapping[str, float]], params: Sequence[Tensor]) ->
     return total, sent
 
 
-def any_failed(failed: bool, params: Sequence[Tensor]) -> bool:
-    """Whether something failed on any process that has a part of these parameters."""
-    count = 1.0 if failed else 0.0
-    total, _ = add_up({number: {"failed": count} for number in range(len(params))}, params)
-    return any(row["failed"] > 0 for row in total.values())
+def anywhere(here: bool, params: Sequence[Tensor]) -> bool:
+    """Whether something is so on any process that has a part of these parameters."""
+    count = 1.0 if here else 0.0
+    total, _ = add_up({number: {"count": count} for number in range(len(params))}, params)
+    return any(row["count"] > 0 for row in total.values())
 
 
 def _meshes(sums: Sums, params: Sequence[Tensor]) -> dict[Any, list[int]]:

@@ -6,7 +6,9 @@ kernels run on; which width a state has is the `Session`'s to say.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
+from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, Gradient
-from stq_compile.codec import Conversion
-from stq_compile.collective import Sums, add_up
+from stq_compile.codec import CompiledCodec, Conversion
+from stq_compile.collective import Sums, add_up, anywhere
 from stq_compile.compiler import (
     Generated,
     Unit,
@@ -26,20 +29,28 @@ from stq_compile.compiler import (
     measuring_program,
 )
 from stq_compile.dump import Dump
+from stq_compile.errors import FormatMismatchError, PartialStepError, first_line
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import CONSTANT, FLOAT32, Format
+from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.half_params import HalfParams
 from stq_compile.halves import FLOAT_DTYPES, HALF_DTYPES
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.passes.agree import agree
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import measure_directly, perturbations
+from stq_compile.planner.direct import (
+    BLOCKS,
+    FEW_BLOCKS,
+    WIDTHS,
+    measure_directly,
+    perturbations,
+)
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
-from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present
+from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present, recording
 from stq_compile.shards import local, wrap
 from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import (
@@ -54,6 +65,26 @@ from stq_compile.step_graph import (
 )
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
+
+COMPARED_AT_ONCE = 16
+"""About how many parameters a look measures directly after the calibration, in turn."""
+
+
+@contextmanager
+def agreement(
+    steps: Sequence[CompiledStep], is_nonnegative: Callable[[StateKey], bool]
+) -> Iterator[None]:
+    """Steps of one optimizer go by facts that they share; by their former ones if this fails."""
+    former = [step.program for step in steps]
+    agreed = agree([step.front[-1].program for step in steps], is_nonnegative)
+    try:
+        for step, program in zip(steps, agreed, strict=True):
+            step.take(program)
+        yield
+    except BaseException:
+        for step, program in zip(steps, former, strict=True):
+            step.take(program)
+        raise
 
 
 @dataclass
@@ -72,13 +103,18 @@ class Owner(Protocol):
 
     options: Options
     dump: Dump
+    codec: CompiledCodec
     seed: int
     steps: int
     compiles: int
+    changing: bool
+    driven: bool
     info: dict[StateKey, StateInfo]
     plan: dict[StateKey, int]
     planner: Planner | None
     look_bytes: int
+    recorded: bool
+    decision_due: bool
     errors: dict[int, Tensor]
 
     @property
@@ -86,14 +122,18 @@ class Owner(Protocol):
     def params(self) -> list[Tensor]: ...
     def leaves(self) -> Iterator[tuple[Leaf, Source]]: ...
     def format_of(self, operand: Operand, unit: StepGraph) -> Format: ...
-    def unencoded(self, value: Tensor, source: Source) -> PackedState: ...
+    def unencoded(self, value: Tensor, source: Source, region: Any) -> PackedState: ...
     def rounding_options(self, source: Source) -> dict[str, Any]: ...
-    def storage_options(self, source: Source) -> dict[str, Any]: ...
-    def replan(self) -> None: ...
+    def storage_options(self, source: Source, region: Any) -> dict[str, Any]: ...
+    def decide(self) -> None: ...
+    def without_planning(self, action: str, error: Exception) -> None: ...
 
 
 class CompiledStep:
-    """One captured graph: templates, live objects, and the buckets for the widths in use."""
+    """One captured graph: templates, live objects, and the buckets for the widths in use.
+
+    ``program`` holds the templates before formats, with facts on which all graphs agree.
+    """
 
     def __init__(self, session: Owner, captured: Captured, stages: list[Stage]) -> None:
         self.session = session
@@ -102,6 +142,7 @@ class CompiledStep:
         self.attributes = captured.attributes
         self.front = stages
         self.stages = stages
+        self.program = stages[-1].program
         self.buckets: list[Bucket] = []
         self.regions: list[Region] = []
         self.measured: Program | None = None
@@ -110,10 +151,12 @@ class CompiledStep:
         kept = {operand.returned for _, operand in self._created_by()}
         self.shared = shared_results(captured.program.units[0], kept)
 
-    @property
-    def program(self) -> Program:
-        """The templates, before formats."""
-        return self.front[-1].program
+    def take(self, program: Program) -> None:
+        """Go on with other facts of the same templates, from the next `generate` on."""
+        if program is not self.program:
+            self.program = program
+            self.measured = None
+            vars(self).pop("planned_program", None)
 
     @cached_property
     def planned_program(self) -> Program:
@@ -140,11 +183,12 @@ class CompiledStep:
                 continue
             old = value.format if isinstance(value, PackedState) else FLOAT32
             numel = torch.Size(operand.shape).numel()
-            found.append(Conversion(operand.source.param, numel, old, info.format))
+            found.append(Conversion(operand.source.param, numel, old, info.format, operand.device))
         return found
 
     def adopt(self, generated: Generated, codec: Codec) -> None:
         """Bring the states into the formats generated for, and use these from the next step on."""
+        self._move_counters()
         self._commit(self._wanted(), codec)
         self._build_buckets(generated.units)
         self.stages = [*self.front, *generated.stages[1:]]
@@ -155,6 +199,11 @@ class CompiledStep:
             value = self._live(key)
             if isinstance(local(value), PackedState):
                 setattr(gm, target, value)
+
+    @property
+    def writes_only_tensors(self) -> bool:
+        """Whether a call returns nothing that the optimizer is to take over."""
+        return not self.created and self.shared is None
 
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
         """The object that the optimizer holds."""
@@ -171,10 +220,44 @@ class CompiledStep:
                 format = session.format_of(operand, unit)
                 reason = unit.facts.fragile.get(operand.source.key, "")
                 if unit.unfused:
-                    format = _format_now(self._live((Role.STATE, operand.source)), format)
+                    format = self._format_now(operand, format)
                 info = StateInfo(operand.source, format, unit.facts, reason, unit.widened)
                 found.append((operand, info))
         return found
+
+    def _move_counters(self) -> None:
+        """Have step counters where kernels can reach them (`Session.move_counters`)."""
+        places = {(source.param, leaf.key): leaf.put for leaf, source in self.session.leaves()}
+        for unit, operand in self.program.operands():
+            if operand.role is not Role.STATE or operand.shape != () or operand.returned >= 0:
+                continue
+            where = (Role.STATE, operand.source)
+            value, binding = self._live(where), self.bindings[where]
+            if value is not None and value.device != unit.device:
+                moved = value.to(unit.device)
+                if isinstance(binding, Argument):
+                    self.bindings[where] = Argument(binding.position, moved)
+                else:
+                    self.bindings[where] = moved
+                places[(operand.source.param, operand.source.key)](moved)
+
+    def _format_now(self, operand: Operand, format: Format) -> Format:
+        """The format of a region's state: what it is in, if that has the width asked for.
+
+        The graph of a region proves little, so the sign is that of the values, of all shards.
+        """
+        value = local(self._live((Role.STATE, operand.source)))
+        if isinstance(value, PackedState):
+            waiting = value.format == CONSTANT or value.format.width == format.width
+            if waiting and value.format != FLOAT32:
+                return value.format
+            value = value.dequantize()
+        if format == FLOAT32:
+            return format
+        signed = bool((value < 0).any())
+        if operand.region is not None:
+            signed = anywhere(signed, [self.session.params()[operand.source.param]])
+        return choose_format(format.width, nonnegative=not signed, normalizable=False)
 
     def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""
@@ -191,11 +274,11 @@ class CompiledStep:
                 if wide or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
-                value = session.unencoded(value, operand.source)
+                value = session.unencoded(value, operand.source, operand.region)
                 put = places[(operand.source.param, operand.source.key)]
                 self._replace_state(operand.source, value, put)
             storage = value.packed
-            for name, option in session.storage_options(operand.source).items():
+            for name, option in session.storage_options(operand.source, operand.region).items():
                 setattr(storage, name, option)
             normalizer = self._normalizer(operand.source, info)
             storage.reencode(info.format, normalizer, codec=codec, following=following)
@@ -213,8 +296,10 @@ class CompiledStep:
         self, source: Source, value: PackedState, put: Callable[[Tensor], None]
     ) -> None:
         """Let the step hold a packed state where it held the float32 one, and the optimizer."""
-        state = wrap(value, self.session.params()[source.param])
         binding = self.bindings[(Role.STATE, source)]
+        former = binding.live if isinstance(binding, Argument) else binding
+        assert isinstance(former, Tensor)
+        state = wrap(value, former)
         if isinstance(binding, Argument):
             self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
         else:
@@ -224,7 +309,9 @@ class CompiledStep:
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
-            Region(unit, self._resolve, partial(self._width_of, unit), self._params)
+            Region(
+                unit, self._resolve, partial(self._width_of, unit), self.session.codec, self._params
+            )
             for unit in self.program.units
             if unit.unfused
         ]
@@ -272,24 +359,68 @@ class CompiledStep:
         created: dict[int, Any] = {o.returned: self._create(o) for o in self.created}
         shared = self._shared_results(args)
         step = mixed_step(session.seed, session.steps)
+        try:
+            self._fill(args, created)
+        except FormatMismatchError:  # another graph of this optimizer, or an eager step, ran last
+            self._commit(self._wanted(), session.codec)
+            self._fill(args, created)
+        session.recorded = session.recorded or recording()
+        looked = self._planned_look(args, created)
+        results = created | shared
+        returned = tuple(results[i] for i in sorted(results))
+        with interrupts.scope() as hold:
+            hold()  # whole from here on; nothing below takes memory, but for regions
+            session.changing = True
+            written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
+            self._launch_regions()
+            torch.autograd.graph.increment_version(written)  # autograd must see that they changed
+            session.steps += 1
+            session.changing = False
+            session.decision_due = looked
+        if not session.driven:
+            session.decide()
+        return returned
+
+    def _launch_regions(self) -> None:
+        """One parameter after the other, each of them whole or not at all."""
+        done = sum(len(bucket.instances) for bucket in self.buckets)
+        total = done + sum(len(region.rows) for region in self.regions)
+        try:
+            for region in self.regions:
+                for _ in region.launch(self.session.steps):
+                    done += 1
+        except Exception as error:
+            if done == 0:
+                self.session.changing = False
+                raise
+            raise PartialStepError(
+                optimizer=type(self.session.optimizer).__name__, done=done, total=total,
+                reason=first_line(error),
+            ) from error  # fmt: skip
+
+    def _planned_look(self, args: Sequence[Any], created: dict[int, Tensor]) -> bool:
+        """Measure if a look is due; returns whether it was made.
+
+        A look is no part of the step: one that fails for want of memory or of a compiler is left
+        out, unless other processes wait for its sums.
+        """
+        session = self.session
+        planner = session.planner if self.buckets and not session.recorded else None
+        if planner is None or not planner.due(session.steps + 1):
+            return False
+        try:
+            self._look(args, created)
+        except Exception as error:
+            session.without_planning("measure", error)
+            return False
+        return True
+
+    def _fill(self, args: Sequence[Any], created: dict[int, Any]) -> None:
+        """Find and check all tensors of this step; nothing is changed before all are found."""
         for bucket in self.buckets:
             bucket.fill(args, created)
         for region in self.regions:
             region.fill(args, created)
-        planner = session.planner if self.buckets else None
-        looks = planner is not None and planner.due(session.steps + 1)
-        if looks:
-            self._look(args, created)
-        written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
-        for region in self.regions:
-            region.launch(session.steps)
-        tracked = [tensor for tensor in written if not tensor.is_inference()]
-        torch.autograd.graph.increment_version(tracked)  # autograd must see that they changed
-        session.steps += 1
-        if looks:
-            session.replan()
-        results = created | shared
-        return tuple(results[i] for i in sorted(results))
 
     def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
         """The step's new numbers, by output position; from its inputs before they change."""
@@ -324,15 +455,16 @@ class CompiledStep:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
-        if calibrating:
-            for param, row in self._measure_directly(args, planner.looks + 1).items():
-                sums[param] |= row
+        for param, row in self._measure_directly(args, planner).items():
+            sums[param] |= row
         sums, session.look_bytes = add_up(sums, session.params())
         finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
             planner.look(finite)
+            direct = perturbations(finite)
+            planner.compare(direct, session.steps)
             if calibrating:
-                planner.observe(perturbations(finite))
+                planner.observe(direct)
 
     def _measuring_units(self) -> list[Unit]:
         session = self.session
@@ -343,49 +475,67 @@ class CompiledStep:
         folder = session.dump.folder("generate_measuring")
         return generate_measuring(self.measured, session.format_of, folder).units
 
-    def _measure_directly(self, args: Sequence[Any], look: int) -> Sums:
-        """Measure on samples; they are too small for a second thread to gain anything."""
+    def _measure_directly(self, args: Sequence[Any], planner: Planner) -> Sums:
+        """Measure on samples; they are too small for a second thread to gain anything.
+
+        Every width while the planner calibrates; later those in force, on fewer blocks of fewer
+        parameters.
+        """
         session = self.session
+        widths = [w for w in WIDTHS if planner.calibrating or w in planner.widths.values()]
         found: Sums = {}
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for unit in (u for u in self.planned_program.units if not u.unfused):
+        with one_thread():
+            for unit in self._measured_directly(planner):
                 found |= measure_directly(
                     unit,
                     lambda operand: live(operand, self._resolve(operand), args),
-                    look,
+                    planner.looks + 1,
                     session.seed,
                     session.options.rounding,
+                    widths,
+                    BLOCKS if planner.calibrating else FEW_BLOCKS,
                 )
-        finally:
-            torch.set_num_threads(threads)
         return found
+
+    def _measured_directly(self, planner: Planner) -> Iterator[StepGraph]:
+        """The templates with the parameters whose turn it is: all while the planner calibrates."""
+        share = 1 if planner.calibrating else len(self.session.params()) // COMPARED_AT_ONCE or 1
+        for unit in self.planned_program.units:
+            turn = [
+                i for i in unit.instances if i.param.source.param % share == planner.looks % share
+            ]
+            if turn and not unit.unfused:
+                yield unit.replace(instances=tuple(turn))
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
         state: Tensor
         if format == FLOAT32 and operand.returned not in self._packed_wide:
-            state = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype)
+            state = torch.empty_strided(
+                operand.shape, operand.stride, dtype=operand.dtype, device=operand.device
+            )
         else:
             like = torch.empty_strided(
                 operand.shape, operand.stride, dtype=operand.dtype, device="meta"
             )
-            options = self.session.storage_options(operand.source)
-            state = PackedState.zeros_like(like, format, **options)
+            options = self.session.storage_options(operand.source, operand.region)
+            state = PackedState.zeros_like(like, format, device=operand.device, **options)
         if operand.region is None:
             return state
         return wrap(state, self.session.params()[operand.source.param])
 
 
-def _format_now(value: Any, format: Format) -> Format:
-    """The format of a region's state: what it is in, if that has the width asked for.
+_ONE_THREAD = threading.Lock()
 
-    The graph of a region proves little, so the sign is that of the values.
-    """
-    if isinstance(value, PackedState):
-        waiting = value.format == CONSTANT or value.format.width == format.width
-        if waiting and value.format != FLOAT32:
-            return value.format
-        value = value.dequantize()
-    return format if format == FLOAT32 else format_for(value, format.width)
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread. That is a setting of the whole process, and what two threads
+    set and put back crosswise would stay set: they take turns."""
+    with _ONE_THREAD:
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            yield
+        finally:
+            torch.set_num_threads(threads)

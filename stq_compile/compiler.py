@@ -7,13 +7,14 @@ again, without Dynamo, whenever the widths change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from stq_compile.codegen.cpp.build import CompiledKernel, build
-from stq_compile.codegen.cpp.emit import emit
+import torch
+
+from stq_compile.codegen.backend import backend_of
+from stq_compile.codegen.executable import Executable
 from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.lower import lower, why_not
 from stq_compile.codegen.tabulate import tabulate
@@ -77,7 +78,7 @@ class Unit:
 
     graph: StepGraph
     kernel: Kernel
-    compiled: CompiledKernel
+    compiled: Executable
 
 
 def analyse(program: Program, options: Options, dump: Path | None = None) -> list[Stage]:
@@ -121,25 +122,34 @@ def generate_measuring(
 def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:
     stages = run_passes(program, passes, dump=dump)
     graphs = [unit for unit in stages[-1].program.units if not unit.unfused]
-    kernels = [lower_kernel(graph) for graph in graphs]
-    if dump is not None:
-        for kernel in kernels:
-            (dump / f"{kernel.name}.cpp").write_text(emit(kernel))
-    compiled = compile_kernels(kernels)
-    units = [Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)]
+    units: list[Unit] = []
+    for device in dict.fromkeys(graph.device for graph in graphs):
+        mine = [graph for graph in graphs if graph.device == device]
+        target = backend_of(device).target(device)
+        kernels = [lower_kernel(graph, target) for graph in mine]
+        compiled = compile_kernels(kernels, device, dump)
+        units += [Unit(*parts) for parts in zip(mine, kernels, compiled, strict=True)]
     return Generated(stages, units)
 
 
-def compile_kernels(kernels: Sequence[Kernel]) -> list[CompiledKernel]:
-    """Emit and build, several at a time: the C++ compiler runs in processes of its own."""
-    names, sources = [k.name for k in kernels], [emit(k) for k in kernels]
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(build, names, sources))
+def compile_kernels(
+    kernels: Sequence[Kernel], device: torch.device, dump: Path | None = None
+) -> list[Executable]:
+    """Emit and build for a device, by its backend."""
+    backend = backend_of(device)
+    if dump is not None:
+        for kernel in kernels:
+            (dump / f"{kernel.name}{backend.suffix}").write_text(backend.emit(kernel))
+    return backend.compile(kernels, device)
 
 
 def lower_kernel(graph: StepGraph, target: Target = CPU) -> Kernel:
     """The verified kernel of a quantized and partitioned unit."""
-    kernel = lower(graph)
+    return for_target(lower(graph), target)
+
+
+def for_target(kernel: Kernel, target: Target) -> Kernel:
+    """A kernel as the target is to have it."""
     target.check(kernel)
     if target.tables:
         kernel = tabulate(kernel)

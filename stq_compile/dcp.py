@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from stq_compile.formats import block_count
-from stq_compile.saved_state import is_split
+from stq_compile.shard_blocks import is_split
 from stq_compile.shards import distributed, is_sharded, local, placed_as
 
 FIELDS = (
@@ -44,6 +44,22 @@ class LoadPlanner(DefaultLoadPlanner):
             for place, key, path in list(_states(state_dict, ())):
                 place[key] = _room(place[key], path, saved)
         super().set_up_planner(state_dict, metadata, is_coordinator)
+        # torch spells all keys as strings, and would put what is no tensor beside those that are
+        # numbers, as the keys of a plain ``optimizer.state_dict()`` are.
+        paths = {name: _spelled(state_dict, path) for name, path in self.mappings.items()}
+        self.mappings = paths
+
+
+def _spelled(container: Any, path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A path with the keys that the containers have."""
+    out = []
+    for key in path:
+        if isinstance(container, MutableMapping) and key not in container:
+            key = next((k for k in container if str(k) == key), key)
+        out.append(key)
+        inside = isinstance(container, list) or key in container
+        container = container[key] if inside else {}
+    return tuple(out)
 
 
 def _states(value: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:

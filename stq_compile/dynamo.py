@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch._dynamo.symbolic_convert import tls
+from torch._dynamo.variables.optimizer import OptimizerVariable
 from torch.optim import Optimizer
 
 
@@ -22,3 +23,28 @@ def traced_optimizer() -> Optimizer | None:
     candidates = [*map(frame.f_locals.get, first), *frame.f_locals.get("args", ())[:1]]
     # torch's wrapper of a custom step calls it with *args
     return next((found for found in candidates if isinstance(found, Optimizer)), None)
+
+
+def traced_changes() -> list[str]:
+    """The kinds of Python objects that the translated function changes, tensors excepted."""
+    tx = getattr(tls, "current_tx", None)
+    if tx is None:
+        return []
+    effects = tx.output.side_effects
+    return [
+        type(var).__name__ for var in effects.id_to_variable.values() if effects.is_modified(var)
+    ]
+
+
+def lost_attributes() -> list[str]:
+    """The attributes of the optimizer that its step sets.
+
+    Dynamo traces these statements and then forgets them: an optimizer is no object whose changes
+    it replays, and the compiled step would find the old values the next time.
+    """
+    tx = getattr(tls, "current_tx", None)
+    if tx is None:
+        return []
+    changes = tx.output.side_effects.store_attr_mutations
+    found = (names for item, names in changes.items() if isinstance(item, OptimizerVariable))
+    return sorted({name for names in found for name in names})

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stq_compile.errors import EagerStepWarning, ParamRoundingWarning
+from stq_compile.errors import (
+    EagerStepMemoryError,
+    EagerStepWarning,
+    NonFiniteGradientError,
+    ParamRoundingWarning,
+    first_line,
+    is_out_of_memory,
+)
 from stq_compile.formats import FLOAT32
 from stq_compile.halves import HALF_DTYPES
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
+from stq_compile.shards import local
 from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Source
 from stq_compile.working_set import WorkingSet, can_be_packed, format_for, is_like
@@ -43,26 +53,98 @@ def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs
 
     Functions among the arguments (closures) run as outside of the step.
     """
+    try:
+        return _run(session, step, args, kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        optimizer = type(session.optimizer).__name__
+        raise EagerStepMemoryError(optimizer=optimizer, reason=first_line(error)) from error
+
+
+def _run(
+    session: Session, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     wide = session.options.precision == FLOAT32.width
     min_numel = None if wide else max(session.options.min_numel, 1)
-    with WorkingSet(lambda: _owners(session), min_numel), torch.compiler.set_stance("force_eager"):
-        args = tuple(_outside(a) for a in args)
-        result = step(*args, **{k: _outside(v) for k, v in kwargs.items()})
-    pack_states(session)
-    session.steps += 1
+    calls = any(map(callable, (*args, *kwargs.values())))
+    if not calls and not session.admits_step():
+        return None
+    before = Before(session) if calls and session.options.on_nonfinite != "propagate" else None
+    outside = partial(_outside, session)
+    held = (leaf.value for leaf, _ in session.leaves())
+    codec = session.codec.amortized(v.packed for v in held if isinstance(v, PackedState))
+    working = WorkingSet(lambda: _owners(session), min_numel, codec)
+    try:
+        with working, torch.compiler.set_stance("force_eager"):
+            result = step(*map(outside, args), **{k: outside(v) for k, v in kwargs.items()})
+    except BaseException as error:
+        if before is not None and isinstance(error, (_Skipped, NonFiniteGradientError)):
+            before.restore()
+        if isinstance(error, _Skipped):
+            return error.loss
+        raise
+    try:
+        pack_states(session)
+    finally:
+        session.steps += 1  # the step is made; what is left in float32 is packed after the next one
     return result
 
 
-def _outside(argument: Any) -> Any:
-    """A closure that runs the model as it would without this step around it."""
+class _Skipped(Exception):
+    """Ends a step whose closure gave gradients that are not finite."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+
+def _outside(session: Session, argument: Any) -> Any:
+    """A closure that runs the model as it would without this step around it.
+
+    Its gradients are looked at as those of other steps are before they begin.
+    """
     if not callable(argument):
         return argument
 
     def closure(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes(), torch.compiler.set_stance("default"):
-            return argument(*args, **kwargs)
+            loss = argument(*args, **kwargs)
+            if not session.admits_step():
+                raise _Skipped(loss)
+            return loss
 
     return closure
+
+
+class Before:
+    """An optimizer as it was, for a step that may have to be taken back while it goes on.
+
+    A step that calls its closure as it goes has moved the parameters by then. Packed states are
+    kept by reference, since what is written gets new buffers; parameters and ordinary states are
+    copied.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.optimizer = session.optimizer
+        held = [local(leaf.value) for leaf, _ in session.leaves()]
+        self.packed = [(s.packed, s.packed.kept()) for s in held if isinstance(s, PackedState)]
+        plain = [*map(local, session.params()), *held]
+        self.tensors = [(t, t.detach().clone()) for t in plain if not isinstance(t, PackedState)]
+        self.states = {key: copy(value) for key, value in self.optimizer.state.items()}
+        self.groups = [dict(group) for group in self.optimizer.param_groups]
+
+    def restore(self) -> None:
+        """Parameters, states, and the numbers in states and groups; gradients stay."""
+        for storage, kept in self.packed:
+            storage.restore(kept)
+        with torch.no_grad():
+            for tensor, values in self.tensors:
+                tensor.copy_(values)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.states)
+        for group, former in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group.clear()
+            group.update(former)
 
 
 def pack_states(session: Session) -> None:

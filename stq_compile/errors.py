@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+OUT_OF_MEMORY = ("can't allocate memory", "could not allocate memory", "out of memory")
 LEFT_AS_IT_WAS = "\nThe optimizer is left as it was"
 
 
@@ -20,6 +21,13 @@ class StqError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.fields))
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out; torch says so by a RuntimeError, and on the CPU by a plain one."""
+    if isinstance(error, RuntimeError):
+        return any(text in str(error).lower() for text in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:
@@ -76,6 +84,14 @@ class KernelCacheWarning(StqWarning):
     message = (
         "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "
         "some seconds each time; set {variable} to a folder of your own."
+    )
+
+
+class PlanningWarning(StqWarning):
+    message = (
+        "{optimizer}: after step {step} the planner could not {action}: {reason}. Nothing is lost: "
+        "all states keep the widths that they have, and the planner tries again at its next look. "
+        "If this goes on, memory stays as it is, and so does a budget that is exceeded; {remedy}."
     )
 
 
@@ -143,10 +159,18 @@ class UnsupportedOptimizerError(StqError):
     message = "{optimizer} cannot be compiled: {reason}. It is left as it was."
 
 
-class ShardedRegionError(StqError):
+class ShardedStateError(StqError):
     message = (
-        "{optimizer}, {source}: its update is not element by element ({reason}), and the parameter "
-        "is sharded: no process has what it would need. The optimizer is left as it was."
+        "{optimizer}, {source}: the step makes a state of shape {shape} for a sharded parameter of "
+        "another shape, and how that is to be sharded is not known. Make such states before the "
+        "step (in `_init_group`, from the parameter). The optimizer is left as it was."
+    )
+
+
+class ShardedEagerStepError(StqError):
+    message = (
+        "{optimizer} cannot be compiled: {reason}; and with sharded parameters a step is not run "
+        "eagerly. The optimizer is left as it was."
     )
 
 
@@ -168,6 +192,19 @@ class UnsupportedOperatorError(UncompiledStepError):
 
 class SharedScalarError(UncompiledStepError):
     why = "{optimizer}: the step changes {source}, which all parameters share\n  at {location}"
+    message = why + LEFT_AS_IT_WAS + "."
+
+
+class LostAttributeError(UncompiledStepError):
+    why = (
+        "{optimizer}: its step sets {attributes} of the optimizer itself, which torch.compile "
+        "would forget"
+    )
+    message = why + LEFT_AS_IT_WAS + "; keep what changes in `state` or in a parameter group."
+
+
+class SharedMemoryError(UncompiledStepError):
+    why = "{optimizer}: {first} and {second} share memory, and a kernel would update them apart"
     message = why + LEFT_AS_IT_WAS + "."
 
 
@@ -197,6 +234,22 @@ class InternalError(UncompiledStepError):
     message = (
         "{optimizer}: the compiler failed: {reason}\n"
         "The optimizer is left as it was. This is a defect of stq_compile; please report it{repro}"
+    )
+
+
+class NonFiniteGradientError(StqError):
+    message = (
+        "{optimizer}, step {step}: the gradient of {param} is not finite{others}. Nothing was "
+        "changed, the gradients neither: lower the learning rate or clip, use a GradScaler with "
+        "float16, or have such steps left out with on_nonfinite='skip'"
+    )
+
+
+class UnskippableStepError(StqError):
+    message = (
+        "{optimizer}, step {step}: the gradient of {param} is not finite{others}, and a step that "
+        "torch.compile runs cannot be left out whole where it also changes what is no tensor or "
+        "makes new states. Nothing was changed; use stq.compile(optimizer, on_nonfinite='skip')"
     )
 
 
@@ -236,10 +289,37 @@ class DuplicateLoweringError(StqError):
     message = "the operator {operator} has a lowering already; remove one of the two"
 
 
-class KernelBuildError(StqError):
-    message = (
+class KernelBuildError(UncompiledStepError):
+    message = why = (
         "the C++ compiler failed on kernel {kernel} ({source}):\n{output}\n"
-        "Check that g++ 9 or newer (or the compiler in $CXX) is installed and works."
+        "Check that g++ 9 or newer (or the compiler in $CXX) is installed and works "
+        "(`stq doctor`), and start again."
+    )
+
+
+class StepMemoryError(StqError, MemoryError):
+    message = (
+        "{optimizer}: out of memory in its step ({reason}). Parameters and states are those of "
+        "before the step. Free some memory (gradients of another batch, cached data; a smaller "
+        "precision or target_bits) and call step() again: nothing else needs to be done."
+    )
+
+
+class EagerStepMemoryError(StqError, MemoryError):
+    message = (
+        "{optimizer}: out of memory in its step, which runs eagerly ({reason}). As with the stock "
+        "optimizer, the parameters that it had come to are updated and the others are not; every "
+        "packed state is as before the step or as after it, and no state is lost. Free some memory "
+        "and go on with the next batch, or load the last checkpoint."
+    )
+
+
+class PartialStepError(StqError):
+    message = (
+        "{optimizer}: its step failed after {done} of {total} parameters were updated ({reason}). "
+        "Every parameter and each of its states is either as before the step or as after it, and "
+        "no state is lost. Go on with the next batch, or load the last checkpoint if a step that "
+        "only some parameters made is not to be."
     )
 
 
@@ -265,8 +345,8 @@ class InvalidTargetError(StqError):
 
 class UnsupportedDeviceError(StqError):
     message = (
-        "{source} is on device {device}, on which steps cannot be run yet; supported: {valid} "
-        "(`stq kernels --target` shows the kernels for GPUs)"
+        "{source} is on device {device}, on which steps cannot be run: {reason}. Supported are the "
+        "CPU, NVIDIA GPUs of compute capability 8.0 or higher, and AMD GPUs of the gfx9 family"
     )
 
 

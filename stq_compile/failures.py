@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from stq_compile.errors import (
     InvalidKernelError,
     StqError,
     first_line,
+    is_out_of_memory,
 )
 from stq_compile.options import Options
 from stq_compile.step_graph import Operand, Program, StepGraph, print_graph
@@ -67,14 +69,14 @@ def is_defect(error: Exception) -> bool:
         return True
     if isinstance(error, StqError):
         return isinstance(error.__cause__, CppCompileError)
-    return not isinstance(error, (MemoryError, OSError))
+    return not (isinstance(error, OSError) or is_out_of_memory(error))
 
 
 def _written(situation: Situation, program: Program, reason: str) -> str:
     """Write the script; says where it is, or why there is none."""
     try:
         text = repro_script(program, situation.options, situation.plan, reason)
-        folder = dump_root() or Path(tempfile.gettempdir()) / "stq_repro"
+        folder = dump_root() or _private_folder()
         folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         file = folder / f"repro_{program.optimizer}_{digest}.py"
@@ -82,6 +84,12 @@ def _written(situation: Situation, program: Program, reason: str) -> str:
     except Exception as error:  # the failure itself matters more
         return f" (no script that shows it could be written: {error})"
     return f" with {file}, which shows it without your data: stq repro {file}"
+
+
+@lru_cache(maxsize=1)
+def _private_folder() -> Path:
+    """Of this process and this user alone (mode 0700): what lies there is going to be run."""
+    return Path(tempfile.mkdtemp(prefix="stq_repro_"))
 
 
 def repro_script(

@@ -57,6 +57,9 @@ codes reach to the largest value of the block."""
 
 MIDRISE_SLACK = 1.0 - 2.0**-20
 """What the reach of those loses, so that rewriting a block does not round its step up again."""
+MIDRISE_LARGEST_UNIT = 2.0**64
+"""A unit beyond the root of every finite float32. Where a normalizer has overflowed, this is the
+unit, so that its state stays finite; the update divides by the infinity as ever."""
 MIDRISE_SHRINK = 1.0 - 2.0**-19
 """What their values lose, so that none lies beyond the last level and no code has to be cut off."""
 

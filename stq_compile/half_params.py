@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,19 @@ from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.rounding import Noise, step_key, stream_id
 from stq_compile.shards import local, wrap
 from stq_compile.step_graph import PARAM_ERROR, PARAM_ROUNDING, Operand, Program, Role, Source
+from stq_compile.storage import Replacement
+
+
+class Rounded(NamedTuple):
+    """What a parameter is to hold, of its type, and what its error state is to hold."""
+
+    param: Tensor
+    error: Replacement | None = None
 
 
 @dataclass(frozen=True)
 class HalfParams:
-    """Reads and writes 16-bit parameters as an optimizer's options say.
+    """Reads and rounds 16-bit parameters as an optimizer's options say.
 
     ``errors`` are the error states of compensated parameters, by the parameter's number.
     """
@@ -42,27 +50,31 @@ class HalfParams:
         assert isinstance(error, PackedState)
         return with_error(param.detach().float(), error.dequantize(), half_of(param.dtype))
 
-    def write(self, operand: Operand, param: Tensor, value: Tensor, step: int) -> None:
-        """Round ``value``, float32, into a parameter; ``step`` counts the steps before."""
+    def rounded(self, operand: Operand, param: Tensor, value: Tensor, step: int) -> Rounded:
+        """``value``, float32, as it is to be written into a parameter; changes nothing.
+
+        ``step`` counts the steps before.
+        """
         if self.rounding == "nearest":
-            param.copy_(value)
-            return
+            return Rounded(value.to(param.dtype))
         half, uniform = half_of(param.dtype), None
         ordered = torch.empty_like(param, dtype=torch.float32).copy_(value)  # dense
         if self.rounding == "stochastic":
             stream = stream_id(operand.source.param, PARAM_ROUNDING)
             key = step_key(self.seed(), step, stream)
             first = 0 if operand.region is None else operand.region.first_block
-            drawn = Noise(key).uniform(first, block_count(param.numel()))
+            drawn = Noise(key).uniform(first, block_count(param.numel()), param.device)
             assert isinstance(drawn, Tensor)
             flat = drawn.view(-1)[: param.numel()]
             uniform = flat.as_strided(ordered.size(), ordered.stride())
         on_grid = rounded(ordered, half, uniform)
-        param.copy_(on_grid)
-        if self.rounding == "compensated":
-            error = local(self.errors[operand.source.param])
-            assert isinstance(error, PackedState)
-            error.packed.write(memory_order(error_of(ordered, on_grid, half)))
+        new = on_grid.to(param.dtype)
+        if self.rounding != "compensated":
+            return Rounded(new)
+        error = local(self.errors[operand.source.param])
+        assert isinstance(error, PackedState)
+        left = error_of(ordered, on_grid, half)
+        return Rounded(new, error.packed.encoded(memory_order(left)))
 
 
 def uncompensated(program: Program) -> Iterator[tuple[int, Source]]:
@@ -77,5 +89,6 @@ def uncompensated(program: Program) -> Iterator[tuple[int, Source]]:
 
 def new_error(param: Tensor, **storage: Any) -> Tensor:
     """The error state of a parameter that is exact: zeros in the format ``ulp8``."""
-    like = torch.empty_like(local(param), device="meta")
-    return wrap(PackedState.zeros_like(like, ULP8, **storage), param)
+    held = local(param)
+    like = torch.empty_like(held, device="meta")
+    return wrap(PackedState.zeros_like(like, ULP8, device=held.device, **storage), param)

@@ -17,7 +17,7 @@ from stq_compile.formats import FIELDS, LANES, PLANES
 def pack(codes: Tensor, width: int) -> Tensor:
     """Pack int codes ``[blocks, 128]`` into uint8 ``[blocks, 16 * width]``."""
     planes = codes.view(-1, PLANES, LANES)
-    packed = torch.empty(planes.shape[0], LANES * width, dtype=torch.uint8)
+    packed = torch.empty(planes.shape[0], LANES * width, dtype=torch.uint8, device=codes.device)
     offset = shift = 0
     for bits in FIELDS[width]:
         field = (planes >> shift) & ((1 << bits) - 1)
@@ -33,7 +33,8 @@ def pack(codes: Tensor, width: int) -> Tensor:
 
 def unpack(packed: Tensor, width: int) -> Tensor:
     """Unpack uint8 ``[blocks, 16 * width]`` into int32 codes ``[blocks, 128]``."""
-    planes = torch.zeros(packed.shape[0], PLANES, LANES, dtype=torch.int32)
+    shape = (packed.shape[0], PLANES, LANES)
+    planes = torch.zeros(shape, dtype=torch.int32, device=packed.device)
     offset = shift = 0
     for bits in FIELDS[width]:
         for chunk in range(bits):

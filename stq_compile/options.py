@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from stq_compile.errors import (
     ContradictoryOptionsError,
@@ -19,6 +19,7 @@ from stq_compile.formats import WIDTHS
 
 Rounding = Literal["stochastic", "nearest"]
 ParamRounding = Literal["nearest", "stochastic", "compensated"]
+OnNonfinite = Literal["propagate", "skip", "raise"]
 Precision = int | Mapping[str, int]
 
 DEFAULT_PRECISION = 4
@@ -56,6 +57,7 @@ class Options:
     rungs: int = 1
     alarm: float = 4.0
     record: str | None = None
+    on_nonfinite: OnNonfinite = "propagate"
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Options:
@@ -157,16 +159,9 @@ class Options:
             raise InvalidOptionError(
                 name="record", value=self.record, reason="give the name of a file to write"
             )
-        if self.rounding not in ("stochastic", "nearest"):
-            raise InvalidOptionError(
-                name="rounding", value=self.rounding, reason="use 'stochastic' or 'nearest'"
-            )
-        if self.param_rounding not in ("nearest", "stochastic", "compensated"):
-            raise InvalidOptionError(
-                name="param_rounding",
-                value=self.param_rounding,
-                reason="use 'nearest', 'stochastic' or 'compensated'",
-            )
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        _check_choice("param_rounding", self.param_rounding, get_args(ParamRounding))
+        _check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
 
     def _check_planning(self) -> None:
         given = [n for n in ("target_bits", "tolerance") if getattr(self, n) is not None]
@@ -222,6 +217,12 @@ def _patterns(value: object) -> tuple[str, ...]:
     raise InvalidOptionError(
         name="exclude", value=value, reason="give a glob or a list of globs of parameter names"
     )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        *first, last = map(repr, choices)
+        raise InvalidOptionError(name=name, value=value, reason=f"use {', '.join(first)} or {last}")
 
 
 def _check_int(name: str, value: object, minimum: int) -> None:

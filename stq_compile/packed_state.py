@@ -16,24 +16,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from stq_compile.dynamo import traced_optimizer
 from stq_compile.errors import FormatMismatchError, TracingError
 from stq_compile.formats import CONSTANT, Format
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import REFERENCE, Codec, PackedStorage
 
-_ANCHOR = torch.empty(0)
-"""What Dynamo sees inside every `PackedState`: one constant tensor, so that nothing that
-changes is guarded."""
+
+@lru_cache
+def _anchor_on(device: torch.device) -> Tensor:
+    """What Dynamo sees inside every `PackedState` of a device: one constant tensor, so that nothing
+    that changes is guarded."""
+    with _disable_current_modes():
+        return torch.empty(0, device=device)
+
+
+CPU = torch.device("cpu")
 
 
 class PackedState(Tensor):
-    """A tensor of float32 (or of 16 bits) on the CPU whose values live in a `PackedStorage`."""
+    """A tensor of float32, or of 16 bits, whose values live in a `PackedStorage`, on its device."""
 
     _storage: PackedStorage | None  # None only for the stand-ins that Dynamo makes while tracing
     _anchor: Tensor
@@ -45,18 +54,21 @@ class PackedState(Tensor):
         size: Iterable[int],
         stride: Iterable[int],
         offset: int = 0,
+        device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> PackedState:
+        """``device``: of a stand-in, which has no storage."""
+        device = device if storage is None else storage.device
         self: PackedState = Tensor._make_wrapper_subclass(
             cls,
             torch.Size(size),
             strides=tuple(stride),
             storage_offset=offset,
             dtype=dtype,
-            device=torch.device("cpu"),
+            device=device,
         )
         self._storage = storage
-        self._anchor = _ANCHOR
+        self._anchor = _anchor_on(device)
         return self
 
     # Tensor declares a method; torch's documented way to switch it off is this assignment.
@@ -64,21 +76,24 @@ class PackedState(Tensor):
 
     @classmethod
     def zeros_like(cls, like: Tensor, format: Format, **storage: Any) -> PackedState:
-        """Zeros with the size, strides and type of ``like`` (dense); they are never in memory."""
+        """Zeros with the size, strides and type of ``like`` (dense); they are never in memory.
+
+        ``like`` may be a meta tensor, with a ``device`` among the options of the storage.
+        """
         packed = PackedStorage(like.numel(), format, **storage)
         return cls(packed, like.size(), like.stride(), dtype=like.dtype)
 
     @classmethod
     def pack(cls, values: Tensor, format: Format, **storage: Any) -> PackedState:
         """Encode a dense tensor."""
-        state = cls.zeros_like(values, format, **storage)
+        state = cls.zeros_like(values, format, device=values.device, **storage)
         state.packed.write(memory_order(values))
         return state
 
     @classmethod
     def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
         """A dense tensor as a packed state of format float32; if it is one, in the same memory."""
-        packed = PackedStorage(values.numel(), CONSTANT, **storage)
+        packed = PackedStorage(values.numel(), CONSTANT, device=values.device, **storage)
         packed.take(memory_order(values.detach()).float())
         return cls(packed, values.size(), values.stride(), dtype=values.dtype)
 
@@ -95,12 +110,13 @@ class PackedState(Tensor):
     def format(self) -> Format:
         return self.packed.format
 
-    def dequantize(self) -> Tensor:
+    def dequantize(self, codec: Codec = REFERENCE) -> Tensor:
         """The values as an ordinary float32 tensor of the same size and strides, whatever the
         type of the state."""
         if self._storage is None:
             return self._anchor.new_empty_strided(self.size(), self.stride())
-        return self._storage.read().as_strided(self.size(), self.stride(), self.storage_offset())
+        values = self._storage.read(codec)
+        return values.as_strided(self.size(), self.stride(), self.storage_offset())
 
     # Methods that torch answers from memory without asking the dispatcher.
     def numpy(self, *, force: bool = False) -> Any:
@@ -136,7 +152,7 @@ class PackedState(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedState:
         storage = deepcopy(self.packed, memo)
         offset = int(self.storage_offset())
-        return PackedState(storage, self.size(), self.stride(), offset, self.dtype)
+        return PackedState(storage, self.size(), self.stride(), offset, dtype=self.dtype)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return PackedState, (
@@ -144,17 +160,14 @@ class PackedState(Tensor):
             tuple(self.size()),
             self.stride(),
             self.storage_offset(),
+            self.device,
             self.dtype,
         )
 
     # What Dynamo asks of a traceable wrapper subclass.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["_anchor"], (
-            tuple(self.size()),
-            self.stride(),
-            self.storage_offset(),
-            self.dtype,
-        )
+        window = (tuple(self.size()), self.stride(), self.storage_offset(), self.device, self.dtype)
+        return ["_anchor"], window
 
     @staticmethod
     def __tensor_unflatten__(
@@ -181,7 +194,7 @@ class PackedState(Tensor):
             state = args[0]
             offset = int(state.storage_offset())
             return PackedState(
-                state.packed.clone(), state.size(), state.stride(), offset, state.dtype
+                state.packed.clone(), state.size(), state.stride(), offset, dtype=state.dtype
             )
         if torch.Tag.inplace_view in func.tags:
             raise FormatMismatchError(
@@ -212,6 +225,14 @@ def strides_of_states(param: Tensor) -> tuple[int, ...]:
     if is_dense(param):
         return param.stride()
     return torch.empty_like(param, device="meta").stride()
+
+
+def in_order_of(values: Tensor, like: Tensor) -> Tensor:
+    """The elements of ``values`` in the order in which those of ``like`` lie in memory."""
+    ordered = torch.empty_strided(
+        like.size(), strides_of_states(like), dtype=values.dtype, device=like.device
+    )
+    return memory_order(ordered.copy_(values))
 
 
 def is_dense(values: Tensor) -> bool:
@@ -274,7 +295,9 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 where=f"{func} of a packed state", found=str(out.dtype), expected=str(state.dtype)
             )
         offset = int(out.storage_offset())
-        view = PackedState(state._storage, out.size(), out.stride(), offset, out.dtype)
+        view = PackedState(
+            state._storage, out.size(), out.stride(), offset, state.device, out.dtype
+        )
         view._anchor = state._anchor
         return view
 

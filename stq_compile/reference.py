@@ -26,6 +26,7 @@ from stq_compile.formats import (
     MAX_RANGE,
     MEAN_PULL,
     MIDRISE_CLIP,
+    MIDRISE_LARGEST_UNIT,
     MIDRISE_SHRINK,
     MIDRISE_SLACK,
     OCTAVE,
@@ -48,23 +49,23 @@ CHUNK_BLOCKS = 1 << 14
 """Blocks converted at a time, so that temporaries stay at some tens of megabytes."""
 
 
-def empty_buffers(format: Format, numel: int) -> tuple[Tensor, Tensor]:
+def empty_buffers(
+    format: Format, numel: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scale words of ``numel`` zeros: all bytes zero decode to zero in every format.
 
     A ``constant`` has a single code, its value.
     """
+    blocks = block_count(numel) if format.blocked else 0
+    scales = torch.zeros(blocks, dtype=torch.int16, device=device)
     if format.kind == "constant":
-        return torch.zeros(1), torch.empty(0, dtype=torch.int16)
+        return torch.zeros(1, device=device), scales
     if format.kind == "float32":
-        return torch.zeros(numel), torch.empty(0, dtype=torch.int16)
+        return torch.zeros(numel, device=device), scales
     if not format.blocked:
         code = torch.int16 if format.kind == "bfloat16" else torch.int8
-        return torch.zeros(numel, dtype=code), torch.empty(0, dtype=torch.int16)
-    blocks = block_count(numel)
-    return (
-        torch.zeros(blocks, format.block_bytes, dtype=torch.uint8),
-        torch.zeros(blocks, dtype=torch.int16),
-    )
+        return torch.zeros(numel, dtype=code, device=device), scales
+    return torch.zeros(blocks, format.block_bytes, dtype=torch.uint8, device=device), scales
 
 
 def encode(
@@ -75,7 +76,7 @@ def encode(
     ``normalizer`` ``[numel]`` is the state whose square root is the unit of a normalized format;
     ``first_block`` is the block's index in the whole tensor, for the random counter.
     """
-    codes, scales = empty_buffers(format, x.numel())
+    codes, scales = empty_buffers(format, x.numel(), x.device)
     if format.kind == "float32":
         return codes.copy_(x), scales
     if format.kind == "constant":
@@ -91,12 +92,12 @@ def encode(
         if format.kind == "bfloat16":
             codes[start : start + count] = _bfloat16_bits(part, noise, first_block + block)
             continue
-        uniform = noise.uniform(first_block + block, blocks)
+        uniform = noise.uniform(first_block + block, blocks, x.device)
         tile = _pad(part)
         if format.kind == "ulp":
             codes[start : start + count] = _ulp_codes(tile, uniform).view(-1)[:count]
             continue
-        valid = _pad(torch.ones(count)) > 0
+        valid = _pad(torch.ones(count, device=x.device)) > 0
         if format.kind == "softsign":
             code, scale = _encode_softsign(tile, format, uniform)
         elif format.kind == "adaptive_log":
@@ -122,7 +123,7 @@ def decode(
         return codes.view(torch.bfloat16).float()
     if format.kind == "ulp":
         return codes.float() * ULP_STEP
-    out = torch.empty(numel)
+    out = torch.empty(numel, device=codes.device)
     span = CHUNK_BLOCKS * BLOCK
     for start in range(0, numel, span):
         count = min(span, numel - start)
@@ -136,6 +137,7 @@ def decode(
         else:
             assert normalizer is not None
             unit = root(_pad(normalizer[start : start + count]))
+            unit = torch.fmin(unit, torch.tensor(MIDRISE_LARGEST_UNIT))
             value = _decode_midrise(code, word, format) * unit
         out[start : start + count] = value.view(-1)[:count]
     return out
@@ -150,7 +152,7 @@ def _ulp_codes(x: Tensor, uniform: Tensor | float) -> Tensor:
 
 def _pad(x: Tensor) -> Tensor:
     """``[numel]`` to ``[blocks, 128]``, the last block padded with zeros."""
-    padded = torch.zeros(block_count(x.numel()) * BLOCK, dtype=x.dtype)
+    padded = torch.zeros(block_count(x.numel()) * BLOCK, dtype=x.dtype, device=x.device)
     padded[: x.numel()] = x
     return padded.view(-1, BLOCK)
 
@@ -340,7 +342,7 @@ def _encode_midrise(
     x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
-    u = x * _reciprocal(unit)
+    u = x * torch.fmax(_reciprocal(unit), torch.tensor(1.0 / MIDRISE_LARGEST_UNIT))
     if format.width in MIDRISE_CLIP:
         share = _reciprocal(valid.sum(1, keepdim=True).float())
         reach = root(block_sum(u * u) * share) * (MIDRISE_CLIP[format.width] / half)
@@ -369,7 +371,7 @@ def _bfloat16_bits(x: Tensor, noise: Noise, first_block: int) -> Tensor:
     if noise.key is None:
         return x.to(torch.bfloat16).view(torch.int16)
     blocks = block_count(x.numel())
-    low = (random_bits(noise.key, first_block, blocks) >> 16).view(-1)[: x.numel()]
+    low = (random_bits(noise.key, first_block, blocks, x.device) >> 16).view(-1)[: x.numel()]
     finite = (bits & 0x7FFFFFFF) < INFINITY_BITS
     quiet = torch.where((bits & 0x7FFFFFFF) > INFINITY_BITS, bits | 0x400000, bits)
     return (torch.where(finite, bits + low, quiet) >> 16).to(torch.int16)

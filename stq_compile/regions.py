@@ -2,25 +2,81 @@
 
     decode the packed states of one parameter -> run its graph -> encode the states that it wrote
 
-so that the float32 values of packed states live no longer than the region of their parameter. The
+so that the float32 values of packed states live no longer than the region of their parameter. They
+are decoded and encoded by kernels where that is enough work for kernels to be built. The
 graph runs operator by operator: on the CPU the operators that make a region one (matrix products,
 decompositions, sorts) are library calls, and a graph is traced anew for every shape.
+
+Of a sharded parameter every process gathers the whole gradient, states and values, runs the graph
+on them, and keeps its part of the results (the "distributed Muon" of Liu et al., "Muon is scalable
+for LLM training", 2025). So results are those of one process, whatever the operators are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from stq_compile.capture import Argument
+from stq_compile.codec import CompiledCodec
 from stq_compile.half_params import HalfParams
 from stq_compile.halves import HALF_DTYPES
-from stq_compile.packed_state import PackedState
+from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.runtime import Resolve, changed, live
-from stq_compile.step_graph import Instance, Operand, Role, StepGraph
-from stq_compile.working_set import write_as
+from stq_compile.shards import local, part_of, whole_of
+from stq_compile.step_graph import Instance, Operand, Role, StepGraph, set_device
+from stq_compile.storage import Codec, PackedStorage, Replacement
+from stq_compile.working_set import encoded_as
+
+
+class Cell(NamedTuple):
+    """What stands behind an operand in one step, and the mesh of a sharded one."""
+
+    operand: Operand
+    value: Any
+    mesh: Any = None
+
+    @property
+    def is_half_param(self) -> bool:
+        """Whether it is a parameter of 16 bits."""
+        return self.operand.role is Role.PARAM and self.operand.dtype in HALF_DTYPES
+
+    def read(self, codec: Codec, halves: HalfParams | None) -> Any:
+        """The value as the graph takes it: decoded and whole; all processes must call it.
+
+        ``halves``: of a widened graph, which takes float32 in place of 16 bits.
+        """
+        if self.operand.returned >= 0:
+            return None  # a state that the step makes is only written
+        value = self._decoded(codec, halves)
+        if self.operand.region is None:
+            return value
+        return whole_of(value, self.operand.region, self.mesh)
+
+    def _decoded(self, codec: Codec, halves: HalfParams | None) -> Any:
+        value = self.value
+        if isinstance(value, PackedState):
+            values = value.dequantize(codec)
+            return values.to(value.dtype) if halves is None else values
+        if halves is None or not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
+            return value
+        return halves.read(self.operand, value) if self.is_half_param else value.float()
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of a result of the graph."""
+        region = self.operand.region
+        return whole if region is None else part_of(whole, region)
+
+    def encoded(
+        self, whole: Tensor, width: int, before: Iterable[Replacement], codec: Codec
+    ) -> Replacement | None:
+        """A packed state's new buffers; see `working_set.encoded_as`."""
+        values = in_order_of(self.part(whole), self.value).float()
+        return encoded_as(self.value.packed, values, width, before, whole, codec)
 
 
 class Region:
@@ -31,16 +87,21 @@ class Region:
         unit: StepGraph,
         resolve: Resolve,
         width_of: Callable[[Operand], int],
+        codec: CompiledCodec,
         params: HalfParams,
     ) -> None:
         """``width_of``: of states that get their format when they are first written; ``params``
-        reads and writes 16-bit parameters where the unit is widened."""
+        reads and rounds 16-bit parameters where the unit is widened."""
         unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of
-        self.params = params
-        self.module = fx.GraphModule({}, unit.graph)
+        self.codec = codec
+        self.halves = params if unit.widened else None
+        self.module = fx.GraphModule({}, copy.deepcopy(unit.graph))
+        for node in self.module.graph.nodes:
+            set_device(node, unit.device)
+        self.module.recompile()
         self.numbers = [
             isinstance(n.meta.get("val"), (torch.SymFloat, torch.SymInt)) for n in unit.placeholders
         ]
@@ -53,59 +114,63 @@ class Region:
             ChangedTensorError: a tensor is not what the graph was traced for.
         """
         self.rows = [self._row(instance, args, created) for instance in self.unit.instances]
+        self.codec.amortized(
+            c.value.packed for row in self.rows for c in row if isinstance(c.value, PackedState)
+        )
 
     def _row(
         self, instance: Instance, args: Sequence[Any], created: dict[int, Tensor]
-    ) -> list[Any]:
-        row: list[Any] = []
+    ) -> list[Cell]:
+        row: list[Cell] = []
         for operand, number in zip(instance.operands, self.numbers, strict=True):
+            if operand.value is not None:
+                row.append(Cell(operand, operand.value))
+                continue
             if operand.returned >= 0:
-                row.append(created[operand.returned])
-            elif operand.value is not None:
-                row.append(operand.value)
+                outer: Any = created[operand.returned]
+                value = local(outer)
             else:
-                value = live(operand, self.resolve(operand), args)
-                row.append(float(value) if number else value)
+                source = self.resolve(operand)
+                outer = args[source.position] if isinstance(source, Argument) else source
+                value = live(operand, source, args)
                 _check(operand, value)
+            mesh = None if operand.region is None else outer.device_mesh
+            row.append(Cell(operand, float(value) if number else value, mesh))
         return row
 
-    def launch(self, step: int) -> None:
-        """Update every tensor; ``step`` counts the steps before."""
-        with torch.no_grad():
-            for instance, row in zip(self.unit.instances, self.rows, strict=True):
-                self._run(instance, row, step)
-        self.rows = []
+    def launch(self, step: int) -> Iterator[Instance]:
+        """Update every tensor; yields each parameter's instance when it is done.
 
-    def _run(self, instance: Instance, row: list[Any], step: int) -> None:
-        pairs = zip(instance.operands, row, strict=True)
-        results = self.module(*(self._decoded(operand, value) for operand, value in pairs))
-        for operand, target in zip(instance.operands, row, strict=True):
-            if operand.name not in self.outputs:
+        ``step`` counts the steps before.
+        """
+        rows, self.rows = self.rows, []
+        for instance, row in zip(self.unit.instances, rows, strict=True):
+            with torch.no_grad():
+                self._run(row, step)
+            yield instance
+
+    def _run(self, row: list[Cell], step: int) -> None:
+        """Update one parameter: whatever takes memory first, then all that changes."""
+        results = self.module(*(cell.read(self.codec, self.halves) for cell in row))
+        encoded: list[Replacement] = []
+        plain: list[tuple[Tensor, Tensor]] = []
+        for cell in row:
+            if cell.operand.name not in self.outputs:
                 continue
-            value = results[self.outputs[operand.name]]
-            if isinstance(target, PackedState):
-                values = _in_memory_order(value, target)
-                write_as(target.packed, values, self.width_of(operand))
-            elif self._is_half_param(operand):
-                self.params.write(operand, target, value, step)
+            whole = results[self.outputs[cell.operand.name]]
+            if isinstance(cell.value, PackedState):
+                made = cell.encoded(whole, self.width_of(cell.operand), encoded, self.codec)
+                encoded += [] if made is None else [made]
+            elif self.halves is not None and cell.is_half_param:
+                new = self.halves.rounded(cell.operand, cell.value, cell.part(whole), step)
+                plain.append((cell.value, new.param))
+                encoded += [] if new.error is None else [new.error]
             else:
-                target.copy_(value)
-
-    def _is_half_param(self, operand: Operand) -> bool:
-        half = operand.role is Role.PARAM and operand.dtype in HALF_DTYPES
-        return self.unit.widened and half
-
-    def _decoded(self, operand: Operand, value: Any) -> Any:
-        """What the graph takes: in a widened one, float32 in place of 16 bits."""
-        if not isinstance(value, Tensor):
-            return value
-        if self._is_half_param(operand):
-            return self.params.read(operand, value)
-        if not isinstance(value, PackedState):
-            wide = self.unit.widened and value.dtype in HALF_DTYPES
-            return value.float() if wide else value
-        values = value.dequantize()
-        return values if self.unit.widened else values.to(value.dtype)
+                plain.append((cell.value, cell.part(whole).to(cell.value.dtype)))
+        for replacement in encoded:
+            PackedStorage.replace(replacement)
+        for target, value in plain:
+            target.copy_(value)
 
 
 def _check(operand: Operand, value: Any) -> None:
@@ -117,10 +182,3 @@ def _check(operand: Operand, value: Any) -> None:
         raise changed(operand, "layout", value)
     if value.dtype != operand.dtype:
         raise changed(operand, "dtype", value)
-
-
-def _in_memory_order(value: Tensor, state: PackedState) -> Tensor:
-    """The elements of ``value`` in the order in which those of ``state`` are stored."""
-    ordered = torch.empty_strided(state.size(), state.stride())
-    ordered.copy_(value)
-    return ordered.as_strided((ordered.numel(),), (1,))

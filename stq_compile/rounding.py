@@ -99,12 +99,14 @@ class Noise:
     key: int | None
     index: Tensor | None = None
 
-    def uniform(self, first_block: int, blocks: int) -> Tensor | float:
+    def uniform(
+        self, first_block: int, blocks: int, device: torch.device | None = None
+    ) -> Tensor | float:
         """Uniform numbers in [0, 1), float32 ``[blocks, 128]``, or 0.5 for nearest rounding."""
         if self.key is None:
             return 0.5
         if self.index is None:
-            bits = random_bits(self.key, first_block, blocks)
+            bits = random_bits(self.key, first_block, blocks, device)
         else:
             bits = bits_of_blocks(self.key, self.index[first_block : first_block + blocks])
         return (bits >> 8).float() * 2.0**-24
@@ -113,9 +115,11 @@ class Noise:
 NEAREST = Noise(None)
 
 
-def random_bits(key: int, first_block: int, blocks: int) -> Tensor:
+def random_bits(
+    key: int, first_block: int, blocks: int, device: torch.device | None = None
+) -> Tensor:
     """Random 32-bit integers, as int64 ``[blocks, 128]``, of blocks from ``first_block`` on."""
-    index = torch.arange(first_block, first_block + blocks, dtype=torch.int64)
+    index = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
     return bits_of_blocks(key, index)
 
 
@@ -123,7 +127,7 @@ def bits_of_blocks(key: int, index: Tensor) -> Tensor:
     """`random_bits` of the blocks with the numbers ``index``, int64 ``[blocks]``."""
     block_key = _mix64((index + 1) * signed64(GOLDEN) + signed64(key & UPPER))[:, None]
     low, high = block_key & MASK32, _shift64(block_key, 32)
-    element = torch.arange(BLOCK, dtype=torch.int64)
+    element = torch.arange(BLOCK, dtype=torch.int64, device=index.device)
     return (element * (high | 1) + low + (key & MASK32) * ROTATION) & MASK32
 
 

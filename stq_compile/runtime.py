@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from stq_compile.capture import Argument, Gradient
+from stq_compile.codegen.executable import Run, Sums
 from stq_compile.codegen.ir import OperandKind
 from stq_compile.compiler import Unit
 from stq_compile.errors import ChangedTensorError, FormatMismatchError
@@ -69,11 +70,11 @@ class Column:
         return found if len(found) == len(self.objects) else None
 
     @cached_property
-    def expected(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Strides, shapes and dtypes that the kernel was compiled for."""
+    def expected(self) -> tuple[list[Any], ...]:
+        """Strides, shapes, dtypes and devices that the kernel was compiled for."""
         walked = self.params if self.role is Role.GRAD else self.operands
         shapes, dtypes = ([o.shape for o in self.operands], [o.dtype for o in self.operands])
-        return [o.stride for o in walked], shapes, dtypes
+        return [o.stride for o in walked], shapes, dtypes, [p.device for p in self.params]
 
     @cached_property
     def packed(self) -> bool:
@@ -85,6 +86,7 @@ class Bucket:
     """The tensors of one unit and the table through which its kernel reaches them."""
 
     extra_fields = 0
+    sums: Sums | None = None
 
     def __init__(self, unit: Unit, resolve: Resolve) -> None:
         self.unit = unit
@@ -135,21 +137,22 @@ class Bucket:
                 self._fill_numbers(column, args)
             elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
                 self._fill_tensors(column, args, created)
+        self.run.prepare()
+
+    @cached_property
+    def run(self) -> Run:
+        """One call of the kernel on the whole table."""
+        return self.unit.compiled.bind(self.table, self.sums)
 
     def launch(self, step: int) -> list[Tensor]:
-        """Update every tensor; returns the ordinary tensors that were written."""
+        """Update every tensor; returns the ordinary tensors that were written and that autograd
+        watches. Takes no memory."""
         self.run(step)
         written = [t for c in self.columns if c.written for t in c.tensors]
         for original, copy in self.copies:
             if any(t is copy for t in written):
                 original.copy_(copy)
-        return written
-
-    def run(self, step: int) -> None:
-        """One call of the kernel on the whole table."""
-        self.unit.compiled.run(
-            self.table.ctypes.data, len(self.instances), step, torch.get_num_threads()
-        )
+        return [t for t in written if not t.is_inference()]
 
     def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
@@ -158,10 +161,11 @@ class Bucket:
             states = [present(o, args) for o in states]
         elif column.replacements == PackedStorage.replacements:
             return
-        column.replacements = PackedStorage.replacements
+        replacements = PackedStorage.replacements
         storages: list[PackedStorage] = [local(state).packed for state in states]
         versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
+            column.replacements = replacements
             return
         for storage, operand in zip(storages, column.operands, strict=True):
             if column.format is not None and storage.format != column.format:
@@ -171,7 +175,8 @@ class Bucket:
                     expected=column.format.name,
                 )
         self.table[:, column.index] = [_buffer(s, column.role).data_ptr() for s in storages]
-        column.versions = versions
+        # Last: what is interrupted before that must not count as done.
+        column.versions, column.replacements = versions, replacements
 
     def _fill_numbers(self, column: Column, args: Sequence[Any]) -> None:
         """Hyperparameters that are inputs of the step: call arguments, or tensors of a group."""
@@ -200,6 +205,8 @@ class Bucket:
                 value = self._gradient(value, operand, param)
             elif value.stride() != operand.stride or value.shape != operand.shape:
                 raise changed(operand, "layout", value)
+            if value.device != param.device:
+                raise changed(operand, "device", value)
             if value.dtype != operand.dtype and column.role not in (Role.CODES, Role.SCALES):
                 raise changed(operand, "dtype", value)
             tensors.append(value)
@@ -212,7 +219,9 @@ class Bucket:
             raise changed(operand, "layout", grad)
         if grad.stride() == param.stride:
             return grad
-        copy = torch.empty_strided(param.shape, param.stride, dtype=grad.dtype).copy_(grad)
+        copy = torch.empty_strided(
+            param.shape, param.stride, dtype=grad.dtype, device=grad.device
+        ).copy_(grad)
         self.copies.append((grad, copy))
         return copy
 
@@ -225,7 +234,7 @@ class MeasuringBucket(Bucket):
     def __init__(self, unit: Unit, resolve: Resolve) -> None:
         super().__init__(unit, resolve)
         self.slots = slots_of(unit.graph)
-        self.sums = np.zeros((len(self.instances), len(self.slots)))
+        self.sums: Sums = np.zeros((len(self.instances), len(self.slots)))
         (column,) = (c.index for c in self.columns if c.kind is OperandKind.SUMS)
         row = self.sums.strides[0]
         self.table[:, column] = [
@@ -286,13 +295,22 @@ def _as_expected(column: Column, args: Sequence[Any]) -> list[Tensor] | None:
         return None
     if not {type(t) for t in tensors} <= PLAIN:
         return None
-    strides, shapes, dtypes = column.expected
+    strides, shapes, dtypes, devices = column.expected
+    if [t.device for t in tensors] != devices:
+        return None
     if [t.dtype for t in tensors] != dtypes or [t.shape for t in tensors] != shapes:
         return None
     try:
         return tensors if [t.stride() for t in tensors] == strides else None
     except RuntimeError:  # a sparse tensor has no strides
         return None
+
+
+def recording() -> bool:
+    """Whether a CUDA graph is being captured. It holds the addresses of codes and scales, and no
+    host code runs when it is replayed: from then on the planner leaves widths alone."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    return bool(started) and torch.cuda.is_current_stream_capturing()
 
 
 SPOILED = "spoiled"
@@ -331,15 +349,15 @@ def live(operand: Operand, source: Any, args: Sequence[Any]) -> Any:
 
 
 def changed(operand: Operand, what: str, value: Tensor) -> ChangedTensorError:
-    def describe(dtype: object, shape: object, stride: object) -> str:
-        return f"{dtype}{list(shape)} with strides {list(stride)}"  # type: ignore[call-overload]
+    def describe(like: Operand | Tensor, stride: Sequence[int]) -> str:
+        return f"{like.dtype}{list(like.shape)} with strides {list(stride)} on {like.device}"
 
     stride = value.stride() if value.layout == torch.strided else ()
     return ChangedTensorError(
         source=operand.source,
         what=f"{operand.role}'s {what}",
-        found=describe(value.dtype, value.shape, stride),
-        expected=describe(operand.dtype, operand.shape, operand.stride),
+        found=describe(value, stride),
+        expected=describe(operand, operand.stride),
     )
 
 

@@ -15,8 +15,9 @@ that ``torch.distributed.checkpoint`` saves every part once and gives each proce
 ``sharding`` says how the state was sharded: sizes of the mesh, and for each of its dimensions the
 tensor's dimension that is divided (-1 for none) and torch's factor of a strided shard.
 
-A state that is read for another sharding is cut out block by block where its blocks are blocks of
-the whole tensor in both; otherwise it is decoded and encoded once.
+A part that was saved is read as it is. A state that is read for another sharding is cut out block
+by block where its blocks are blocks of the whole tensor in both; otherwise it is decoded and
+encoded once.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from stq_compile import reference
 from stq_compile.errors import CheckpointError, FormatMismatchError, StqError
 from stq_compile.formats import BLOCK, FORMATS, Format, block_count
 from stq_compile.layout import unpack
-from stq_compile.packed_state import memory_order, strides_of_states
+from stq_compile.packed_state import in_order_of, strides_of_states
+from stq_compile.shard_blocks import by_rows, is_split, mesh_of, rows_of, stretch
 from stq_compile.shards import (
     Box,
-    Layout,
     boxes,
     distributed,
     gathered,
@@ -45,6 +46,7 @@ from stq_compile.shards import (
     local,
     place_of,
     placements_of,
+    slices,
 )
 from stq_compile.storage import PackedStorage
 
@@ -89,7 +91,7 @@ def _spread(state: Tensor, storage: PackedStorage) -> tuple[Tensor, Tensor, bool
     if not split:
         total = block_count(state.numel())
     else:
-        total = rows * len(boxes(tuple(state.shape), *_mesh_of(layout_of(state))))
+        total = rows * len(boxes(tuple(state.shape), *mesh_of(layout_of(state))))
     parts = []
     for buffer in (storage.codes, storage.scales):
         if split and len(buffer) < rows:
@@ -98,56 +100,6 @@ def _spread(state: Tensor, storage: PackedStorage) -> tuple[Tensor, Tensor, bool
             buffer = padded
         parts.append(distributed(buffer, state, (total, *buffer.shape[1:]), by_rows=True))
     return parts[0], parts[1], split
-
-
-def is_split(state: Tensor) -> bool:
-    """Whether torch would divide the rows of a tensor of blocks otherwise than the blocks are."""
-    layout = layout_of(state)
-    assert layout is not None
-    shape, (mesh, placements) = tuple(state.shape), _mesh_of(layout)
-    rows = (block_count(state.numel()),)
-    for box, (size, start) in zip(
-        boxes(shape, mesh, placements), boxes(rows, *_mesh_of(by_rows(state))), strict=True
-    ):
-        found = stretch(box, shape)
-        blocks = block_count(math.prod(box[0]))
-        if found is None or found % BLOCK or blocks != size[0]:
-            return True
-        if blocks and found != start[0] * BLOCK:
-            return True
-    return False
-
-
-def by_rows(state: Tensor) -> Layout:
-    """The layout of a tensor that is divided along its first dimension wherever ``state`` is."""
-    layout = layout_of(state)
-    assert layout is not None
-    return layout[0], tuple((0 if dim >= 0 else -1, 1) for dim, _ in layout[1])
-
-
-def rows_of(state: Tensor) -> int:
-    """Blocks of the largest shard."""
-    found = boxes(tuple(state.shape), *_mesh_of(layout_of(state)))
-    return max(block_count(math.prod(size)) for size, _ in found)
-
-
-def _mesh_of(layout: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    mesh, dims = layout
-    return mesh, placements_of(dims)
-
-
-def stretch(box: Box, shape: tuple[int, ...]) -> int | None:
-    """The element at which a box begins that is one stretch of a row-major tensor, else None."""
-    size, start = box
-    if not math.prod(size):
-        return 0
-    cut = [d for d, n in enumerate(shape) if size[d] != n]
-    if cut and math.prod(size[: cut[-1]]) != 1:
-        return None
-    begin = 0
-    for d, n in enumerate(shape):
-        begin = begin * n + start[d]
-    return begin
 
 
 @dataclass
@@ -178,7 +130,7 @@ class Saved:
         unit = None if self.normalizer is None else self.normalizer.values()
         out = torch.zeros(self.shape)
         for piece in self.pieces:
-            where = _slices(piece.box)
+            where = slices(piece.box)
             count = math.prod(piece.box[0])
             part = None if unit is None else unit[where].reshape(-1)
             flat = reference.decode(piece.codes, piece.scales, self.format, count, part)
@@ -189,7 +141,7 @@ class Saved:
         """The codes of a format that has one for each element, of the whole tensor's shape."""
         out = torch.zeros(self.shape, dtype=self.pieces[0].codes.dtype)
         for piece in self.pieces:
-            out[_slices(piece.box)] = piece.codes.view(piece.box[0])
+            out[slices(piece.box)] = piece.codes.view(piece.box[0])
         return out
 
     def blocks(self) -> tuple[Tensor, Tensor] | None:
@@ -209,54 +161,62 @@ class Saved:
         return codes, torch.cat([piece.scales for _, piece in found])
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(s, s + n) for n, s in zip(*box, strict=True))
+def is_entry(value: Any) -> bool:
+    """Whether a part of a checkpoint stands for a packed state."""
+    return isinstance(value, Mapping) and "codes" in value
 
 
 def place(
-    saved: Saved, param: Tensor, options: Mapping[str, Any], normalizer: PackedStorage | None
+    saved: Saved, like: Tensor, options: Mapping[str, Any], normalizer: PackedStorage | None
 ) -> tuple[PackedStorage, bool]:
     """The part of a saved state that this process holds, and whether it is exact.
 
     Args:
         saved: the state.
-        param: its parameter.
+        like: a tensor of its shape, strides and sharding.
         options: of the `PackedStorage`.
         normalizer: the placed normalizer of a normalized format.
     """
-    held = local(param)
-    storage = PackedStorage(held.numel(), saved.format, normalizer=normalizer, **options)
+    held = local(like)
+    device = held.device
+    storage = PackedStorage(
+        held.numel(), saved.format, normalizer=normalizer, device=device, **options
+    )
     storage.eager_writes = saved.eager_writes
     if saved.own or saved.format.width == 0:
         piece = saved.pieces[0]
-        storage.codes, storage.scales = piece.codes.clone(), piece.scales.clone()
+        storage.codes = piece.codes.to(device, copy=True)
+        storage.scales = piece.scales.to(device, copy=True)
         return storage, True
-    box = place_of(param)
+    box = place_of(like)
     if not saved.format.blocked:
-        storage.codes = _in_memory_order(saved.elements()[_slices(box)], held)
+        storage.codes = in_order_of(saved.elements()[slices(box)], held)
+        return storage, True
+    same = next((piece for piece in saved.pieces if piece.box == box), None)
+    if (
+        same is not None and held.is_contiguous()
+    ):  # divided as it was: its blocks are the saved ones
+        storage.codes, storage.scales = same.codes.clone(), same.scales.clone()
         return storage, True
     begin = stretch(box, saved.shape) if held.is_contiguous() else None
     found = None if begin is None or begin % BLOCK else saved.blocks()
     end = -1 if begin is None else begin + held.numel()
-    if found is not None and begin is not None and (end % BLOCK == 0 or end == param.numel()):
+    if found is not None and begin is not None and (end % BLOCK == 0 or end == like.numel()):
         rows = slice(begin // BLOCK, block_count(end))
-        storage.codes, storage.scales = (buffer[rows].clone() for buffer in found)
+        codes, scales = found
+        storage.codes = codes[rows].to(device, copy=True)
+        storage.scales = scales[rows].to(device, copy=True)
         return storage, True
-    storage.write(_in_memory_order(saved.values()[_slices(box)], held))
+    storage.write(in_order_of(saved.values()[slices(box)], held))
     return storage, False
 
 
-def _in_memory_order(values: Tensor, like: Tensor) -> Tensor:
-    laid = torch.empty_strided(like.size(), like.stride(), dtype=values.dtype).copy_(values)
-    return memory_order(laid)
-
-
-def read(entry: Mapping[str, Any], param: Tensor, where: str, others: Mapping[str, Saved]) -> Saved:
+def read(entry: Mapping[str, Any], like: Tensor, where: str, others: Mapping[str, Saved]) -> Saved:
     """Check an entry.
 
     Args:
         entry: what `save` gave.
-        param: the live parameter.
+        like: a tensor of the shape, strides and sharding that it must have.
         where: the entry's name, for errors.
         others: the states of the parameter that were read before, by key.
 
@@ -264,8 +224,8 @@ def read(entry: Mapping[str, Any], param: Tensor, where: str, others: Mapping[st
         CheckpointError: what is wrong, and where.
     """
     for name, expected in (
-        ("size", list(param.size())),
-        ("stride", list(strides_of_states(param))),
+        ("size", list(like.size())),
+        ("stride", list(strides_of_states(like))),
     ):
         if entry.get(name) != expected:
             raise CheckpointError(entry=f"{where}.{name}", found=entry.get(name), expected=expected)
@@ -285,34 +245,34 @@ def read(entry: Mapping[str, Any], param: Tensor, where: str, others: Mapping[st
             found=normalizer,
             expected="a packed state of the parameter" if format.normalized else None,
         )
-    pieces, own = _read_pieces(entry, format, param, where)
+    pieces, own = _read_pieces(entry, format, like, where)
     for piece in pieces:
         if format.blocked:
             _check_codes(piece, format, where)
     writes = whole_number(entry.get("eager_writes"), f"{where}.eager_writes")
     divisor = others[str(normalizer)] if format.normalized else None
-    return Saved(format, tuple(param.shape), writes, divisor, pieces, own)
+    return Saved(format, tuple(like.shape), writes, divisor, pieces, own)
 
 
 def _read_pieces(
-    entry: Mapping[str, Any], format: Format, param: Tensor, where: str
+    entry: Mapping[str, Any], format: Format, like: Tensor, where: str
 ) -> tuple[list[Piece], bool]:
     codes, scales = entry.get("codes"), entry.get("scales")
     sharding, split = entry.get("sharding"), entry.get("split", False)
     if type(split) is not bool or (split and (not format.blocked or sharding is None)):
         raise CheckpointError(entry=f"{where}.split", found=split, expected="True or False")
-    shape = tuple(param.shape)
+    shape = tuple(like.shape)
     mesh, placements = _read_sharding(sharding, shape, f"{where}.sharding")
     whole: Box = (shape, (0,) * len(shape))
     if is_sharded(codes):
-        if _is_own(codes, param, format, sharding if split else None):
-            box = place_of(param)
+        if _is_own(codes, like, format, sharding if split else None):
+            box = place_of(like)
             count = block_count(math.prod(box[0])) if split else None
             parts = [local(codes)[:count], local(scales)[:count]]
             return [_piece(box, parts[0], parts[1], format, where)], True
         codes, scales = gathered(codes), gathered(scales)
     if not split:
-        return [_piece(whole, codes, scales, format, where)], not is_sharded(param)
+        return [_piece(whole, codes, scales, format, where)], not is_sharded(like)
     places = boxes(shape, mesh, placements)
     rows = max(block_count(math.prod(size)) for size, _ in places)
     expected = (rows * len(places), format.block_bytes)
@@ -323,43 +283,43 @@ def _read_pieces(
     pieces = []
     for i, box in enumerate(places):
         part = slice(i * rows, i * rows + block_count(math.prod(box[0])))
-        pieces.append(Piece(box, codes[part].detach(), scales[part].detach()))
+        pieces.append(Piece(box, codes[part].detach().cpu(), scales[part].detach().cpu()))
     return pieces, False
 
 
-def _is_own(codes: Any, param: Tensor, format: Format, sharding: Any) -> bool:
+def _is_own(codes: Any, like: Tensor, format: Format, sharding: Any) -> bool:
     """Whether the local tensor of codes is this process's part of the state, no more and no less.
 
     ``sharding`` is given for split codes: they are in the order of the shards that were saved.
     """
-    if not is_sharded(param):
+    if not is_sharded(like):
         return False
-    like: Any = param  # a DTensor
-    if codes.device_mesh != like.device_mesh:
+    placed: Any = like  # a DTensor
+    if codes.device_mesh != placed.device_mesh:
         return False
     if sharding is not None:
-        return bool(sharding == layout_of(param))
+        return bool(sharding == layout_of(like))
     if not format.blocked:
-        return format.width > 0 and layout_of(codes) == layout_of(param)
-    return layout_of(codes) == by_rows(param) and not is_split(param)
+        return format.width > 0 and layout_of(codes) == layout_of(like)
+    return layout_of(codes) == by_rows(like) and not is_split(like)
 
 
 def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Piece:
     count = math.prod(box[0])
-    like = reference.empty_buffers(format, 0)
+    empty = reference.empty_buffers(format, 0)
     with torch.device("meta"):
         shapes = [tuple(buffer.shape) for buffer in reference.empty_buffers(format, count)]
     if type(codes) is Tensor and not format.blocked and tuple(codes.shape) == box[0]:
         codes = codes.reshape(-1) if codes.layout == torch.strided else codes
-    _check_buffer(codes, like[0].dtype, shapes[0], f"{where}.codes")
-    _check_buffer(scales, like[1].dtype, shapes[1], f"{where}.scales")
-    return Piece(box, codes.detach(), scales.detach())
+    _check_buffer(codes, empty[0].dtype, shapes[0], f"{where}.codes")
+    _check_buffer(scales, empty[1].dtype, shapes[1], f"{where}.scales")
+    return Piece(box, codes.detach().cpu(), scales.detach().cpu())
 
 
 def _check_buffer(value: Any, dtype: torch.dtype, shape: tuple[int, ...], entry: str) -> None:
     found: Any = type(value)
     if type(value) is Tensor:
-        plain = value.layout == torch.strided and value.device.type == "cpu"
+        plain = value.layout == torch.strided and value.device.type != "meta"
         found = (value.dtype, tuple(value.shape)) if plain else (value.layout, value.device)
     if found != (dtype, shape):
         raise CheckpointError(entry=entry, found=found, expected=(dtype, shape))
@@ -416,6 +376,3 @@ def whole_number(value: Any, entry: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise CheckpointError(entry=entry, found=repr(value), expected="a whole number")
     return value
-
-
-__all__ = ["Saved", "is_split", "place", "read", "rows_of", "save", "whole_number"]

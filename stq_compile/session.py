@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,21 +22,31 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stq_compile import interrupts
 from stq_compile.capture import Argument, Captured, capture, param_sources
-from stq_compile.checks import check_program
+from stq_compile.checks import check_memory, check_program
 from stq_compile.codec import CompiledCodec
-from stq_compile.compiled_step import CompiledStep, StateInfo
+from stq_compile.compiled_step import CompiledStep, StateInfo, agreement
 from stq_compile.compiler import analyse
 from stq_compile.dump import Dump
+from stq_compile.dynamo import lost_attributes
 from stq_compile.errors import (
     InfeasibleBudgetError,
+    KernelBuildError,
+    LostAttributeError,
+    NonFiniteGradientError,
+    PlanningWarning,
+    StqError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
+    first_line,
+    is_out_of_memory,
 )
 from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.half_params import new_error, uncompensated
+from stq_compile.nonfinite import nonfinite_elements, nonfinite_gradients
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import (
@@ -45,12 +57,13 @@ from stq_compile.passes.measure import (
     with_packed_normalizers,
 )
 from stq_compile.passes.runner import Stage
+from stq_compile.planner.history import LIMIT, Incident
 from stq_compile.planner.planner import Managed, Planner, StateKey
 from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
-from stq_compile.shards import local, region_of, wrap
+from stq_compile.shards import Region, is_sharded, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import PARAM_ERROR, Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
@@ -78,12 +91,16 @@ class Session:
         self.loaded = False
         self.hooks: list[RemovableHandle] = []
         self.steps = 0
+        self.changing = False  # whether a step has begun to change tensors, and has not ended
+        self.driven = False  # whether somebody calls `decide` after each step
+        self.decision_due = False
         self.compiles = 0
         self.compiled_at: list[int] = []
         self.weights: set[StateKey] = set()
         self.eager_reason = ""
         self.transitions = 0
         self.look_bytes = 0
+        self.recorded = False
         self.reencoded: tuple[str, ...] = ()
         self.plan: dict[StateKey, int] = {}
         self.planner = Planner(options) if options.planned else None
@@ -92,6 +109,10 @@ class Session:
         self.errors: dict[int, Tensor] = {}
         self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
+        self._incidents: deque[Incident] = deque(maxlen=LIMIT)
+        self.nonfinite_steps = 0
+        self.reached: set[StateKey] = set()
+        self.reached_at = 0
 
     @property
     def optimizer(self) -> Optimizer:
@@ -99,34 +120,40 @@ class Session:
         assert optimizer is not None, "the session outlived its optimizer"
         return optimizer
 
-    def compile(
-        self, gm: fx.GraphModule, exemplars: Exemplars | None = None
-    ) -> Callable[..., tuple[Any, ...]]:
+    def compile(self, gm: fx.GraphModule, exemplars: Exemplars | None = None) -> CompiledStep:
         """Compile one captured graph; the backend's entry. Nothing is changed if it fails.
 
         ``exemplars``: whose step was captured, in place of the whole optimizer's.
         """
         start = time.perf_counter()
+        lost = lost_attributes()
+        if lost:
+            raise LostAttributeError(
+                optimizer=type(self.optimizer).__name__, attributes=", ".join(lost)
+            )
         captured = capture(gm, self.optimizer)
         with reporting_defects(self, captured.program):
             stages = analyse(captured.program, self.options, self.dump.folder("analyse"))
         if exemplars is not None:
             captured, stages[-1] = self._for_all(captured, stages[-1], exemplars)
+        check_memory(captured, self.params())
         program = stages[-1].program
         check_program(program)
         self.check_precision(program)
         step = CompiledStep(self, captured, stages)
         self._find_weights(captured)
-        with self._attempt():
-            self._add_errors(program)
-            changes = self.enroll(step.planned_program)
-            known = self.plan.keys() & changes.keys()
-            self._transition(changes, [*self.compiled, step])
-            self.transitions += len(known)
-        step.release(gm)
-        self.compiled.add(step)
-        self.compiles += 1
-        self.compiled_at.append(self.steps)
+        steps = [*self.compiled, step]
+        with interrupts.scope() as hold:
+            with self._attempt(), agreement(steps, self._is_nonnegative):
+                self._add_errors(program)
+                changes = self.enroll(step.planned_program)
+                known = self.plan.keys() & changes.keys()
+                self._transition(changes, steps, hold)
+                self.transitions += len(known)
+            step.release(gm)
+            self.compiled.add(step)
+            self.compiles += 1
+            self.compiled_at.append(self.steps)
         LOG.info(
             "%s: compiled %d templates to %d kernels in %.2f s",
             captured.program.optimizer,
@@ -136,6 +163,52 @@ class Session:
         )
         self._record()
         return step
+
+    def admits_step(self, error: type[StqError] | None = None) -> bool:
+        """Whether the option ``on_nonfinite`` lets a step be made with the present gradients.
+
+        ``error`` is raised in place of an answer of no.
+
+        Raises:
+            NonFiniteGradientError: it does not, and asks for an error.
+        """
+        if self.options.on_nonfinite == "propagate":
+            return True
+        numbers = nonfinite_gradients(self.params())
+        if not numbers:
+            return True
+        if self.options.on_nonfinite == "raise":
+            error = NonFiniteGradientError
+        sources = param_sources(self.optimizer)
+        names = tuple(sources[id(p)].name for n, p in enumerate(self.params()) if n in numbers)
+        self._note(Incident(self.steps + 1, "skipped" if error is None else "raised", names))
+        self.nonfinite_steps += 1
+        if error is None:
+            return False
+        others = f", nor those of {len(names) - 1} others" if len(names) > 1 else ""
+        raise error(
+            optimizer=type(self.optimizer).__name__,
+            step=self.steps + 1,
+            param=names[0],
+            others=others,
+        )
+
+    def find_reached(self) -> None:
+        """Note states that a gradient that is not finite has reached since the last time."""
+        broken = {
+            (source.param, key): source.name
+            for _, source, key, value in self.states()
+            if isinstance(value, Tensor) and nonfinite_elements(value)
+        }
+        new = {name: None for key, name in broken.items() if key not in self.reached}
+        self.reached = set(broken)
+        if new:
+            self._note(Incident(self.steps, "reached", tuple(new)))
+
+    def _note(self, incident: Incident) -> None:
+        self._incidents.append(incident)
+        self.recording.incident(incident)
+        LOG.warning("%s: %s", type(self.optimizer).__name__, incident)
 
     def _for_all(
         self, captured: Captured, last: Stage, exemplars: Exemplars
@@ -158,6 +231,11 @@ class Session:
         """Losses that were logged, with the number of steps before each."""
         return self.recording.losses
 
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """What was not finite, the latest `LIMIT` times."""
+        return tuple(self._incidents)
+
     def _record(self) -> None:
         if self.recording.streams:
             self.recording.update(run_of(self))
@@ -169,8 +247,10 @@ class Session:
         params = self.params()
         for number, source in uncompensated(program):
             if number not in self.errors:
-                options = self.storage_options(source)
-                self.errors[number] = new_error(params[number], **options)
+                self.errors[number] = self._new_error(params[number], source)
+
+    def _new_error(self, param: Tensor, source: Source) -> Tensor:
+        return new_error(param, **self.storage_options(source, region_of(param)))
 
     def load_errors(self, loaded: Mapping[int, Tensor]) -> None:
         """Take the error states of a checkpoint; parameters for which it has none are exact.
@@ -183,7 +263,7 @@ class Session:
         for number in self.errors.keys() | loaded.keys():
             source = Source(number, "", PARAM_ERROR)
             new = loaded.get(number)
-            new = new_error(params[number], **self.storage_options(source)) if new is None else new
+            new = self._new_error(params[number], source) if new is None else new
             held, old = local(new), local(self.errors.setdefault(number, new))
             assert isinstance(held, PackedState)
             assert isinstance(old, PackedState)
@@ -196,9 +276,17 @@ class Session:
             value = binding.live if isinstance(binding, Argument) else binding
             if role is not Role.STATE or not isinstance(value, Tensor):
                 continue
-            wide = isinstance(value, PackedState) and value.format == BFLOAT16  # created as a copy
+            # A packed one was created as a copy, or loaded.
+            wide = isinstance(value, PackedState) and value.format in (BFLOAT16, FLOAT32)
             if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
+
+    def _is_nonnegative(self, state: StateKey) -> bool:
+        """Whether no value of a state is negative now; of a sharded one nobody sees all values."""
+        for leaf, source in self.leaves():
+            if (source.param, leaf.key) == state:
+                return not is_sharded(leaf.value) and not bool((leaf.value < 0).any())
+        return False
 
     def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
@@ -309,13 +397,50 @@ class Session:
             self.errors.update(errors)
             raise
 
+    def decide(self) -> None:
+        """Do what a step has made due; the step is made, whatever becomes of it.
+
+        A look is followed by a decision; and now and then it is seen what is not finite any more.
+        """
+        if self.steps % self.options.interval == 0 and self.steps != self.reached_at:
+            self.reached_at = self.steps
+            self.find_reached()
+        if not self.decision_due:
+            return
+        try:
+            self.replan()
+        except Exception as error:
+            self.decision_due = False
+            self.without_planning("change widths", error)
+
+    def without_planning(self, action: str, error: Exception) -> None:
+        """Go on with the widths in force where planning failed for want of memory or a compiler.
+
+        Anything else is a defect and raised; and so is everything where parameters are sharded,
+        since other processes decide, or wait for this one.
+        """
+        memory = is_out_of_memory(error)
+        missing = isinstance(error, KernelBuildError)
+        if not (memory or missing) or any(is_sharded(p) for p in self.params()):
+            raise error
+        warning = PlanningWarning(
+            optimizer=type(self.optimizer).__name__,
+            step=self.steps,
+            action=action,
+            reason=first_line(error),
+            remedy="free some memory" if memory else "see `stq doctor` about the compiler",
+        )
+        warnings.warn(warning, stacklevel=2)
+
     def replan(self) -> None:
         """Decide on the widths after a look, and change them; all or nothing."""
         planner = self.planner
         assert planner is not None
-        with self._attempt():
+        with interrupts.scope() as hold, self._attempt():
             changes = planner.decide(self.steps, *self._sizes(planner.managed))
             self.change_widths(changes)
+            hold()
+            self.decision_due = False  # an interrupted decision is made before the next step
         record = planner.history.records[-1]
         LOG.info(
             "%s: step %d, %d changes of width, %.2f true bits, predicted error %.3g",
@@ -386,17 +511,23 @@ class Session:
         """
         if not changes:
             return
-        with self._attempt():
-            self._transition(changes, list(self.compiled))
+        with interrupts.scope() as hold, self._attempt():
+            self._transition(changes, list(self.compiled), hold)
             self.transitions += len(changes)
             if self.planner is not None:
                 known = self.planner.widths
                 known.update({key: width for key, width in changes.items() if key in known})
 
-    def _transition(self, changes: Mapping[StateKey, int], steps: list[CompiledStep]) -> None:
+    def _transition(
+        self,
+        changes: Mapping[StateKey, int],
+        steps: list[CompiledStep],
+        hold: Callable[[], None],
+    ) -> None:
         """Bring states and steps to changed widths.
 
-        Buffers that are replaced are kept until all is done, and put back if it fails.
+        Buffers that are replaced are kept until all is done, and put back if it fails. ``hold``
+        lets signals wait until the caller has noted what was done; kernels are built before that.
         """
         for (_, key), width in changes.items():
             if width not in WIDTHS:
@@ -404,16 +535,24 @@ class Session:
         self.plan.update(changes)
         units = [step.generate() for step in steps]
         codec = self.codec.prepare([c for step in steps for c in step.conversions()])
+        hold()
         held = [local(value) for _, _, _, value in self.states()]
         packed = [value.packed for value in held if isinstance(value, PackedState)]
         kept = [(storage, storage.kept()) for storage in packed]
-        before = [(step, dict(vars(step))) for step in steps]
+        before = [(step, {**vars(step), "bindings": dict(step.bindings)}) for step in steps]
+        ordinary = [
+            (leaf, leaf.value)
+            for leaf, _ in self.leaves()
+            if not isinstance(local(leaf.value), PackedState)
+        ]
         try:
             for step, generated in zip(steps, units, strict=True):
                 step.adopt(generated, codec)
         except BaseException:
             for storage, buffers in kept:
                 storage.restore(buffers)
+            for leaf, value in ordinary:
+                leaf.put(value)
             for step, attributes in before:
                 vars(step).update(attributes)
             raise
@@ -447,18 +586,35 @@ class Session:
             source = replace(sources[number], key=PARAM_ERROR)
             yield self.params()[number], source, PARAM_ERROR, error
 
-    def pack_loaded(self) -> None:
-        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed."""
-        if not self.loaded:
-            return
-        self.loaded = False
+    def pack_loaded(self) -> list[tuple[Leaf, Tensor]]:
+        """Mark the float32 states that a loaded checkpoint brought as waiting to be packed.
+
+        May be done again where it was interrupted; `loaded` is the caller's to clear. Returns what
+        they were, so that this can be undone.
+        """
+        found = []
         for leaf, source in list(self.leaves()):
             info = self.info.get((source.param, leaf.key))
             held = local(leaf.value)
-            if info is None or isinstance(held, PackedState) or not can_be_packed(held):
+            if isinstance(held, PackedState) or not can_be_packed(held):
                 continue
-            if info.format != FLOAT32:
-                leaf.put(wrap(self.unencoded(held, info.source), self.params()[source.param]))
+            numel = leaf.value.numel() if leaf.value.ndim else 0
+            width = self.width_of_state(source, numel) if info is None else info.format.width
+            if width < FLOAT32.width:
+                found.append((leaf, leaf.value))
+                state = self.unencoded(held, source, region_of(leaf.value))
+                leaf.put(wrap(state, leaf.value))
+        return found
+
+    def move_counters(self) -> None:
+        """Put step counters, which torch keeps on the CPU, where their parameters are.
+
+        Kernels read and advance them there; otherwise every step would wait for the device.
+        """
+        for leaf, _ in list(self.leaves()):
+            value, owner = leaf.value, leaf.owner
+            if isinstance(owner, Tensor) and value.ndim == 0 and value.device != owner.device:
+                leaf.put(value.to(owner.device))
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
@@ -475,9 +631,9 @@ class Session:
                     values = held.dequantize().to(held.dtype)
                     self.optimizer.state[param][key] = wrap(values, param)
 
-    def unencoded(self, value: Tensor, source: Source) -> PackedState:
+    def unencoded(self, value: Tensor, source: Source, region: Region | None) -> PackedState:
         """A packed state of values that are yet to be encoded."""
-        return PackedState.wrap(value, **self.storage_options(source))
+        return PackedState.wrap(value, **self.storage_options(source, region))
 
     def rounding_options(self, source: Source) -> dict[str, Any]:
         """How a state is rounded, and the random numbers that are its own."""
@@ -487,9 +643,8 @@ class Session:
             "stream": stream_id(source.param, source.key),
         }
 
-    def storage_options(self, source: Source) -> dict[str, Any]:
-        """What the storage of a parameter's state is made with."""
-        region = region_of(self.params()[source.param])
+    def storage_options(self, source: Source, region: Region | None) -> dict[str, Any]:
+        """What the storage of a state is made with that lies in ``region`` of a whole one."""
         return {
             **self.rounding_options(source),
             "first_block": 0 if region is None else region.first_block,

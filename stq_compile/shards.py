@@ -1,10 +1,10 @@
 """Where the part of a tensor that this process holds lies in the whole one.
 
 A parameter that ``fully_shard`` or tensor parallelism has sharded is a DTensor, and so are its
-gradient and its states; a packed state is a DTensor whose local tensor is a `PackedState`. The
-optimizers that are compiled work element by element, so kernels run on local tensors. What must
-not depend on the sharding is stated here in terms of the whole tensor: its number of elements, and
-which of its blocks the local ones are.
+gradient and its states; a packed state is a DTensor whose local tensor is a `PackedState`. Kernels
+work element by element and run on local tensors; what is no kernel gets whole tensors, one
+parameter's at a time (`regions`). What must not depend on the sharding is stated here in terms of
+the whole tensor: its number of elements, and which of its blocks the local ones are.
 
 The blocks of a shard are those of the whole tensor if the shard is one stretch of its memory that
 begins where a block begins. Else its blocks are its own, and so are their random numbers: then
@@ -53,12 +53,14 @@ class Region:
         placements: torch's, one per dimension of the mesh.
         first_block: of the local tensor, as the random counter counts blocks.
         on_grid: whether the local blocks are blocks of the whole tensor.
+        box: size and beginning of the part.
     """
 
     shape: tuple[int, ...]
     placements: tuple[Any, ...]
     first_block: int
     on_grid: bool
+    box: Box
 
     @property
     def numel(self) -> int:
@@ -67,7 +69,16 @@ class Region:
     @property
     def sharded(self) -> bool:
         """Whether no process of a replica holds all of the tensor."""
-        return any(p.is_shard() for p in self.placements)
+        return any(divides(p) for p in self.placements)
+
+
+def divides(placement: Any) -> bool:
+    """Whether a placement shares a tensor out.
+
+    torch's ``is_shard`` says no of a strided shard, that of FSDP over tensor parallelism on one
+    dimension.
+    """
+    return isinstance(placement, (Shard, _StridedShard))
 
 
 def local(value: Any) -> Any:
@@ -101,13 +112,13 @@ def _region(
     size, start = _box(shape, mesh, placements, coordinate)
     begin = _begin(shape, placements, start)
     if begin is not None and (begin % BLOCK == 0 or not math.prod(size)):
-        return Region(shape, placements, begin // BLOCK, True)
+        return Region(shape, placements, begin // BLOCK, True, (size, start))
     index = 0
     for i, placement in enumerate(placements):
-        if placement.is_shard():
+        if divides(placement):
             index = index * mesh[i] + coordinate[i]
     own = OWN_BLOCKS + index * (block_count(math.prod(shape)) + 1)
-    return Region(shape, placements, own, False)
+    return Region(shape, placements, own, False, (size, start))
 
 
 def _box(
@@ -124,7 +135,7 @@ def _begin(
     shape: tuple[int, ...], placements: tuple[Any, ...], start: tuple[int, ...]
 ) -> int | None:
     """The element at which a shard begins that is one stretch of the whole tensor's memory."""
-    dims = {p.dim for p in placements if p.is_shard()}
+    dims = {p.dim for p in placements if divides(p)}
     if not all(type(p) in (Shard, Replicate) for p in placements):
         return None  # a strided shard's rows may lie apart
     if not dims:
@@ -137,7 +148,7 @@ def _begin(
 
 def boxes(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...]) -> list[Box]:
     """Every shard, in the order of the mesh; each replicated one once."""
-    counts = [n if p.is_shard() else 1 for n, p in zip(mesh, placements, strict=True)]
+    counts = [n if divides(p) else 1 for n, p in zip(mesh, placements, strict=True)]
     places = itertools.product(*map(range, counts))
     return [_box(shape, mesh, placements, place) for place in places]
 
@@ -190,7 +201,7 @@ def layout_of(tensor: Any) -> Layout | None:
         return None
     placements: tuple[Any, ...] = tuple(tensor.placements)
     dims = tuple(
-        (p.dim, getattr(p, "split_factor", 1)) if p.is_shard() else (-1, 1) for p in placements
+        (p.dim, getattr(p, "split_factor", 1)) if divides(p) else (-1, 1) for p in placements
     )
     return tuple(tensor.device_mesh.shape), dims
 
@@ -215,10 +226,31 @@ def distributed(
     assert isinstance(like, DTensor)
     placements = tuple(like.placements)
     if by_rows:
-        placements = tuple(Shard(0) if p.is_shard() else Replicate() for p in placements)
+        placements = tuple(Shard(0) if divides(p) else Replicate() for p in placements)
+    return _assembled(part, like.device_mesh, placements, shape)
+
+
+def _assembled(
+    part: Tensor, mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]
+) -> Tensor:
     stride = torch.empty(shape, device="meta").stride()
-    mesh = like.device_mesh
     return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)
+
+
+def whole_of(part: Tensor, region: Region, mesh: Any) -> Tensor:
+    """All of a tensor of which this process holds ``part``, row-major; all processes call it."""
+    whole: Tensor = gathered(_assembled(part, mesh, region.placements, region.shape))
+    return whole.contiguous()
+
+
+def part_of(whole: Tensor, region: Region) -> Tensor:
+    """What this process holds of a whole tensor, as a view."""
+    return whole[slices(region.box)]
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """What a box cuts out of a tensor."""
+    return tuple(slice(s, s + n) for n, s in zip(*box, strict=True))
 
 
 def gathered(value: Any) -> Any:
@@ -237,6 +269,4 @@ def placed_as(shape: tuple[int, ...], layout: Layout, like: Tensor) -> Tensor:
     mesh, placements = like.device_mesh, placements_of(layout[1])
     coordinate = mesh.get_coordinate() or (0,) * mesh.ndim
     size, _ = _box(tuple(shape), tuple(mesh.shape), placements, tuple(coordinate))
-    part = torch.empty(size, device=mesh.device_type)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)
+    return _assembled(torch.empty(size, device=mesh.device_type), mesh, placements, tuple(shape))

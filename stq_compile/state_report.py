@@ -23,7 +23,8 @@ class Report:
 
     ``reencoded`` names the states that the last checkpoint held for another sharding, whose blocks
     were not those of this one. ``look_bytes`` is what this process gave to be added up at the
-    planner's last look; none where nothing is sharded.
+    planner's last look; none where nothing is sharded. ``nonfinite_steps`` were skipped, or ended
+    in an error, by the option ``on_nonfinite``.
     """
 
     optimizer: str
@@ -34,6 +35,7 @@ class Report:
     look_bytes: int = 0
     reencoded: tuple[str, ...] = ()
     note: str = ""
+    nonfinite_steps: int = 0
 
     def save(self, path: str | Path) -> None:
         """Write the run so far as JSON lines, which ``stq report`` shows."""
@@ -58,6 +60,11 @@ class Report:
     def split_bytes(self) -> int:
         """Bytes that blocks cost which borders between shards cut in two."""
         return sum(row.split_bytes for row in self.rows)
+
+    @property
+    def nonfinite(self) -> int:
+        """Elements that are not finite any more, and those that share a block with one."""
+        return sum(row.nonfinite for row in self.rows)
 
     @property
     def saved(self) -> float:
@@ -88,6 +95,13 @@ class Report:
         )
         if self.split_bytes:
             yield f"{human(self.split_bytes)} of it since shards cut blocks in two"
+        if self.nonfinite:
+            names = [f"{row.param}:{row.state}" for row in self.rows if row.nonfinite]
+            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            yield f"{self.nonfinite} elements are not finite, or in a block with one: {some}"
+        if self.nonfinite_steps:
+            yield f"{self.nonfinite_steps} steps not made, since gradients were not finite"
+            yield from map(str, self.run.incidents[-3:])
         if self.reencoded:
             yield f"encoded anew when they were loaded: {', '.join(self.reencoded)}"
         if self.note:
@@ -121,6 +135,7 @@ def make_report(session: Session) -> Report:
         session.look_bytes,
         session.reencoded,
         _note(session),
+        session.nonfinite_steps,
     )
 
 

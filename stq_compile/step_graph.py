@@ -21,7 +21,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import fx
-from torch.fx.node import _get_qualified_name
+from torch.fx.node import _get_qualified_name, map_aggregate
 
 from stq_compile.errors import InvalidGraphError
 from stq_compile.formats import Format
@@ -90,9 +90,14 @@ class Operand:
     region: Region | None = None
 
     @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor, of which a process may hold a part."""
+        return self.shape if self.region is None else self.region.shape
+
+    @property
     def numel(self) -> int:
-        """Elements of the whole tensor, of which a process may hold a part."""
-        return math.prod(self.shape) if self.region is None else self.region.numel
+        """Elements of the whole tensor."""
+        return math.prod(self.whole_shape)
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -187,6 +192,11 @@ class StepGraph:
         return self.instances[0].operands if self.instances else ()
 
     @property
+    def device(self) -> torch.device:
+        """Where its parameters are; components of several devices are several templates."""
+        return self.instances[0].param.device
+
+    @property
     def placeholders(self) -> list[fx.Node]:
         return [n for n in self.graph.nodes if n.op == "placeholder"]
 
@@ -238,6 +248,17 @@ class Program:
     @property
     def nodes(self) -> int:
         return sum(len(unit.calls) for unit in self.units)
+
+
+def set_device(node: fx.Node, device: torch.device) -> None:
+    """Let a node that names a device make its tensors on this one."""
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    node.args = map_aggregate(node.args, moved)
+    named = {"device": device} if node.kwargs.get("device") is not None else {}
+    node.kwargs = {**map_aggregate(node.kwargs, moved), **named}
 
 
 def location_of(node: fx.Node) -> str:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from stq_compile import reference
+from stq_compile import interrupts, reference
 from stq_compile.errors import FormatMismatchError, NegativeStateError
-from stq_compile.formats import BLOCK, CONSTANT, FLOAT32, Format, block_count
+from stq_compile.formats import BFLOAT16, BLOCK, CONSTANT, FLOAT32, Format, block_count
 from stq_compile.options import Rounding
 from stq_compile.rounding import NEAREST, Noise, step_key
 
 EAGER_CLOCK = 1 << 48
 """Eager writes draw their random bits from counters that no compiled step reaches."""
+
+DEVICES = ("cpu", "cuda")
+"""Types of the devices on which states may be packed (``cuda`` is AMD's name of a GPU, too)."""
 
 TILE_BLOCKS = 1 << 12
 """Blocks that are converted at a time: two megabytes of float32, which stay in the cache."""
@@ -75,6 +79,20 @@ class Buffers(NamedTuple):
 
 
 REFERENCE: Codec = reference
+_REPLACEMENTS = itertools.count(1)
+
+
+class Renewal(NamedTuple):
+    """What a state is to hold from now on, and its count of eager writes then."""
+
+    storage: PackedStorage
+    made: Buffers
+    normalizer: PackedStorage | None
+    eager_writes: int
+
+
+Replacement = tuple[Renewal, ...]
+"""A state's new buffers, and those of the states in its units."""
 
 
 class PackedStorage:
@@ -90,7 +108,8 @@ class PackedStorage:
         first_block: where the random counter begins: not at 0 for a shard of a larger tensor.
         sharded: whether other processes hold other parts of the tensor.
         version: counts the replacements of the buffers, so that tables of pointers know.
-        replacements: counts those of all states.
+        replacements: a number that every replacement in any state changes, to one that was never
+            there before, also where several threads change states.
         working: float32 ``[numel]``, while an eager step works on decoded values; they are then
             the state, and the codes are behind.
     """
@@ -108,6 +127,7 @@ class PackedStorage:
         stream: int = 0,
         first_block: int = 0,
         sharded: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         _check_normalizer(format, normalizer, numel)
         self.numel = numel
@@ -121,7 +141,7 @@ class PackedStorage:
         self.eager_writes = 0
         self.version = 0
         self.working: Tensor | None = None
-        self.codes, self.scales = reference.empty_buffers(format, numel)
+        self.codes, self.scales = reference.empty_buffers(format, numel, device)
         self._dependents: weakref.WeakSet[PackedStorage] = weakref.WeakSet()
         if normalizer is not None:
             normalizer._dependents.add(self)
@@ -131,12 +151,17 @@ class PackedStorage:
         """Bytes of codes and scales; a normalizer's bytes are its own."""
         return self.codes.nbytes + self.scales.nbytes
 
-    def read(self) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.codes.device
+
+    def read(self, codec: Codec = REFERENCE) -> Tensor:
         """The values, float32 ``[numel]``, in a new tensor."""
         if self.working is not None:
             return self.working.clone()
-        unit = None if self.normalizer is None else self.normalizer.read()
-        return reference.decode(self.codes, self.scales, self.format, self.numel, unit)
+        unit = None if self.normalizer is None else self.normalizer.read(codec)
+        return codec.decode(self.codes, self.scales, self.format, self.numel, unit)
 
     @property
     def newborn(self) -> bool:
@@ -149,27 +174,43 @@ class PackedStorage:
         unit = None if self.normalizer is None else self.normalizer.buffers
         return Buffers(self.codes, self.scales, self.format, self.numel, unit)
 
-    def write(self, values: Tensor) -> None:
+    def write(self, values: Tensor, codec: Codec = REFERENCE) -> None:
         """Replace all values by float32 ``[numel]``, encoded in the present format."""
+        self.replace(self.encoded(values, codec=codec))
+
+    def rewrite(self, values: Tensor, format: Format, codec: Codec = REFERENCE) -> None:
+        """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
+        self.replace(self.encoded(values, format, codec=codec))
+
+    def encoded(
+        self,
+        values: Tensor,
+        format: Format | None = None,
+        before: Iterable[Replacement] = (),
+        codec: Codec = REFERENCE,
+    ) -> Replacement:
+        """What `replace` takes to hold float32 ``[numel]``, in the present format or another one
+        (without normalizer). Changes nothing; all memory that the change needs is taken here.
+
+        ``before``: what will have been replaced by then, the normalizer perhaps.
+        """
         if values.numel() != self.numel:
             raise FormatMismatchError(
                 where="packed state", found=f"{values.numel()} values", expected=str(self.numel)
             )
         values = values.detach().reshape(-1).float()
         source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
-        format = FLOAT32 if self.format == CONSTANT else self.format
-        made = self._converted(source, format, self.buffers.unit, REFERENCE)
-        self._replace(made, self.normalizer)
-
-    def rewrite(self, values: Tensor, format: Format) -> None:
-        """Replace all values by float32 ``[numel]``, in another format (without normalizer)."""
-        _check_normalizer(format, None, self.numel)
-        source = Buffers(values, self.scales.new_empty(0), FLOAT32, self.numel)
-        made = self._converted(source, format, None, REFERENCE)
-        former = self.normalizer
-        self._replace(made, None)
-        if former is not None:
-            former._dependents.discard(self)
+        if format is None:
+            format = FLOAT32 if self.format == CONSTANT else self.format
+            normalizer = self.normalizer
+        else:
+            _check_normalizer(format, None, self.numel)
+            normalizer = None
+        unit = None if normalizer is None else normalizer.buffers
+        for renewal in itertools.chain(*before):
+            unit = renewal.made if renewal.storage is normalizer else unit
+        made, writes = self._converted(source, format, unit, codec)
+        return self._replacement(made, normalizer, writes, codec)
 
     def reencode(
         self,
@@ -195,27 +236,25 @@ class PackedStorage:
         if format == self.format and normalizer is self.normalizer:
             return
         unit = None if normalizer is None else normalizer.buffers
+        writes = self.eager_writes
         if self.newborn:
-            codes, scales = reference.empty_buffers(format, self.numel)
+            codes, scales = reference.empty_buffers(format, self.numel, self.device)
             made = Buffers(codes, scales, format, self.numel, unit)
         else:
-            made = self._converted(self.buffers, format, unit, codec)
-        former = self.normalizer
-        self._replace(made, normalizer, codec, following)
-        if former is not None and former is not normalizer:
-            former._dependents.discard(self)
-        if normalizer is not None:
-            normalizer._dependents.add(self)
+            made, writes = self._converted(self.buffers, format, unit, codec)
+        self.replace(self._replacement(made, normalizer, writes, codec, following))
 
     def take(self, values: Tensor) -> None:
-        """Make a ``constant`` state hold float32 ``[numel]``, in the memory of ``values``."""
+        """Make a ``constant`` state hold float32 or bfloat16 ``[numel]``, in their own memory."""
         self._check_new()
-        self._take(Buffers(values, self.scales, FLOAT32, self.numel), None)
+        half = values.dtype == torch.bfloat16
+        format, codes = (BFLOAT16, values.view(torch.int16)) if half else (FLOAT32, values)
+        self._take(Buffers(codes, self.scales, format, self.numel), None)
 
     def fill(self, value: float) -> None:
         """Make a ``constant`` state hold ``value`` everywhere."""
         self._check_new()
-        self.codes = torch.full((1,), value)
+        self.codes = torch.full((1,), value, device=self.device)
 
     def _check_new(self) -> None:
         if self.format != CONSTANT:
@@ -223,34 +262,47 @@ class PackedStorage:
                 where="packed state", found=f"format {self.format.name}", expected="a new state"
             )
 
-    def _replace(
+    def _replacement(
         self,
         made: Buffers,
         normalizer: PackedStorage | None,
+        writes: int,
         codec: Codec = REFERENCE,
         following: Mapping[PackedStorage, Format] = MappingProxyType({}),
-    ) -> None:
-        """Take new buffers; states in units of this one are re-encoded to keep their values."""
-        renewed = []
+    ) -> Replacement:
+        """New buffers of this state, and of those in its units, which keep their values."""
+        renewed = [Renewal(self, made, normalizer, writes)]
         for state in list(self._dependents):
             format = following.get(state, state.format)
             unit = made if format.normalized else None
-            renewed.append((state, state._converted(state.buffers, format, unit, codec)))
-        self._take(made, normalizer)
-        for state, buffers in renewed:
-            state._take(buffers, self if buffers.format.normalized else None)
-            if not buffers.format.normalized:
-                self._dependents.discard(state)
+            own, count = state._converted(state.buffers, format, unit, codec)
+            renewed.append(Renewal(state, own, self if format.normalized else None, count))
+        return tuple(renewed)
+
+    @staticmethod
+    def replace(replacement: Replacement) -> None:
+        """Take new buffers, all of them: signals wait, and no tensor is allocated."""
+        with interrupts.scope() as hold:
+            hold()
+            for storage, made, normalizer, writes in replacement:
+                storage._take(made, normalizer)
+                storage.eager_writes = writes
 
     def _take(self, made: Buffers, normalizer: PackedStorage | None) -> None:
+        former = self.normalizer
         self.codes, self.scales, self.format = made.codes, made.scales, made.format
         self.normalizer = normalizer
+        if former is not normalizer:
+            if former is not None:
+                former._dependents.discard(self)
+            if normalizer is not None:
+                normalizer._dependents.add(self)
         self.buffers_replaced()
 
     def buffers_replaced(self) -> None:
         """Let those know who keep the buffers' addresses."""
         self.version += 1
-        PackedStorage.replacements += 1
+        PackedStorage.replacements = next(_REPLACEMENTS)
 
     def kept(self) -> dict[str, Any]:
         """What `restore` takes: references to the buffers, which a change of format replaces."""
@@ -279,12 +331,14 @@ class PackedStorage:
 
     def _converted(
         self, source: Buffers, format: Format, unit: Buffers | None, codec: Codec
-    ) -> Buffers:
-        """The values of ``source`` in ``format``, by this state's rounding and random stream."""
+    ) -> tuple[Buffers, int]:
+        """The values of ``source`` in ``format``, by this state's rounding and random stream, and
+        the count of eager writes after it."""
         noise = NEAREST
         if self.rounding == "stochastic":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
-        made = Buffers(*reference.empty_buffers(format, self.numel), format, self.numel, unit)
+        buffers = reference.empty_buffers(format, self.numel, self.device)
+        made = Buffers(*buffers, format, self.numel, unit)
         nonzero = False
         for start in range(0, self.numel, TILE_BLOCKS * BLOCK):
             count = min(TILE_BLOCKS * BLOCK, self.numel - start)
@@ -296,9 +350,7 @@ class PackedStorage:
             made.put(start, count, codec.encode(values, format, noise, root, block))
             nonzero = nonzero or bool(values.any())
         # Zeros use no random number: the next write may have this one. But all shards count alike.
-        if self.sharded or nonzero:
-            self.eager_writes += 1
-        return made
+        return made, self.eager_writes + int(self.sharded or nonzero)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_dependents"}

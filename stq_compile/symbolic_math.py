@@ -8,6 +8,7 @@ cost one graph per step. These are the missing ones, in place while a step is ca
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,14 +33,27 @@ def sym_log(x: Any) -> Any:
 MISSING = {"_sym_pow": sym_pow, "_sym_exp": sym_exp, "_sym_log": sym_log}
 
 
+_LOCK = threading.Lock()
+_blocks = 0
+
+
 @contextmanager
 def symbolic_math() -> Iterator[None]:
-    """Dynamo finds the functions above during the block, unless torch has its own by now."""
-    added = {name: f for name, f in MISSING.items() if not hasattr(torch, name)}
-    for name, function in added.items():
-        setattr(torch, name, function)
+    """Dynamo finds the functions above during the block, unless torch has its own by now.
+
+    They are there as long as any thread is in such a block.
+    """
+    global _blocks
+    with _LOCK:
+        _blocks += 1
+        for name, function in MISSING.items():
+            if not hasattr(torch, name):
+                setattr(torch, name, function)
     try:
         yield
     finally:
-        for name in added:
-            delattr(torch, name)
+        with _LOCK:
+            _blocks -= 1
+            for name, function in MISSING.items() if _blocks == 0 else ():
+                if getattr(torch, name) is function:
+                    delattr(torch, name)

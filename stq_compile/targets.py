@@ -20,6 +20,7 @@ from torch.optim import Muon, Optimizer
 
 from stq_compile.architectures import MODELS, Shapes
 from stq_compile.errors import InvalidTargetError
+from stq_compile.printable import printable
 
 ONE_MATRIX: Shapes = {"weight": (128, 64)}
 """What a class is made on if no model is named."""
@@ -83,6 +84,7 @@ def _read_file(file: Path) -> Shapes:
         raise InvalidTargetError(target=file, reason=f"not readable: {error}") from error
     rows = found.items() if isinstance(found, dict) else ()
     shapes = {n: tuple(s) for n, s in rows if isinstance(s, list) and all(map(_is_size, s))}
+    shapes = {printable(name): shape for name, shape in shapes.items()}
     if not shapes or len(shapes) != len(rows):
         raise InvalidTargetError(
             target=file, reason='no shapes; it should hold JSON like {"name": [128, 64]}'

@@ -10,7 +10,8 @@ whose every operator takes all of them).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stq_compile import interrupts
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
-from stq_compile.storage import PackedStorage
+from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
 
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
 """For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
@@ -35,9 +37,10 @@ class WorkingSet(TorchDispatchMode):
     ``min_numel``: constants of so many elements or more are born packed; None leaves them alone.
     """
 
-    def __init__(self, owners: Owners, min_numel: int | None) -> None:
+    def __init__(self, owners: Owners, min_numel: int | None, codec: Codec = REFERENCE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._min_numel = min_numel
+        self._codec = codec
         self._ask = owners
         self._owners = owners()
         self._decoded: set[PackedStorage] = set()
@@ -61,9 +64,16 @@ class WorkingSet(TorchDispatchMode):
         self._turn_to({self._owner(state.packed) for state in packed} - {None})
         return run_dense(func, args, kwargs, self._read, self._write)
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
-        self._turn_to(set())
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        """What is decoded is encoded; after an error it is forgotten, and the codes hold: the
+        states of the parameter that the step was at are then as they were before it."""
+        super().__exit__(kind, *error)  # type: ignore[no-untyped-call]  # torch's
+        try:
+            if kind is None:
+                self._turn_to(set())
+        finally:
+            for storage in self._decoded:
+                storage.working = None
 
     def _owner(self, storage: PackedStorage) -> int | None:
         if id(storage) not in self._owners and storage.format == CONSTANT:
@@ -76,9 +86,9 @@ class WorkingSet(TorchDispatchMode):
 
     def _read(self, storage: PackedStorage) -> Tensor:
         if id(storage) not in self._owners:
-            return storage.read()
+            return storage.read(self._codec)
         if storage.working is None:
-            storage.working = storage.read()
+            storage.working = storage.read(self._codec)
             self._decoded.add(storage)
         return storage.working
 
@@ -88,33 +98,51 @@ class WorkingSet(TorchDispatchMode):
                 storage.working.copy_(values)
             self._written.add(storage)
         else:
-            storage.write(values)
+            storage.write(values, self._codec)
 
     def _turn_to(self, owners: set[int | None]) -> None:
         """Encode and forget the decoded states of all other owners; normalizers first."""
         done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
+        made: list[Replacement] = []
         for storage in sorted(done, key=lambda s: s.format.normalized):
-            self._decoded.discard(storage)
-            values, storage.working = storage.working, None
+            values = storage.working
             assert values is not None
             if storage in self._written:
-                self._written.discard(storage)
-                write_as(storage, values, self._owners[id(storage)][1])
+                width = self._owners[id(storage)][1]
+                encoded = encoded_as(storage, values, width, made, codec=self._codec)
+                made += [] if encoded is None else [encoded]
+        with interrupts.scope() as hold:
+            hold()  # the states of one parameter change together
+            for storage in done:
+                storage.working = None
+            self._decoded.difference_update(done)
+            self._written.difference_update(done)
+            for replacement in made:
+                PackedStorage.replace(replacement)
 
 
-def write_as(storage: PackedStorage, values: Tensor, width: int) -> None:
-    """Replace all values; the format changes only if they do not fit it.
+def encoded_as(
+    storage: PackedStorage,
+    values: Tensor,
+    width: int,
+    before: Iterable[Replacement] = (),
+    whole: Tensor | None = None,
+    codec: Codec = REFERENCE,
+) -> Replacement | None:
+    """New values of a state, as `PackedStorage.encoded`; None if nothing changes.
 
-    A state that is still a constant gets its format now. One that was never negative so far and
-    is so now gets a signed format of the same width.
+    The format changes only if they do not fit it: a state that is still a constant gets its format
+    now, and one that was never negative so far and is so now a signed format of the same width.
+    ``whole``: all values of a state of which ``values`` are this process's part, so that all
+    processes choose alike.
     """
-    format = storage.format
-    if format == CONSTANT and not float(storage.codes) and not bool(values.any()):
-        return
-    if format == CONSTANT or (not format.signed and bool((values < 0).any())):
-        storage.rewrite(values, format_for(values, width if format == CONSTANT else format.width))
-    else:
-        storage.write(values)
+    format, seen = storage.format, values if whole is None else whole
+    if format == CONSTANT and not float(storage.codes) and not bool(seen.any()):
+        return None
+    if format == CONSTANT or (not format.signed and bool((seen < 0).any())):
+        wanted = format_for(seen, width if format == CONSTANT else format.width)
+        return storage.encoded(values, wanted, codec=codec)
+    return storage.encoded(values, before=before, codec=codec)
 
 
 def format_for(values: Tensor, width: int) -> Format:
@@ -127,6 +155,9 @@ def format_for(values: Tensor, width: int) -> Format:
 LIKE_WEIGHTS = 0.9
 """Cosine from which on a state counts as a copy of its parameter."""
 
+IN_DOUBLE = 1 << 20
+"""Elements that are converted to float64 at a time."""
+
 
 def is_like(value: Tensor, param: Any) -> bool:
     """Whether a state is a copy of the weights, or an average of them: slow weights, starting
@@ -137,9 +168,15 @@ def is_like(value: Tensor, param: Any) -> bool:
     """
     if not isinstance(param, Tensor) or value.shape != param.shape:
         return False
-    a, b = value.detach().flatten().double(), param.detach().flatten().double()
-    scale = float(a.norm() * b.norm())
-    return scale > 0 and float(a @ b) > LIKE_WEIGHTS * scale
+    values = value.dequantize() if isinstance(value, PackedState) else value.detach()
+    flat = values.flatten(), param.detach().flatten()
+    parts = zip(*(torch.split(x, IN_DOUBLE) for x in flat), strict=True)
+    pairs = ((a.double(), b.double()) for a, b in parts)
+    product, ours, theirs = (
+        math.fsum(sums) for sums in zip(*((a @ b, a @ a, b @ b) for a, b in pairs), strict=True)
+    )
+    scale = math.sqrt(ours * theirs)
+    return scale > 0 and product > LIKE_WEIGHTS * scale
 
 
 def can_be_packed(value: Tensor) -> bool:
@@ -147,7 +184,7 @@ def can_be_packed(value: Tensor) -> bool:
     return (
         type(value) is Tensor
         and value.dtype in FLOAT_DTYPES
-        and value.device.type == "cpu"
+        and value.device.type in DEVICES
         and value.layout == torch.strided
         and not value.requires_grad
         and is_dense(value)

@@ -6,21 +6,25 @@ here runs in processes of their own (`interpreted`), and the tests hand function
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 import interpreter_process
 from kernels import Rig
+from stq_compile.codegen.backend import BACKENDS
 from stq_compile.codegen.lower import lower
-from stq_compile.codegen.triton.emit import Emitted, emit
-from stq_compile.codegen.triton.kernel import TritonKernel, tile_map, vector_of
+from stq_compile.codegen.target import Target
+from stq_compile.codegen.triton.backend import TritonBackend
+from stq_compile.codegen.triton.emit import emit
+from stq_compile.codegen.triton.kernel import TritonKernel
+from stq_compile.codegen.triton.run import TritonExecutable
+from stq_compile.codegen.triton.text import Emitted
 
 INTERPRETED_BLOCKS = 64
 """A larger tile than a GPU's: the interpreter's time goes by operations, not by elements."""
@@ -41,30 +45,9 @@ def interpreted(function: Callable[..., Any], *args: Any) -> Any:
     return submit(function, *args).result()
 
 
-class InterpretedKernel:
-    """Takes the call of a `CompiledKernel`: rows at an address, one step of them all."""
-
-    def __init__(self, kernel: TritonKernel, *, blocks: int = INTERPRETED_BLOCKS) -> None:
-        self.kernel = kernel
-        self.blocks = blocks
-
-    @property
-    def row_bytes(self) -> int:
-        return self.kernel.row_bytes
-
-    def run(self, rows: int, n_rows: int, step: int, threads: int) -> None:
-        fields = self.row_bytes // 8
-        memory = (ctypes.c_int64 * (n_rows * fields)).from_address(rows)
-        table = torch.from_numpy(np.frombuffer(memory, dtype=np.int64).reshape(n_rows, fields))
-        clock = torch.from_numpy(np.array([step], dtype=np.uint64).view(np.int64))
-        slots = self.kernel.new_slots(n_rows, torch.device("cpu"))
-        self.kernel.scalars(table, slots, clock)
-        # Sizes that are no multiple of 4 have a launch of their own.
-        numels = table[:, -2].tolist()
-        for vector in (4, 1):
-            mine = [n if vector_of(n, ()) == vector else 0 for n in numels]
-            tiles = torch.from_numpy(tile_map(mine, self.blocks))
-            self.kernel.update(table, slots, tiles, vector=vector, blocks=self.blocks)
+def executable(emitted: Emitted, blocks: int = INTERPRETED_BLOCKS) -> TritonExecutable:
+    """A generated module that runs on CPU tensors as if they were a device's."""
+    return TritonExecutable(_loaded(emitted), torch.device("cpu"), blocks, blocks)
 
 
 @lru_cache(maxsize=8)
@@ -74,5 +57,21 @@ def _loaded(emitted: Emitted) -> TritonKernel:
 
 def run_triton(rig: Rig, step: int, *, blocks: int = INTERPRETED_BLOCKS) -> None:
     """One step of the rig's tensors by the Triton kernel; its own IR has tables, for C++."""
-    kernel = _loaded(emit(lower(rig.graph)))
-    rig.run(InterpretedKernel(kernel, blocks=blocks), step)  # type: ignore[arg-type]
+    rig.run(executable(emit(lower(rig.graph)), blocks), step)
+
+
+INTERPRETER = Target(
+    "interpreter", tables=False, dtypes=frozenset(("float32", "bfloat16", "float16")), lanes=32
+)
+
+
+@contextmanager
+def interpreter_as_cpu() -> Iterator[None]:
+    """Steps of CPU parameters are run by Triton kernels: a GPU's run time without the GPU."""
+    blocks = (8, 4)  # small, so that small tensors have several tiles
+    before = BACKENDS["cpu"]
+    BACKENDS["cpu"] = TritonBackend(lambda device: INTERPRETER, blocks)
+    try:
+        yield
+    finally:
+        BACKENDS["cpu"] = before

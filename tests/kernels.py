@@ -13,6 +13,7 @@ from graphs import only, program, with_sizes
 from stq_compile import reference
 from stq_compile.codegen.cpp.build import CompiledKernel, build
 from stq_compile.codegen.cpp.emit import emit
+from stq_compile.codegen.executable import Executable
 from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.tabulate import tabulate
@@ -120,7 +121,7 @@ class Rig:
             )
         return row
 
-    def run(self, kernel: CompiledKernel, step: int, threads: int = 1) -> None:
+    def run(self, kernel: Executable, step: int, threads: int = 1) -> None:
         """One step of every tensor through the runtime's table."""
         bucket = Bucket(Unit(self.graph, self.kernel, kernel), self._resolve)
         with torch_threads(threads):

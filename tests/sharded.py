@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import stq_compile as stq
+from stq_compile.backend import session_of
 from stq_compile.dcp import LoadPlanner
 
 Optimizer = torch.optim.Optimizer
@@ -35,10 +36,24 @@ ALIGNED = {
 # ... and those of these cut blocks.
 CUT = {"rows": (35, 160), "vector": (5200,)}
 
+
+def muon(params: Iterable[Any]) -> Optimizer:
+    """On the matrices; torch's own step fails on a sharded one of fewer rows than processes."""
+    named = [(p if isinstance(p, tuple) else ("", p)) for p in params]
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and p.shape[0] >= 4]
+    return torch.optim.Muon(
+        matrices if matrices[0][0] else [p for _, p in matrices], lr=1e-2
+    )  # fmt: skip
+
+
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
+    "muon": muon,
 }
+
+MUON_WIDTHS = {2: 6, 5: 3, 8: 4}
+"""After which steps the widths of Muon's states are changed: the planner leaves them alone."""
 
 
 class Shapes(nn.Module):
@@ -88,6 +103,19 @@ def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
         else:
             param.grad = grad
     optimizer.step()
+    if isinstance(optimizer, torch.optim.Muon):
+        change_by_hand(optimizer, number)
+
+
+def change_by_hand(optimizer: Optimizer, number: int) -> None:
+    """The widths that Muon's states have after a step, every other state another."""
+    if number not in MUON_WIDTHS:
+        return
+    session = session_of(optimizer)
+    assert session is not None
+    states = [(source.param, key) for _, source, key, _ in session.states()]
+    width = MUON_WIDTHS[number]
+    session.change_widths({state: width + 2 * (i % 2) for i, state in enumerate(states)})
 
 
 def run(model: nn.Module, optimizer: Optimizer, steps: Iterable[int]) -> None:

@@ -96,7 +96,7 @@ def test_parameters_are_the_same_for_a_seed() -> None:
 
 def test_memory_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "seconds", lambda step: 0.5)
+    monkeypatch.setattr(measure, "seconds", lambda step, device: 0.5)
     assert measure.memory_bandwidth() == 4 * (1 << 20)
 
 

@@ -335,7 +335,7 @@ def test_doctor_says_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_option_has_a_flag_of_its_name() -> None:
-    assert {*FLAGS, "record"} == {f.name for f in dataclasses.fields(Options)}
+    assert {*FLAGS, "record", "on_nonfinite"} == {f.name for f in dataclasses.fields(Options)}
     code, text, _ = run("plan", "--help")
     assert code == 0
     for name in FLAGS:

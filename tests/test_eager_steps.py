@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import stq_compile as stq
 from models import backward, equal, make_model
-from stq_compile import PackedState
+from stq_compile import PackedState, codec
 from stq_compile.api import MOST_GRAPHS
+from stq_compile.backend import session_of
 from stq_compile.errors import EagerStepWarning
 from stq_compile.formats import CONSTANT
 from stq_compile.state_tree import leaves
@@ -101,6 +102,18 @@ def test_width_8_is_packed_and_near(cls: type[Base]) -> None:
     assert 8 < report.bits_per_element < 12
     moved = distance(eager, start)
     assert 0 < distance(ours, eager) < 0.1 * moved
+
+
+def test_kernels_decode_and_encode_with_the_bits_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference, _ = run(Nested, **PACKED)
+    monkeypatch.setattr(codec, "WORTH_BUILDING", 1)
+    ours, optimizer = run(Nested, **PACKED)
+    assert equal(ours.parameters(), reference.parameters())
+    session = session_of(optimizer)
+    assert session is not None
+    assert session.codec.kernels
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:

@@ -15,6 +15,7 @@ from comparison import Settings
 from optimizers import choose_optimizer
 from tinygpt import GPTConfig, TinyGPT, load_text
 from tinyvit import BLACK, Digits, TinyViT, ViTConfig, load_digits
+from train_fsdp2 import BACKENDS, own_device
 from train_vit import ViTTask
 from variants import parse_precision
 
@@ -171,6 +172,19 @@ def test_vit_measures_accuracy_and_goes_on_training() -> None:
     assert list(results) == ["loss", "accuracy, %"]
     assert 0 <= results["accuracy, %"] <= 60
     assert model.training
+
+
+def test_sharded_training_takes_gpus_and_nccl_where_there_are_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for available, device, backend in ((True, "cuda:3", "nccl"), (False, "cpu", "gloo")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert own_device() == torch.device(device)
+        assert BACKENDS[own_device().type] == backend
+    assert set(chosen) == {torch.device("cuda:3")}
 
 
 @pytest.mark.slow

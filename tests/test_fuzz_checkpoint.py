@@ -202,6 +202,7 @@ def test_damaged_bytes(optimizer: Any, saved: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_damaged_checkpoints(optimizer: Any, saved: Any) -> None:
     taken = fuzz_structure(MANY, optimizer, saved) + fuzz_bytes(MANY, optimizer, saved)
     assert len(taken) >= 2 * MANY.max_examples

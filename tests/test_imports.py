@@ -14,8 +14,8 @@ import pytest
 # From bottom to top, one line a layer; names are below `stq_compile`, and `a.*` stands for all of a
 # subpackage that no other line names. Modules of one layer may import each other without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("architectures", "dump", "dynamo"),
+    ("errors", "printable"),
+    ("architectures", "dump", "dynamo", "interrupts"),
     ("formats", "halves", "layout", "rounding", "reference"),
     ("options",),
     ("storage",),
@@ -31,12 +31,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner", "planner.*"),
     ("compiler", "formulas", "kernels"),
     ("checks", "codec", "collective", "failures", "graph_text", "runtime"),
-    ("half_params",),
+    ("half_params", "nonfinite"),
     ("regions",),
     ("compiled_step",),
     ("reporting", "reporting.*"),
     ("session",),
-    ("repro", "saved_state"),
+    ("repro", "saved_state", "shard_blocks"),
     ("checkpoint", "dcp", "eager"),
     ("backend", "state_report"),
     ("closures", "symbolic_math"),

@@ -78,6 +78,7 @@ def test_the_defaults() -> None:
         "rungs": 1,
         "alarm": 4.0,
         "record": None,
+        "on_nonfinite": "propagate",
     }
     assert Options().planned
     assert Options().tolerance_or_default == DEFAULT_TOLERANCE

@@ -61,7 +61,7 @@ def test_a_failed_transition_leaves_everything(monkeypatch: pytest.MonkeyPatch, 
     with monkeypatch.context() as patch:
         patch.setattr(planner, "decide", lambda *_: planner.widths.update(changes) or changes)
         if place == "build":
-            patch.setattr("stq_compile.compiler.build", fail)
+            patch.setattr("stq_compile.codegen.cpp.backend.build", fail)
         else:
             patch.setattr(storage.reference, "encode", second_fails)
         with pytest.raises((MemoryError, errors.KernelBuildError)):

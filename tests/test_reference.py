@@ -202,7 +202,7 @@ def test_nearest_rounding_takes_the_nearest_of_all_codes(format: Format) -> None
 @by_name(BLOCKED)
 def test_the_search_sees_a_shifted_threshold(format: Format) -> None:
     class Shifted(Noise):
-        def uniform(self, first_block: int, blocks: int) -> float:
+        def uniform(self, first_block: int, blocks: int, device: Any = None) -> float:
             return 0.48
 
     assert worst_excess(format, Shifted(None), seed=format.width) > 2 * TOLERANCE[format.kind]

@@ -100,6 +100,57 @@ def test_other_layout() -> None:
     in_a_region(optimizer, "the strides")
 
 
+class Remembering(torch.optim.SGD):
+    """Sets an attribute of its own in the step, which Dynamo would not carry over."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        self.last = self.param_groups[0]["params"][0].grad.clone()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+def test_attributes_of_the_optimizer() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    p.grad = torch.ones_like(p)
+    optimizer = stq.compile(Remembering([p]))
+    not_compiled(optimizer, "sets last of the optimizer itself")
+    assert torch.equal(optimizer.last, p.grad)
+
+
+def test_attributes_of_the_optimizer_through_the_backend() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    p.grad = torch.ones_like(p)
+    optimizer = Remembering([p])
+    step = torch.compile(optimizer.step, backend="stq")
+    with pytest.raises(Exception, match="sets last of the optimizer itself"):
+        step()
+    assert session_of(optimizer) is None
+
+
+class Viewing(torch.optim.SGD):
+    """Moves the parameter through a view of it that it keeps."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        for p in self.param_groups[0]["params"]:
+            if "view" not in self.state[p]:
+                self.state[p]["view"] = p.data
+            self.state[p]["view"].sub_(p.grad)
+
+
+def test_states_in_the_memory_of_parameters() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    p.grad = torch.ones_like(p)
+    optimizer = Viewing([p])
+    optimizer.step()
+    stq.compile(optimizer)
+    before = p.detach().clone()
+    with pytest.warns(errors.EagerStepWarning, match="param0:view and parameter 0 share memory"):
+        optimizer.step()
+    assert torch.equal(p, before - p.grad)
+
+
 class Matrix(torch.optim.Optimizer):
     """An optimizer whose update is a matrix product."""
 

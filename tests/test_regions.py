@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import stq_compile as stq
 from models import backward, make_model
-from stq_compile import PackedState
+from stq_compile import PackedState, codec
 from stq_compile.backend import session_of
 from stq_compile.errors import EagerStepWarning
 from stq_compile.state_tree import leaves
@@ -129,8 +129,8 @@ def test_one_parameter_is_in_float32_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     alive: list[int] = []
     whole = PackedState.dequantize
 
-    def counted(self: PackedState) -> Tensor:
-        value = whole(self)
+    def counted(self: PackedState, *codec: Any) -> Tensor:
+        value = whole(self, *codec)
         count[0] += 1
         return value
 
@@ -152,6 +152,23 @@ def test_one_parameter_is_in_float32_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     optimizer.step()
     assert max(alive) == 3  # the momentum and two matrices of one parameter
     assert sum(alive) == 9  # there are three matrices; those of vectors are never read
+
+
+@pytest.mark.parametrize("worth", [1, 20_000])
+def test_kernels_decode_and_encode_with_the_bits_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, worth: int
+) -> None:
+    """From the first step on, or once the reference has done as much work as building is."""
+    options: dict[str, Any] = {"precision": 4, "min_numel": MIN_NUMEL}
+    reference, slow = train(Whitened, 6, **options)
+    monkeypatch.setattr(codec, "WORTH_BUILDING", worth)
+    ours, fast = train(Whitened, 6, **options)
+    assert torch.equal(vector(ours), vector(reference))
+    for a, b in zip(leaves(fast), leaves(slow), strict=True):
+        assert torch.equal(a.value, b.value)
+    built = [session_of(o).codec.kernels for o in (slow, fast)]  # type: ignore[union-attr]
+    assert not built[0]
+    assert {format.width for way, _ in built[1] for format in way} == {4, 32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,6 +20,7 @@ from models import backward, make_model
 from schemas import check
 from stq_compile import compiler, failures
 from stq_compile.cli import app
+from stq_compile.codegen.cpp import backend
 from stq_compile.errors import (
     EagerStepWarning,
     InternalError,
@@ -50,8 +51,9 @@ def break_pass(monkeypatch: pytest.MonkeyPatch) -> Break:
 
 @pytest.fixture(autouse=True)
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path))
-    return tmp_path / "stq_repro"
+    folder = tmp_path / "stq_repro"
+    monkeypatch.setattr(failures, "_private_folder", lambda: folder)
+    return folder
 
 
 def divide(_: Program) -> Program:
@@ -137,9 +139,9 @@ def test_a_script_holds_no_data(break_pass: Break, scripts: Path) -> None:
 
 def test_kernels_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, scripts: Path) -> None:
     """An error of the C++ compiler on our source is a defect; a missing compiler is not."""
-    original = compiler.emit
+    original = backend.emit
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "emit", lambda kernel: original(kernel) + "\nthis is no C++\n")
+        patch.setattr(backend, "emit", lambda kernel: original(kernel) + "\nthis is no C++\n")
         with pytest.warns(EagerStepWarning, match="KernelBuildError"):
             train(precision=4)
         (file,) = scripts.iterdir()
@@ -173,7 +175,7 @@ def test_a_script_that_cannot_be_written_hides_nothing(
     break_pass: Break, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_pass("ranges", divide)
-    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: "/proc/nowhere")
+    monkeypatch.setattr(failures, "_private_folder", lambda: Path("/proc/nowhere"))
     reason = r"ZeroDivisionError[\s\S]*no script .* be written"
     with pytest.warns(EagerStepWarning, match=reason):
         train(precision=4)

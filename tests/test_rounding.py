@@ -164,7 +164,7 @@ def test_uniform_is_the_upper_24_bits() -> None:
 
 def test_uniform_never_reaches_one(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([[0, 255, 256, 2**32 - 1]])
-    monkeypatch.setattr(rounding, "random_bits", lambda key, first, blocks: extremes)
+    monkeypatch.setattr(rounding, "random_bits", lambda key, first, blocks, device: extremes)
     uniform = Noise(1).uniform(0, 1)
     assert isinstance(uniform, Tensor)
     assert uniform.tolist() == [[0.0, 0.0, 2.0**-24, 1.0 - 2.0**-24]]
@@ -461,7 +461,7 @@ def test_zero_and_the_largest_value_stay_whatever_the_random_number(
     """The outermost random numbers don't move a value that is a level already."""
 
     class Extreme(Noise):
-        def uniform(self, first_block: int, blocks: int) -> float:
+        def uniform(self, first_block: int, blocks: int, device: object = None) -> float:
             return extreme
 
     format = FORMATS[f"{kind}{width}"]

@@ -311,7 +311,7 @@ def test_json_of_a_real_run_keeps_to_its_schema(saved: Path) -> None:
     found = json.loads(text)
     check("report", found)
     assert {e["kind"] for e in found["events"]} == {
-        "run", "template", "kernel", "states", "decision", "loss",
+        "run", "template", "kernel", "states", "decision", "loss", "comparison",
     }  # fmt: skip
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import stq_compile as stq
 from processes import run_processes
 from sharded import ALIGNED, CUT, differing, distance, make, mesh_of, outcome, run, widths
 from stq_compile.formats import BLOCK, block_count
 from stq_compile.packed_state import PackedState
-from stq_compile.shards import OWN_BLOCKS, local, region_of
+from stq_compile.shards import OWN_BLOCKS, Region, boxes, divides, local, region_of
 
 PLANNED = {"interval": 3}
 PINNED = {"precision": {"*": 4, "exp_avg_sq": 3}}
@@ -143,3 +145,15 @@ def test_counters_of_shards_do_not_overlap() -> None:
             assert second.first_block == (numel // BLOCK if second.on_grid else second.first_block)
             assert second.on_grid or second.first_block > OWN_BLOCKS
     assert region_of(torch.zeros(3)) is None
+
+
+def test_shards_of_two_dimensions_of_a_mesh_on_one_of_the_tensor() -> None:
+    """FSDP over tensor parallelism: four parts, each row in one of them, in torch's order."""
+    placements = (_StridedShard(0, split_factor=2), Shard(0))
+    rows = [(start[0], start[0] + size[0]) for size, start in boxes((256, 128), (2, 2), placements)]
+    assert rows == [(0, 64), (128, 192), (64, 128), (192, 256)]
+    assert all(divides(placement) for placement in placements)
+    assert not divides(Replicate())
+    assert Region(
+        (256, 128), (Replicate(), _StridedShard(0, split_factor=2)), 0, True, ((), ())
+    ).sharded

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import stq_compile as stq
 from processes import run_processes
@@ -68,15 +70,19 @@ def resumed_runs(
 
 def own_file_run(rank: int, world: int, folder: str, point: int, optimizer: str) -> Any:
     """Every process loads the file that it saved, with nothing registered."""
-    model, compiled = make(ALIGNED, optimizer, mesh_of(world), **OPTIONS)
-    other, restored = make(ALIGNED, optimizer, mesh_of(world), **OPTIONS)
-    load_dcp(model, compiled, f"{folder}/{point}")
-    load_dcp(other, restored, f"{folder}/{point}")
+    model, restored = make(ALIGNED, optimizer, mesh_of(world), **OPTIONS)
     saved = torch.load(f"{folder}/{point}-{rank}.pt", weights_only=True)
+    dcp.load(state := {"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/{point}")
+    set_model_state_dict(model, state["model"])
     restored.load_state_dict(saved)
-    run(model, compiled, range(point, END))
-    run(other, restored, range(point, END))
-    return outcome(model, compiled), outcome(other, restored)
+    run(model, restored, range(point, END))
+    return outcome(model, restored)
+
+
+def own_file_runs(
+    rank: int, world: int, folder: str, points: tuple[int, ...], optimizer: str
+) -> list[Any]:
+    return [own_file_run(rank, world, folder, point, optimizer) for point in points]
 
 
 def resumed_here(folder: str, point: int, optimizer: str, cut: bool) -> Any:
@@ -124,23 +130,38 @@ def test_from_one_process_to_two_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_resume_at_five_points(optimizer: str, tmp_path: Path) -> None:
+    """Through torch.distributed.checkpoint on 2 processes and on one, and through own files."""
     folder = str(tmp_path)
     expected = run_processes(2, saving_run, folder, POINTS, optimizer, False)
     assert expected[0]["report"].transitions > 0
-    for results in run_processes(2, resumed_runs, folder, POINTS, optimizer):
-        for result in results:
-            check_same(result, expected[0])
+    for runs in (resumed_runs, own_file_runs):
+        for results in run_processes(2, runs, folder, POINTS, optimizer):
+            for result in results:
+                check_same(result, expected[0])
     for point in POINTS:
         check_same(resumed_here(folder, point, optimizer, False), expected[0])
-    for through_dcp, through_a_file in run_processes(2, own_file_run, folder, POINTS[2], optimizer):
-        check_same(through_dcp, expected[0])
-        check_same(through_a_file, expected[0])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "sgd")] + ["muon"],
+)
+def test_one_process_resumes_at_five_points(optimizer: str, tmp_path: Path) -> None:
+    """Through torch.distributed.checkpoint, with no other process."""
+    model, compiled = make(ALIGNED, optimizer, **OPTIONS)
+    for before, point in zip((0, *POINTS), (*POINTS, END), strict=True):
+        run(model, compiled, range(before, point))
+        save_dcp(model, compiled, f"{tmp_path}/{point}")
+    expected = outcome(model, compiled)
+    assert expected["report"].transitions > 0
+    for point in POINTS:
+        check_same(resumed_here(str(tmp_path), point, optimizer, False), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_from_4_processes_to_2_to_1_and_back(optimizer: str, tmp_path: Path) -> None:
     """All of it is what one process without interruption does."""
     model, compiled = make(ALIGNED, optimizer, **OPTIONS)
@@ -193,6 +214,7 @@ def test_cut_blocks_are_encoded_once_and_named(tmp_path: Path) -> None:
     expected = run_processes(4, saving_run, folder, (5,), "adamw", True)[0]
     (same, *_) = run_processes(4, resumed_run, folder, 5, "adamw", True)
     check_same(same, expected)
+    start, _ = make(shapes(True), "adamw", **OPTIONS)
     results = [*run_processes(2, resumed_run, folder, 5, "adamw", True)]
     results.append(resumed_here(folder, 5, "adamw", True))
     for result in results:
@@ -201,7 +223,8 @@ def test_cut_blocks_are_encoded_once_and_named(tmp_path: Path) -> None:
         assert len(names) == 2 * len(CUT)  # both states of each, and of no other
         assert "encoded anew" in str(result["report"])
         for name in CUT:
-            assert distance(result["params"][name], expected["params"][name]) < 0.01
+            moved = distance(start.get_parameter(name), expected["params"][name])
+            assert distance(result["params"][name], expected["params"][name]) < 0.3 * moved
 
 
 def stock_runs(rank: int, world: int, folder: str) -> list[float]:

@@ -89,11 +89,11 @@ def test_failed_build_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(iter(model.parameters()))
     values = optimizer.state[first]["exp_avg"].dequantize()
 
-    def fail(name: str, source: str) -> None:
+    def fail(name: str, *_: object) -> None:
         raise errors.KernelBuildError(kernel=name, source="generated C++", output="no compiler")
 
     with monkeypatch.context() as patch:
-        patch.setattr("stq_compile.compiler.build", fail)
+        patch.setattr("stq_compile.codegen.cpp.backend.build", fail)
         with pytest.raises(errors.KernelBuildError, match="no compiler"):
             session.change_widths({(0, "exp_avg"): 5})
     assert stq.report(optimizer) == before

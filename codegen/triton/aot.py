@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from stq_compile.codegen.target import Target
-from stq_compile.codegen.triton.emit import Emitted
-from stq_compile.codegen.triton.kernel import CUDA_OPTIONS, OPTIONS, SCALAR_ROWS, WARPS
+from stq_compile.codegen.triton.kernel import (
+    CUDA_OPTIONS,
+    MEASURED_BLOCKS,
+    OPTIONS,
+    SCALAR_ROWS,
+    WARPS,
+)
 from stq_compile.codegen.triton.load import load, require_triton
+from stq_compile.codegen.triton.text import Emitted
 from stq_compile.errors import TritonCompileError
 
 POINTER, INTEGER, CONSTANT = "*i64", "i32", "constexpr"
 UPDATE = {"table": POINTER, "slots": POINTER, "tiles": POINTER, "borders": INTEGER}
 SCALARS = {"table": POINTER, "slots": POINTER, "clock": POINTER, "rows": INTEGER}
+MEASURE = {"table": POINTER, "slots": POINTER, "tiles": POINTER, "sums": "*fp64"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ def compile_for(
         backend, int(arch) if backend == "cuda" else arch, target.lanes
     )
     if function == "scalars":
-        signature, constants = SCALARS, {"ROWS": SCALAR_ROWS}
+        signature, constants = SCALARS, {"ROWS": SCALAR_ROWS, "CHUNKS": 1}
+    elif function == "measure":
+        signature, constants = MEASURE, {"BLOCKS": MEASURED_BLOCKS}
     else:
         blocks = target.blocks_per_warp * WARPS
         alignment = 16 if vector == 4 else 1
@@ -64,7 +73,7 @@ def compile_for(
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
     )
-    options = CUDA_OPTIONS if backend == "cuda" else OPTIONS
+    options = CUDA_OPTIONS if backend == "cuda" and function == "update" else OPTIONS
     start = _processor_seconds()
     try:
         compiled = triton.compile(source, target=gpu, options=options)

@@ -9,10 +9,7 @@ same bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from stq_compile.codegen.ir import (
-    OPCODES,
     REDUCTIONS,
     Kernel,
     KernelOperand,
@@ -22,43 +19,29 @@ from stq_compile.codegen.ir import (
     Value,
 )
 from stq_compile.codegen.schedule import Schedule
+from stq_compile.codegen.triton.expressions import Expressions
 from stq_compile.codegen.triton.groups import Group, groups
-from stq_compile.codegen.triton.scalars import Slots, emit_scalars
+from stq_compile.codegen.triton.measuring import emit_measuring
+from stq_compile.codegen.triton.scalars import Slots, emit_scalars, read_slots
 from stq_compile.codegen.triton.syntax import (
-    BLOCK_TEMPLATES,
     ELEMENT_TYPES,
-    LIBRARY,
-    LIBRARY_ARGUMENTS,
     POINTEES,
-    TEMPLATES,
-    float_literal,
     python_name,
 )
-from stq_compile.codegen.triton.text import Notes, check_emittable, function, header
-
-WITH_PLACE = (
-    OperandKind.FLOATS,
-    OperandKind.HALVES,
-    OperandKind.BYTES,
-    OperandKind.CODES,
-    OperandKind.WORDS,
+from stq_compile.codegen.triton.text import (
+    WITH_PLACE,
+    Emitted,
+    Notes,
+    check_emittable,
+    function,
+    module,
 )
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """A generated module, and how many int64 fields a tensor's row and slots have."""
-
-    name: str
-    source: str
-    row_fields: int
-    slot_fields: int
 
 
 def emit(kernel: Kernel) -> Emitted:
     """The Triton module of a kernel."""
     check_emittable(kernel)
-    return _Emitter(kernel).emitted()
+    return emit_measuring(kernel) if kernel.slots else _Emitter(kernel).emitted()
 
 
 class _Emitter:
@@ -73,13 +56,13 @@ class _Emitter:
         crossing = [v for v in kernel.body if id(v) in self.schedule.crossing]
         self.planar = {id(v) for v in (*crossing, *arguments) if v.space is Space.ELEMENT}
         """Element values that are kept as a tuple of planes."""
+        self.words = Expressions(self.planar)
+        self.natural: set[int] = set()
+        """Of these, the ones whose planes are in their natural order."""
 
     def emitted(self) -> Emitted:
         body = [emit_scalars(self.kernel, self.slots, self.note), self._tile(), self._update()]
-        text = "\n\n\n".join(body)
-        used = [name for name in LIBRARY if f"{name}(" in text]
-        source = f"{header(self.kernel, used)}\n\n\n{text}\n"
-        return Emitted(self.kernel.name, source, len(self.field) + 2, self.slots.count)
+        return module(self.kernel, body, self.slots.count)
 
     def _update(self) -> str:
         lines = [
@@ -106,7 +89,7 @@ class _Emitter:
             "offset = local * 128 + lane",
             "group = local * 128 + lane // VECTOR * VECTOR",
             "present = local * 128 < count",
-            *self._slots(),
+            *read_slots(self.slots, self.note),
         ]
         indent = ""
         for number, group in enumerate(groups(self.schedule)):
@@ -117,16 +100,6 @@ class _Emitter:
         constants = [f"{n}: tl.constexpr" for n in ("BLOCKS", "VECTOR", "ALIGNMENT")]
         arguments = ("row", "slot", "first", "count", "borders", *constants)
         return function("tile", arguments, "The blocks from ``first`` on, of one tensor.", lines)
-
-    def _slots(self) -> list[str]:
-        """What the scalars kernel left: float32 numbers, and keys of random streams."""
-        lines = []
-        for v, slot in self.slots.values:
-            convert = "" if v.type is Type.FLOAT else ".to(tl.int32)"
-            convert = " != 0.0" if v.type is Type.BOOL else convert
-            name = python_name(v.name)
-            lines.append(f"{name} = slot_float(slot, {slot}){convert}{self.note(v)}")
-        return lines
 
     def _operands(self, group: Group) -> list[str]:
         """Addresses and keys that a group uses; made anew in each, not kept in registers."""
@@ -179,12 +152,12 @@ class _Emitter:
             return f"{name} = load_word({operand}, present)"
         if v.opcode == "valid_count":
             return f"{name} = valid_count(local, count)"
-        return f"{name} = {self._expression(v)}"
+        return f"{name} = {self.words.expression(v)}"
 
     def _plane(self, v: Value) -> str:
         operand = python_name(v.operand)
         if v.opcode in ("store", "store_half", "store_byte"):
-            x = self._argument(v.args[0], Type.FLOAT if v.opcode == "store" else Type.INT)
+            x = self.words.argument(v.args[0], Type.FLOAT if v.opcode == "store" else Type.INT)
             if isinstance(v.args[0], Value):
                 x = f"{x}.to({self._stored(v)})"
             return f"tl.store({operand} + 16 * plane(i), {x}, mask=inside)"
@@ -201,7 +174,7 @@ class _Emitter:
         elif v.opcode in ("random24", "random"):
             expression = f"{v.opcode}({operand}, lane, plane(i))"
         else:
-            expression = self._expression(v)
+            expression = self.words.expression(v)
         name = python_name(v.name)
         if id(v) in self.planar:
             return f"{name} = {name} + ({expression},)"
@@ -214,28 +187,8 @@ class _Emitter:
             planes = python_name(v.args[0].name)
             blocks = ", BLOCKS" if v.opcode == "block_sum" else ""
             return f"{name} = {v.opcode}({planes}{blocks})"
-        word = self._argument(v.args[0], Type.INT)
+        word = self.words.argument(v.args[0], Type.INT)
         return f"store_word({operand}, {word}, lane, present)"
-
-    def _expression(self, v: Value) -> str:
-        types = OPCODES[v.opcode][0]
-        tensors = v.opcode in LIBRARY_ARGUMENTS
-        args = []
-        for a, t in zip(v.args, types, strict=True):
-            text = self._argument(a, t)
-            if tensors and not isinstance(a, Value):
-                text = f"tl.full([1, 1], {text}, tl.float32)"
-            args.append(text)
-        templates = BLOCK_TEMPLATES if v.space is Space.BLOCK else TEMPLATES
-        return templates[v.opcode].format(*args)
-
-    def _argument(self, a: Value | float, t: Type) -> str:
-        if not isinstance(a, Value):
-            return float_literal(a) if t is Type.FLOAT else str(int(a))
-        if a.opcode == "valid":
-            return "inside"
-        name = python_name(a.name)
-        return f"{name}[i]" if id(a) in self.planar else name
 
     def _stored(self, v: Value) -> str:
         """The type of an element in memory, and how it is rounded to."""

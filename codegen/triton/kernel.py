@@ -1,8 +1,8 @@
-"""A loaded Triton kernel: two launches that update every tensor of a table."""
+"""A loaded Triton module, and its launches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,39 +10,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stq_compile.codegen.triton.emit import Emitted
 from stq_compile.codegen.triton.load import load
-from stq_compile.formats import BLOCK, block_count
+from stq_compile.codegen.triton.text import Emitted
+from stq_compile.formats import block_count
 
 WARPS = 4
 BLOCKS = 8 * WARPS
 """Blocks of a tile: 8 a warp, so that a thread's 4 lanes of a plane are one 128-bit access."""
+MEASURED_BLOCKS = 4
+"""Blocks of a measuring kernel's tile: one a warp, 4 elements a thread."""
 MAX_REGISTERS = 128
 SCALAR_ROWS = 128
-"""Tensors of one program of the scalars kernel."""
+"""Tensors that the scalars kernel takes at a time."""
 BORDERS = -1
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 CUDA_OPTIONS = {**OPTIONS, "maxnreg": MAX_REGISTERS}
 
+Tiles = np.ndarray[Any, np.dtype[np.int64]]
+"""``[tiles, 2]``: the row and the first block of every tile."""
 
-def tile_map(numels: Sequence[int], blocks: int = BLOCKS) -> np.ndarray[Any, Any]:
-    """``[tiles, 2]`` int64: the row and the first block of every tile."""
-    parts = [
-        np.stack([np.full(len(first), row), first], axis=1)
-        for row, n in enumerate(numels)
-        if len(first := np.arange(0, block_count(n), blocks, dtype=np.int64))
-    ]
+
+def tile_map(numels: Any, blocks: int = BLOCKS) -> Tiles:
+    """The tiles of all blocks of tensors of so many elements."""
+    return _tiles(np.arange(0, block_count(int(n)), blocks, dtype=np.int64) for n in numels)
+
+
+def sampled_tile_map(numels: Any, begins: Any, strides: Any, blocks: int) -> Tiles:
+    """The tiles of every ``stride``-th block from ``begin`` on."""
+    rows = zip(numels, begins, strides, strict=True)
+    return _tiles(
+        np.arange(begin, block_count(int(n)), stride * blocks, dtype=np.int64)
+        for n, begin, stride in rows
+    )
+
+
+def _tiles(firsts: Any) -> Tiles:
+    parts = [np.stack([np.full(len(f), r), f], axis=1) for r, f in enumerate(firsts) if len(f)]
     return np.concatenate(parts) if parts else np.zeros((0, 2), dtype=np.int64)
 
 
-def vector_of(numel: int, addresses: Sequence[int]) -> int:
-    """4 where 4 neighbours may be one access (16 bytes of float32), else 1."""
-    return 4 if numel % 4 == 0 and all(a % 16 == 0 for a in addresses) else 1
+def vectors_of(numels: Any, addresses: Any) -> Any:
+    """For each row, 4 where 4 neighbours may be one access (16 bytes of float32), else 1.
+
+    Takes int64 ``[rows]`` and ``[rows, addresses]``.
+    """
+    return np.where((numels % 4 == 0) & (addresses % 16 == 0).all(1), 4, 1)
 
 
 @dataclass(frozen=True)
 class TritonKernel:
-    """A generated module, imported."""
+    """A generated module, imported; its functions launched with the options that they are meant
+    for. Nothing here waits for the device."""
 
     emitted: Emitted
     module: Any
@@ -51,47 +69,55 @@ class TritonKernel:
     def of(cls, emitted: Emitted) -> TritonKernel:
         return cls(emitted, load(emitted.source))
 
-    @property
-    def name(self) -> str:
-        return self.emitted.name
-
-    @property
-    def source(self) -> str:
-        return self.emitted.source
-
-    @property
-    def row_bytes(self) -> int:
-        return 8 * self.emitted.row_fields
-
     def new_slots(self, rows: int, device: torch.device) -> Tensor:
-        """Memory for what `scalars` hands to `update`."""
+        """Memory for what `scalars` hands to the others."""
         return torch.zeros(rows, self.emitted.slot_fields, dtype=torch.int64, device=device)
 
     def scalars(self, table: Tensor, slots: Tensor, clock: Tensor) -> None:
-        """First launch; ``clock`` is int64 ``[1]``, the mixed step (`rounding.mixed_step`)."""
+        """First launch; ``clock`` is int64 ``[1]``, the mixed step, which it moves on."""
         rows = table.shape[0]
-        grid = (-(-rows // SCALAR_ROWS),)
-        self.module.scalars[grid](
-            table, slots, clock, rows, ROWS=SCALAR_ROWS, enable_fp_fusion=False
-        )
+        with _on(table.device):
+            self.module.scalars[(1,)](
+                table,
+                slots,
+                clock,
+                rows,
+                ROWS=SCALAR_ROWS,
+                CHUNKS=-(-rows // SCALAR_ROWS),
+                enable_fp_fusion=False,
+            )
 
     def update(
         self, table: Tensor, slots: Tensor, tiles: Tensor, *, vector: int, blocks: int = BLOCKS
     ) -> None:
         """Second launch: one program per tile."""
-        if not tiles.shape[0]:
-            return
         cuda = table.device.type == "cuda" and torch.version.hip is None
-        self.module.update[(tiles.shape[0],)](
-            table,
-            slots,
-            tiles,
-            BORDERS,
-            BLOCKS=blocks,
-            VECTOR=vector,
-            ALIGNMENT=16 if vector == 4 else 1,
-            **(CUDA_OPTIONS if cuda else OPTIONS),
+        with _on(table.device):
+            self.module.update[(tiles.shape[0],)](
+                table,
+                slots,
+                tiles,
+                BORDERS,
+                BLOCKS=blocks,
+                VECTOR=vector,
+                ALIGNMENT=16 if vector == 4 else 1,
+                **(CUDA_OPTIONS if cuda else OPTIONS),
+            )
+
+    def measure(
+        self, table: Tensor, slots: Tensor, tiles: Tensor, *, blocks: int = MEASURED_BLOCKS
+    ) -> Tensor:
+        """What a measuring kernel launches instead; gives the sums of every tile."""
+        sums = torch.zeros(
+            tiles.shape[0], self.emitted.sums, dtype=torch.float64, device=table.device
         )
+        with _on(table.device):
+            self.module.measure[(tiles.shape[0],)](
+                table, slots, tiles, sums, BLOCKS=blocks, **OPTIONS
+            )
+        return sums
 
 
-__all__ = ["BLOCK", "BLOCKS", "CUDA_OPTIONS", "OPTIONS", "TritonKernel", "tile_map", "vector_of"]
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on torch's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

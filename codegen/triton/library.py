@@ -102,6 +102,34 @@ def unpack(chunks, WIDTH: tl.constexpr, p: tl.constexpr):
 
 
 @triton.jit
+def gather_field(place, element, present, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """The field of every element of ``[blocks, 128]``, each from a byte that it loads itself."""
+    p = element // 16
+    place = place + 16 * (FIRST + p % BITS) + element % 16
+    byte = tl.load(place, mask=present, other=0).to(tl.int32)
+    return (byte >> (p // BITS * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def gather_codes(place, element, present, WIDTH: tl.constexpr):
+    """`unpack` for kernels without planes."""
+    if WIDTH == 3:
+        return gather_field(place, element, present, 0, 2) | (
+            gather_field(place, element, present, 2, 1) << 2
+        )
+    elif WIDTH == 5:
+        return gather_field(place, element, present, 0, 4) | (
+            gather_field(place, element, present, 4, 1) << 4
+        )
+    elif WIDTH == 6:
+        return gather_field(place, element, present, 0, 4) | (
+            gather_field(place, element, present, 4, 2) << 4
+        )
+    else:
+        return gather_field(place, element, present, 0, WIDTH)
+
+
+@triton.jit
 def store_field(
     place,
     codes,

@@ -18,8 +18,8 @@ from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.codegen.target import Target
 from stq_compile.codegen.triton.aot import Resources, compile_for
-from stq_compile.codegen.triton.emit import Emitted
 from stq_compile.codegen.triton.kernel import WARPS
+from stq_compile.codegen.triton.text import Emitted
 from stq_compile.formats import BLOCK
 
 FUSED_FLOAT32_BYTES = 28.0

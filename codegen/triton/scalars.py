@@ -1,8 +1,10 @@
 """The scalars kernel: the tensor space, float64, one lane per tensor, on the device.
 
 It advances step counters, computes what a graph computes once per tensor (bias corrections), and
-mixes the step into the keys of the random streams. What the tile function needs of that lies in
-the *slots* of each tensor: int64 words that hold float32 patterns or keys.
+mixes the step into the keys of the random streams; the step's number is read from the device and
+moved on there, so that a captured CUDA graph makes a new step whenever it is replayed. What the
+tile function needs of that lies in the *slots* of each tensor: int64 words that hold float32
+patterns or keys.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from stq_compile.codegen.triton.syntax import (
     double_literal,
     python_name,
 )
-from stq_compile.codegen.triton.text import Notes, function
+from stq_compile.codegen.triton.text import Notes, function, row_fields
 
 
 class Slots:
@@ -35,12 +37,15 @@ class Slots:
 
 
 def emit_scalars(kernel: Kernel, slots: Slots, note: Notes) -> str:
-    """``scalars(table, slots, clock, rows, ROWS)``, run by ``ceil(rows / ROWS)`` programs."""
+    """``scalars(table, slots, clock, rows, ROWS, CHUNKS)``, run by one program.
+
+    One, so that it can move the clock on after everything has read it.
+    """
     field = {o.name: i for i, o in enumerate(kernel.operands)}
     lines = [
-        "index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)",
+        "index = chunk * ROWS + tl.arange(0, ROWS).to(tl.int64)",
         "live = index < rows",
-        f"row = table + index * {len(kernel.operands) + 2}",
+        f"row = table + index * {row_fields(kernel)}",
         f"slot = slots + index * {slots.count}",
     ]
     tensor = [v for v in kernel.body if v.space is Space.TENSOR and v.opcode not in STORES]
@@ -54,16 +59,29 @@ def emit_scalars(kernel: Kernel, slots: Slots, note: Notes) -> str:
     for v, slot in slots.values:
         bits = f"{python_name(v.name)}.to(tl.float32).to(tl.int32, bitcast=True)"
         lines.append(f"tl.store(slot + {slot}, {bits}.to(tl.int64), mask=live)")
-    if slots.keys:
-        lines.append("step = tl.load(clock).to(tl.uint64)")
     for operand, slot in slots.keys:
         key = f"tl.load(row + {field[operand]}, mask=live, other=0).to(tl.uint64)"
-        lines.append(f"{python_name(operand)} = step_key({key}, step)")
+        lines.append(f"{python_name(operand)} = step_key({key}, step.to(tl.uint64))")
         stored = f"{python_name(operand)}.to(tl.int64)"
         lines.append(f"tl.store(slot + {slot}, {stored}, mask=live)")
+    body = ["for chunk in range(CHUNKS):", *(f"    {line}" for line in lines)]
+    if slots.keys:
+        body = ["step = tl.load(clock)", "tl.debug_barrier()", *body, "tl.store(clock, step + 1)"]
     summary = "Once per tensor: step counters, scalars in float64, keys of the random streams."
-    arguments = ("table", "slots", "clock", "rows", "ROWS: tl.constexpr")
-    return function("scalars", arguments, summary, lines)
+    constants = ("ROWS: tl.constexpr", "CHUNKS: tl.constexpr")
+    arguments = ("table", "slots", "clock", "rows", *constants)
+    return function("scalars", arguments, summary, body, fixed=("rows",))
+
+
+def read_slots(slots: Slots, note: Notes) -> list[str]:
+    """What the scalars kernel left: float32 numbers; keys are read where they are used."""
+    lines = []
+    for v, slot in slots.values:
+        convert = "" if v.type is Type.FLOAT else ".to(tl.int32)"
+        convert = " != 0.0" if v.type is Type.BOOL else convert
+        name = python_name(v.name)
+        lines.append(f"{name} = slot_float(slot, {slot}){convert}{note(v)}")
+    return lines
 
 
 def _place(field: int) -> str:

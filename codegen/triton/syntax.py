@@ -108,6 +108,7 @@ LIBRARY = (
     "copysign",
     "elements_left",
     "exp",
+    "gather_codes",
     "load_codes",
     "load_word",
     "log",
@@ -136,12 +137,12 @@ RESERVED = frozenset(
         *LIBRARY,
         *("tl", "triton", "range", "float", "int", "bool", "tuple", "print", "len", "min", "max"),
         *("abs", "tile", "update", "scalars", "table", "tiles", "slots", "slot", "row", "rows"),
+        *("chunk", "stride", "element", "sums", "measure", "step"),
         *("first", "numel", "clock", "live", "local", "lane", "offset", "count", "block", "p", "i"),
         *(
             "present",
             "inside",
             "key",
-            "step",
             "index",
             "borders",
             "group",
@@ -150,6 +151,7 @@ RESERVED = frozenset(
             "VECTOR",
             "ALIGNMENT",
             "ROWS",
+            "CHUNKS",
         ),
     )
 )

@@ -48,35 +48,44 @@ class Timing:
     bandwidth: float | None
 
 
-def parameters(shapes: Sequence[Sequence[int]], seed: int = 0) -> list[Parameter]:
+def parameters(
+    shapes: Sequence[Sequence[int]], seed: int = 0, device: str = "cpu"
+) -> list[Parameter]:
     """Parameters with gradients, of a usual size."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for shape in shapes:
-        param = Parameter(torch.randn(*shape, generator=generator) * 0.02)
-        param.grad = torch.randn(*shape, generator=generator) * 1e-3
+        param = Parameter((torch.randn(*shape, generator=generator) * 0.02).to(device))
+        param.grad = (torch.randn(*shape, generator=generator) * 1e-3).to(device)
         params.append(param)
     return params
 
 
-def memory_bandwidth(rounds: int = 7) -> float:
+def memory_bandwidth(rounds: int = 7, device: str = "cpu") -> float:
     """Bytes per second, read and written, with all threads that torch has: the better of a copy
     and of an update in place, which spares the processor fetching what it overwrites."""
-    source = torch.zeros(COPY_BYTES // 4)
+    source = torch.zeros(COPY_BYTES // 4, device=device)
     target = torch.zeros_like(source)
     ways: list[Step] = [lambda: target.copy_(source), lambda: target.mul_(1.0)]
     medians = []
     for way in ways:
         way()
-        medians.append(statistics.median(seconds(way) for _ in range(rounds)))
+        medians.append(statistics.median(seconds(way, device) for _ in range(rounds)))
     return 2 * COPY_BYTES / min(medians)
 
 
-def seconds(step: Step) -> float:
-    """How long one step takes."""
+def seconds(step: Step, device: str = "cpu") -> float:
+    """How long one step takes, until the device has finished it."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
+    wait()
     start = time.perf_counter()
     step()
+    wait()
     return time.perf_counter() - start
+
+
+def _nothing() -> None:
+    """The CPU has finished when it returns."""
 
 
 def compare(
@@ -86,6 +95,7 @@ def compare(
     rounds: int = 9,
     bandwidth: float | None = None,
     states: int = 2,
+    device: str = "cpu",
     told: Callable[[str], None] = lambda name: None,
 ) -> list[Timing]:
     """Time the contenders in turns, on the same parameters and gradients; the first is the
@@ -93,7 +103,7 @@ def compare(
 
     ``told`` is called with what is being done, for a progress bar.
     """
-    params = parameters(shapes)
+    params = parameters(shapes, device=device)
     numel = sum(p.numel() for p in params)
     running = []
     for contender in entrants:
@@ -106,7 +116,7 @@ def compare(
     for number in range(rounds):
         told(f"round {number + 1} of {rounds}")
         for (_, step, _), found in zip(running, times, strict=True):
-            found.append(seconds(step))
+            found.append(seconds(step, device))
     return [
         _timing(contender, found, times[0], numel, nbytes(), states, bandwidth)
         for (contender, _, nbytes), found in zip(running, times, strict=True)

@@ -29,6 +29,7 @@ def bench(
     optimizer: Annotated[str, typer.Option(help="adamw, sgd, rmsprop or adagrad.")] = "adamw",
     rounds: Annotated[int, typer.Option(help="Rounds; medians are given.", min=1)] = 9,
     threads: Annotated[int | None, typer.Option(help="Threads; by default torch's choice.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     peers: Annotated[
         bool,
         typer.Option(
@@ -55,7 +56,8 @@ def bench(
     given as a share of what the memory does in a copy or an update in place.
 
     Examples: [bold]stq bench[/bold]; [bold]stq bench --model vit-b --optimizer sgd[/bold];
-    [bold]stq bench --peers --first --picture bench.png[/bold]
+    [bold]stq bench --peers --first --picture bench.png[/bold];
+    [bold]stq bench --device cuda --peers[/bold]
     """
     import torch
 
@@ -68,6 +70,7 @@ def bench(
         if value not in valid:
             reason = f"it is none of {', '.join(valid)}"
             raise InvalidOptionError(name=name, value=value, reason=reason)
+    _check_device(device, first or growth)
     if threads is not None:
         torch.set_num_threads(threads)
     shapes = MODELS[model]()
@@ -77,11 +80,11 @@ def bench(
         def told(text: str) -> None:
             bar.update(bar.task_ids[0], description=text)
 
-        bandwidth = memory_bandwidth()
+        bandwidth = memory_bandwidth(device=device)
         timings = compare(
             list(shapes.values()),
             list(contenders(optimizer, peers=peers)),
-            rounds=rounds, bandwidth=bandwidth, states=states, told=told,
+            rounds=rounds, bandwidth=bandwidth, states=states, device=device, told=told,
         )  # fmt: skip
         starts = []
         if first:
@@ -89,7 +92,7 @@ def bench(
             starts = first_steps(shapes, optimizer, names, told)
         curves = _curves(optimizer, list(shapes.values()), most, rounds, told) if growth else {}
     machine = {
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "machine": _machine(device),
         "torch": torch.__version__,
         "memory_bandwidth": bandwidth,
     }
@@ -130,6 +133,31 @@ def _curves(
     by_count = by_threads(shapes, lambda: [ours], sorted({1, torch.get_num_threads()}), rounds)
     points = [Point(count, ns) for count, (ns,) in by_count.items()]
     return {**found, "ns per parameter, by threads": points}
+
+
+def _check_device(device: str, on_cpu: bool) -> None:
+    """Raises `InvalidOptionError` where nothing can be measured on a device."""
+    import torch
+
+    from stq_compile.errors import InvalidOptionError
+
+    reason = ""
+    if device not in ("cpu", "cuda"):
+        reason = "it is neither cpu nor cuda"
+    elif device == "cuda" and not torch.cuda.is_available():
+        reason = "torch finds no GPU on this machine"
+    elif device == "cuda" and on_cpu:
+        reason = "--first and --growth measure the CPU"
+    if reason:
+        raise InvalidOptionError(name="device", value=device, reason=reason)
+
+
+def _machine(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:

@@ -20,6 +20,7 @@ from rich.syntax import Syntax
 
 from stq_compile.cli.flags import FLAGS, options_from
 from stq_compile.errors import InternalError, InvalidTargetError, StqError
+from stq_compile.printable import printable
 
 if TYPE_CHECKING:
     from stq_compile.inspection import Inspection
@@ -178,7 +179,7 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def print_json(value: Any) -> None:

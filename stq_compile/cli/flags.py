@@ -43,7 +43,7 @@ FLAGS: dict[str, Any] = {
 }
 """By option, what typer needs to know; the default of each is that of `options.Options`.
 
-All options but ``record``, which streams a run: nothing is run here."""
+All options but ``record``, which streams a run, and ``on_nonfinite``: nothing is run here."""
 
 
 def options_from(given: Mapping[str, Any]) -> dict[str, Any]:

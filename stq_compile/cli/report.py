@@ -38,6 +38,8 @@ def report(
     from stq_compile.reporting.terminal import RunView
 
     found = run_file.read(run)
+    if html is not None and html.exists() and html.samefile(run):
+        raise InvalidTargetError(target=html, reason="it is the run itself; write to another file")
     if html is not None:
         try:
             html.write_text(render(found), encoding="utf-8")

@@ -25,7 +25,7 @@ def repro(
 
     Exit code 1 if it does, 0 if it compiles now.
 
-    Example: [bold]stq repro /tmp/stq_repro/repro_AdamW_1a2b3c4d.py[/bold]
+    Example: [bold]stq repro /tmp/stq_repro_a1b2c3d4/repro_AdamW_1a2b3c4d.py[/bold]
     """
     from stq_compile.failures import is_defect
     from stq_compile.repro import run_script

@@ -9,14 +9,14 @@ of the format cuts off, which is no noise and does not add up:
 
 The effect is ``noise^2`` times its persistence, as in the law, and ``cut^2``. All tensors with
 equal scalars go through the template together, so a measurement costs some evaluations of it for
-each state and width.
+each state and width. Samples are small: they are measured on the CPU, wherever they come from.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,9 @@ from stq_compile.rounding import NEAREST, Noise, step_key
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph
 
 BLOCKS = 16
-"""Blocks of a tensor that are measured."""
+"""Blocks of a tensor that are measured for a calibration."""
+FEW_BLOCKS = 2
+"""And later, when predictions are only compared: a tenth of the work."""
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 Live = Callable[[Operand], Any]
@@ -60,7 +62,15 @@ Sums = dict[int, dict[str, float]]
 of the squares of what the error of state ``key`` at ``w`` bits does to it."""
 
 
-def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding: str) -> Sums:
+def measure_directly(
+    unit: StepGraph,
+    live: Live,
+    look: int,
+    seed: int,
+    rounding: str,
+    widths: Sequence[int] = WIDTHS,
+    blocks: int = BLOCKS,
+) -> Sums:
     """Sums over the sampled blocks that are here; `perturbations` of the sums of all shards.
 
     Args:
@@ -69,11 +79,13 @@ def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding
         look: number of the look: another one takes other blocks.
         seed: of the rounding noise.
         rounding: ``"stochastic"`` or ``"nearest"``.
+        widths: to quantize at.
+        blocks: of every tensor, at most.
     """
     found: Sums = {}
     if not measured_states(unit) or unit.instances[0].param.name not in (unit.writes or ()):
         return found
-    for sample in _samples(unit, live, look):
+    for sample in _samples(unit, live, look, blocks):
         template = _Template(unit, sample.inputs)
         params = [instance.param.source.param for instance in sample.instances]
         noises = _noises(sample, seed, look, rounding)
@@ -82,7 +94,7 @@ def measure_directly(unit: StepGraph, live: Live, look: int, seed: int, rounding
             found[param] = {"direct": total}
         for operand in measured_states(unit):
             state = _StateOf(unit, operand, template, noises, rounding)
-            for width in WIDTHS:
+            for width in widths:
                 effect = _per_tensor(state.effect(width), sample.counts)
                 for param, total in zip(params, effect, strict=True):
                     found[param][f"{operand.source.key}:direct_{width}"] = total
@@ -211,14 +223,14 @@ def _per_tensor(values: Tensor, counts: list[int]) -> list[float]:
     return [float(part.sum()) for part in parts]
 
 
-def _samples(unit: StepGraph, live: Live, look: int) -> list[_Sample]:
+def _samples(unit: StepGraph, live: Live, look: int, blocks: int) -> list[_Sample]:
     """Sampled elements, tensors of equal scalars together."""
     groups: dict[tuple[Any, ...], list[_Member]] = {}
     for instance in unit.instances:
-        rows = _rows(instance.param.numel, look)
+        rows = _rows(instance.param.numel, look, blocks)
         if not len(rows):
             continue
-        whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look)
+        whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look, blocks)
         inputs, scalars = [], []
         for operand, node in zip(instance.operands, unit.placeholders, strict=True):
             value = live(operand) if operand.value is None else operand.value
@@ -253,16 +265,16 @@ def _joined(members: list[_Member]) -> _Sample:
     return _Sample([m.instance for m in members], joined, counts, index)
 
 
-def _rows(numel: int, look: int) -> Tensor:
+def _rows(numel: int, look: int, blocks: int) -> Tensor:
     """Whole blocks to be sampled, spread over the tensor."""
     whole = numel // BLOCK
-    count = min(whole, BLOCKS)
+    count = min(whole, blocks)
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
     return (torch.arange(count) * whole // count + look) % whole
 
 
-def _local_rows(param: Operand, rows: Tensor, look: int) -> tuple[Tensor, Tensor]:
+def _local_rows(param: Operand, rows: Tensor, look: int, blocks: int) -> tuple[Tensor, Tensor]:
     """The blocks of a sample that lie in this process's shard, and their places in the sample.
 
     A shard whose blocks are its own samples those.
@@ -272,7 +284,7 @@ def _local_rows(param: Operand, rows: Tensor, look: int) -> tuple[Tensor, Tensor
         return rows, torch.arange(len(rows))
     numel = math.prod(param.shape)
     if not region.on_grid:
-        rows = _rows(numel, look)
+        rows = _rows(numel, look, blocks)
         return rows, torch.arange(len(rows))
     here = rows - region.first_block
     (places,) = torch.where((here >= 0) & (here < numel // BLOCK))
@@ -284,9 +296,11 @@ def _sampled(value: Any, operand: Operand, param: Operand, rows: Tensor) -> Tens
         return _sampled_state(value, rows)
     tensor: Tensor = value.detach()
     if tensor.stride() != param.stride:
-        tensor = torch.empty_strided(param.shape, param.stride, dtype=tensor.dtype).copy_(tensor)
+        tensor = torch.empty_strided(
+            param.shape, param.stride, dtype=tensor.dtype, device=tensor.device
+        ).copy_(tensor)
     flat = memory_order(tensor)
-    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[rows].reshape(-1)
+    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[rows].reshape(-1).cpu()
 
 
 def _sampled_state(state: PackedState, rows: Tensor) -> Tensor:
@@ -294,13 +308,15 @@ def _sampled_state(state: PackedState, rows: Tensor) -> Tensor:
     storage = state.packed
     numel = len(rows) * BLOCK
     if not storage.format.blocked:
-        flat = storage.codes[: storage.numel // BLOCK * BLOCK].view(-1, BLOCK)[rows].reshape(-1)
-        return reference.decode(flat, storage.scales, storage.format, numel)
+        whole = storage.codes[: storage.numel // BLOCK * BLOCK].view(-1, BLOCK)
+        flat, scales = whole[rows].reshape(-1).cpu(), storage.scales.cpu()
+        return reference.decode(flat, scales, storage.format, numel)
     unit = None
     if storage.normalizer is not None:
         window = PackedState(storage.normalizer, state.size(), state.stride())
         unit = _sampled_state(window, rows)
-    return reference.decode(storage.codes[rows], storage.scales[rows], storage.format, numel, unit)
+    codes, scales = storage.codes[rows].cpu(), storage.scales[rows].cpu()
+    return reference.decode(codes, scales, storage.format, numel, unit)
 
 
 def _scalar(node: fx.Node, operand: Operand, value: Any) -> Any:

@@ -34,6 +34,38 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Incident:
+    """Something that was not finite: gradients before step number ``step`` (from 1), whose step was
+    ``"skipped"`` or ``"raised"``, or states after it, which such a gradient had ``"reached"``.
+    """
+
+    step: int
+    outcome: str
+    params: tuple[str, ...]
+
+    def __str__(self) -> str:
+        first = ", ".join(self.params[:3]) + (", ..." if len(self.params) > 3 else "")
+        what = "states" if self.outcome == "reached" else "gradients"
+        return f"step {self.step} {self.outcome}: {what} of {first} not finite"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was predicted of a state at the width in force, and what was measured directly.
+
+    Both are relative perturbations of the parameter's update, at the look that follows ``step``
+    steps. The prediction had not seen this measurement.
+    """
+
+    step: int
+    param: str
+    state: str
+    width: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One decision.
 
@@ -51,10 +83,11 @@ class Record:
 
 
 class History:
-    """All decisions, oldest first; prints as a table."""
+    """All decisions and incidents, oldest first; prints as a table."""
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
+    def __init__(self, records: Iterable[Record] = (), incidents: Iterable[Incident] = ()) -> None:
         self._records: deque[Record] = deque(records, maxlen=LIMIT)
+        self.incidents = tuple(incidents)
 
     def add(self, record: Record) -> None:
         self._records.append(record)
@@ -100,6 +133,7 @@ class History:
                 "" if not record.changes else _example(record.changes),
             )
         yield table
+        yield from map(str, self.incidents)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140)

@@ -14,6 +14,7 @@ give equal plans.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -27,7 +28,7 @@ from stq_compile.options import Options
 from stq_compile.planner.costs import Choice, Decision, Rules, StateCosts
 from stq_compile.planner.decision import decide_budget, decide_tolerance
 from stq_compile.planner.factors import FACTOR_NAMES, Measured, interpret
-from stq_compile.planner.history import Change, History, Record
+from stq_compile.planner.history import Change, Comparison, History, Record
 from stq_compile.planner.selection import IDENTITY, REACH, Calibration, calibrate
 
 StateKey = tuple[int, str]
@@ -37,6 +38,8 @@ FIRST_LOOKS = (20, 50)
 """Steps of the first looks, before those of the interval: states change fast at the beginning."""
 CALIBRATIONS = 3
 """Looks with direct measurements."""
+COMPARISONS = 4000
+"""Comparisons that are kept; the oldest go first."""
 DRIFT = 1.0
 """Octaves by which the scales of a tensor's states may move between two looks; beyond that its
 gradients changed character, and errors that fall are not believed before the next look."""
@@ -76,6 +79,7 @@ class Planner:
         self.alarms: set[StateKey] = set()
         self.calibration: Calibration = IDENTITY
         self.observations: list[Observation] = []
+        self.comparisons: deque[Comparison] = deque(maxlen=COMPARISONS)
         self.looks = 0
         self._corrected: dict[StateKey, dict[int, float]] | None = None
         self._total = 0
@@ -166,6 +170,16 @@ class Planner:
                 forgotten = self.managed[key].forgetting ** self.options.interval
                 kept = 1.0 if key[0] in drifted else forgotten
                 self.measured[key] = found.after(before, kept)
+
+    def compare(self, direct: Mapping[StateKey, Mapping[int, float]], step: int) -> None:
+        """Note direct measurements at the widths in force beside what is predicted now."""
+        for key, errors in direct.items():
+            width = self.widths.get(key)
+            if width is not None and width in errors and key in self.measured:
+                state, predicted = self.managed[key], self.error_of(key, width)
+                self.comparisons.append(
+                    Comparison(step, state.param, state.state, width, predicted, errors[width])
+                )
 
     def observe(self, direct: Mapping[StateKey, Mapping[int, float]]) -> None:
         """Take direct measurements (relative perturbations by width), and calibrate on all."""

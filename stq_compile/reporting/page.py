@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from stq_compile.formats import WIDTHS
+from stq_compile.reporting.accuracy import accuracy_of, scatter
 from stq_compile.reporting.chart import Chart, line_chart
 from stq_compile.reporting.picture import HEIGHT, Picture, draw
 from stq_compile.reporting.run_file import Run
@@ -85,6 +86,8 @@ def render(run: Run) -> str:
         full=full,
         parameters=len({row.param for row in run.rows}),
         charts=_charts(run, full),
+        accuracy=accuracy_of(run.comparisons),
+        scatter=scatter(run.comparisons),
         widths=WIDTHS,
         maps=list(_maps(timeline)),
         changes=[

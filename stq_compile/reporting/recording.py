@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import torch.distributed
 
 from stq_compile.errors import InvalidOptionError
-from stq_compile.planner.history import Record
+from stq_compile.planner.history import Comparison, Incident, Record
 from stq_compile.reporting.run_file import (
     Event,
     Run,
+    comparison_event,
     decision_event,
     head_event,
+    incident_event,
     kernel_event,
     line_of,
     loss_event,
     states_event,
     template_event,
 )
+
+Entry = TypeVar("Entry", Record, Comparison)
 
 LIMIT = 10_000
 """Losses that are kept in memory; beyond it every second one of the older half goes."""
@@ -36,6 +40,7 @@ class Recording:
         self._file: IO[str] | None = None
         self._names: set[str] = set()
         self._last: Record | None = None
+        self._compared: Comparison | None = None
 
     def open(self) -> None:
         """Begin the file; only the first of many processes writes.
@@ -65,6 +70,10 @@ class Recording:
             self.losses[:half] = self.losses[:half:2]
         self._write(loss_event(step, loss))
 
+    def incident(self, incident: Incident) -> None:
+        """Take something that was not finite."""
+        self._write(incident_event(incident))
+
     def update(self, run: Run) -> None:
         """Write what is new in a run."""
         if not self.streams:
@@ -75,6 +84,9 @@ class Recording:
         for kernel in run.kernels:
             self._once(f"kernel {kernel.name}", partial(kernel_event, kernel))
         self._write(states_event(run))
+        for comparison in _after(run.comparisons, self._compared):
+            self._write(comparison_event(comparison))
+            self._compared = comparison
         for record in _after(run.decisions, self._last):
             self._write(decision_event(record))
             self._last = record
@@ -89,7 +101,7 @@ class Recording:
             self._file.write(line_of(event))
 
 
-def _after(records: tuple[Record, ...], last: Record | None) -> tuple[Record, ...]:
-    """The records behind ``last``; all, if it is none of them."""
+def _after(records: tuple[Entry, ...], last: Entry | None) -> tuple[Entry, ...]:
+    """The entries behind ``last``; all, if it is none of them."""
     places = [i for i, record in enumerate(records) if record is last]
     return records[places[-1] + 1 :] if places else records

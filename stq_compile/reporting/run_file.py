@@ -5,6 +5,8 @@
     {"kind": "kernel", ...}     one kernel, with its graph and source
     {"kind": "states", ...}     what every state occupies after a number of steps
     {"kind": "decision", ...}   a `planner.history.Record`
+    {"kind": "comparison", ...} a `planner.history.Comparison`
+    {"kind": "incident", ...}   a `planner.history.Incident`
     {"kind": "loss", "step": 10, "loss": 4.2}
 
 A later event of the same name replaces an earlier one; a last line that is cut short, as a killed
@@ -15,13 +17,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stq_compile.errors import RunFileError
-from stq_compile.planner.history import History, Record
+from stq_compile.planner.history import Comparison, History, Incident, Record
+from stq_compile.printable import all_printable
 from stq_compile.reporting.graph_data import GraphData
 
 VERSION = 1
@@ -33,7 +37,8 @@ class Row:
     """One state of one parameter. ``bytes`` counts codes and scales.
 
     A sharded state is counted as a whole, over all shards of one copy; ``split_bytes`` of its bytes
-    would not be there if no border between shards lay inside of a block.
+    would not be there if no border between shards lay inside of a block. ``nonfinite`` counts the
+    elements of this process that are not finite any more, and those of their blocks.
     """
 
     param: str
@@ -45,6 +50,7 @@ class Row:
     fp32_bytes: int
     reason: str = ""
     split_bytes: int = 0
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class Run:
     rows: tuple[Row, ...] = ()
     decisions: tuple[Record, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
+    incidents: tuple[Incident, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     templates: tuple[Template, ...] = ()
     kernels: tuple[KernelInfo, ...] = ()
 
@@ -93,6 +101,8 @@ def events_of(run: Run) -> Iterator[Event]:
     yield from (kernel_event(k) for k in run.kernels)
     yield states_event(run)
     yield from (decision_event(d) for d in run.decisions)
+    yield from map(incident_event, run.incidents)
+    yield from map(comparison_event, run.comparisons)
     yield from (loss_event(*point) for point in run.losses)
 
 
@@ -122,6 +132,14 @@ def decision_event(record: Record) -> Event:
     return {"kind": "decision", **asdict(record)}
 
 
+def incident_event(incident: Incident) -> Event:
+    return {"kind": "incident", **asdict(incident)}
+
+
+def comparison_event(comparison: Comparison) -> Event:
+    return {"kind": "comparison", **asdict(comparison)}
+
+
 def loss_event(step: int, loss: float) -> Event:
     """JSON has no NaN: a loss that is not finite is null."""
     return {"kind": "loss", "step": step, "loss": loss if math.isfinite(loss) else None}
@@ -133,13 +151,18 @@ def line_of(event: Event) -> str:
 
 def save(run: Run, path: Path) -> None:
     """Write a whole run; the file is complete or as it was before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(map(line_of, events_of(run))))
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("x") as file:  # a new file: nobody's link is followed
+            file.writelines(map(line_of, events_of(run)))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Run:
-    """Read a run.
+    """Read a run. It may be another's: nothing in it is executed, and its texts are `printable`.
 
     Raises:
         RunFileError: the file cannot be read or is no run; the line is named.
@@ -151,8 +174,8 @@ def read(path: Path) -> Run:
     reader = _Reader()
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
-        except ValueError as error:
+            event = all_printable(json.loads(line))
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and number > 1 and not line.endswith("\n"):
                 break
             raise RunFileError(file=path, line=number, reason=f"no JSON: {error}") from error
@@ -167,6 +190,8 @@ def read(path: Path) -> Run:
         reader.run,
         decisions=tuple(reader.decisions),
         losses=tuple(reader.losses),
+        incidents=tuple(reader.incidents),
+        comparisons=tuple(reader.comparisons),
         steps=max(reader.run.steps, reader.steps),
     )
 
@@ -178,6 +203,8 @@ class _Reader:
         self.run: Run | None = None
         self.decisions: list[Record] = []
         self.losses: list[tuple[int, float]] = []
+        self.incidents: list[Incident] = []
+        self.comparisons: list[Comparison] = []
         self.steps = 0
 
     def take(self, event: Event) -> None:
@@ -188,6 +215,7 @@ class _Reader:
                 raise ValueError(f"version {event['version']}; this release reads {VERSION}")
             self.run, self.steps = Run(**fields), 0  # a second one begins anew
             self.decisions, self.losses = [], []
+            self.incidents, self.comparisons = [], []
             return
         run = self.run
         if run is None:
@@ -205,6 +233,11 @@ class _Reader:
                 (record,) = History.from_dict([fields])
                 self.decisions.append(record)
                 self.steps = max(self.steps, record.step)
+            case "incident":
+                fields["params"] = tuple(map(str, fields["params"]))
+                self.incidents.append(Incident(**fields))
+            case "comparison":
+                self.comparisons.append(Comparison(**fields))
             case "loss":
                 step = int(fields["step"])
                 loss = math.nan if fields["loss"] is None else float(fields["loss"])

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.compiled_step import CompiledStep, StateInfo
 from stq_compile.formats import BLOCK, FLOAT32
+from stq_compile.nonfinite import nonfinite_elements
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.planner.history import Incident
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.reporting.graph_data import graph_data
 from stq_compile.reporting.run_file import KernelInfo, Row, Run, Template
@@ -37,6 +39,8 @@ class Live(Protocol):
     @property
     def compiled(self) -> Iterable[CompiledStep]: ...
     @property
+    def incidents(self) -> Iterable[Incident]: ...
+    @property
     def losses(self) -> Iterable[tuple[int, float]]: ...
     def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]: ...
 
@@ -52,6 +56,8 @@ def run_of(live: Live) -> Run:
         rows=rows_of(live),
         decisions=() if live.planner is None else live.planner.history.records,
         losses=tuple(live.losses),
+        incidents=tuple(live.incidents),
+        comparisons=() if live.planner is None else tuple(live.planner.comparisons),
         templates=() if step is None else tuple(_templates(step)),
         kernels=() if step is None else tuple(_kernels(step)),
     )
@@ -93,6 +99,7 @@ def _row(param: str, key: str, value: Tensor, reason: str) -> Row:
         0 if key == PARAM_ERROR else 4 * value.numel(),  # float32 training has no such state
         reason,
         split,
+        nonfinite_elements(value),
     )
 
 

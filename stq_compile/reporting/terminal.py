@@ -7,6 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from stq_compile.reporting.accuracy import accuracy_of
 from stq_compile.reporting.run_file import Run
 from stq_compile.reporting.timeline import Timeline, layers_of, timeline_of
 
@@ -24,10 +25,16 @@ class RunView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         run = self.run
-        yield f"[bold]{run.optimizer}[/bold] after {run.steps} steps: {summary(run)}"
+        title = Text(f" after {run.steps} steps: {summary(run)}")
+        yield Text(run.optimizer, style="bold") + title
         if run.losses:
             (first, start), (last, end) = run.losses[0], run.losses[-1]
             yield f"loss {start:.4g} at step {first}, {end:.4g} at step {last}"
+        for incident in run.incidents[-8:]:
+            yield Text(str(incident), style="bold red")
+        accuracy = accuracy_of(run.comparisons)
+        if accuracy is not None:
+            yield Text(str(accuracy))
         columns = max(2, (options.max_width - NAME - 2) // CELL)
         timeline = timeline_of(run, columns)
         for state in timeline.states:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,8 @@ from stq_compile.codegen.cpp.build import build
 from stq_compile.errors import KernelBuildError, KernelCacheWarning
 
 SOURCE = """#include <cstdint>
-extern "C" void run(const void*, int64_t, uint64_t, int) {}
+extern "C" void run(const void*, int64_t, uint64_t, int, void*) {}
+extern "C" int64_t scratch_bytes(int64_t, int) { return 0; }
 extern "C" int64_t row_bytes() { return %d; }
 """
 
@@ -31,13 +33,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every call of the compiler, by folder."""
     calls: list[str] = []
-    real = building.CppBuilder.build
+    real = building.compile_in
 
-    def counted(self: building.CppBuilder) -> None:
-        calls.append(self.get_target_file_path())
-        real(self)
+    def counted(folder: Path, *rest: Any) -> Path:
+        calls.append(str(folder))
+        return real(folder, *rest)
 
-    monkeypatch.setattr(building.CppBuilder, "build", counted)
+    monkeypatch.setattr(building, "compile_in", counted)
     return calls
 
 
@@ -52,8 +54,8 @@ def test_a_kernel_is_built_once(folder: Path, builds: list[str]) -> None:
 def test_the_next_process_finds_it(folder: Path) -> None:
     code = (
         "import sys; from stq_compile.codegen.cpp import build as b\n"
-        "def never(self): raise SystemExit('compiled')\n"
-        "if len(sys.argv) > 1: b.CppBuilder.build = never\n"
+        "def never(*_): raise SystemExit('compiled')\n"
+        "if len(sys.argv) > 1: b.compile_in = never\n"
         f"print(b.build('k', {SOURCE % 40!r}).row_bytes)"
     )
     for more in ([], ["warm"]):
@@ -101,7 +103,7 @@ def test_a_damaged_file_is_built_again(folder: Path, builds: list[str], damage: 
     assert len(builds) == 2
 
 
-@pytest.mark.parametrize("obstacle", ["a file", "another user's", "a link"])
+@pytest.mark.parametrize("obstacle", ["a file", "another user's", "a link", "open to all"])
 def test_a_folder_that_cannot_be_trusted_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
@@ -112,6 +114,8 @@ def test_a_folder_that_cannot_be_trusted_is_not_used(
     elif obstacle == "a link":
         (tmp_path / "elsewhere").mkdir()
         place.symlink_to(tmp_path / "elsewhere")
+    elif obstacle == "open to all":
+        tmp_path.chmod(0o777)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.warns(KernelCacheWarning, match=cache.VARIABLE):

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from graphs import only, program
-from interpreter import InterpretedKernel, interpreted
+from interpreter import executable, interpreted
 from kernels import SEED
 from stq_compile.codegen.cpp.build import build
 from stq_compile.codegen.cpp.emit import emit
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.triton.emit import emit as emit_triton
-from stq_compile.codegen.triton.kernel import TritonKernel
 from stq_compile.compiler import PARAM_PASSES, Unit
 from stq_compile.formats import FORMATS
 from stq_compile.options import ParamRounding
@@ -95,9 +94,8 @@ def differing(dtype_name: str, rounding: ParamRounding, triton: bool) -> list[st
     inputs = [live.value(o).clone() for o in unit.operands]
     expected = dict(zip(unit.writes or (), unit.run(*inputs), strict=True))
     kernel = lower(unit)
-    run = InterpretedKernel(TritonKernel.of(emit_triton(kernel))) if triton else None
-    compiled = run or build(kernel.name, emit(kernel))
-    bucket = Bucket(Unit(unit, kernel, compiled), live.of)  # type: ignore[arg-type]
+    run = executable(emit_triton(kernel)) if triton else build(kernel.name, emit(kernel))
+    bucket = Bucket(Unit(unit, kernel, run), live.of)
     bucket.fill((), {})
     bucket.launch(mixed_step(SEED, STEP))
     names = {o.name: o for o in unit.operands}

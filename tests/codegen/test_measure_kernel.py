@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -224,7 +223,8 @@ def test_shards_add_up(sgd_looks: Looks, stride: int) -> None:
         shard[len(columns)] = min(stop * BLOCK, sgd_looks.sizes[-1]) - start * BLOCK
         shard[len(columns) + 1] = start
         shard[-2], shard[-1] = stride, 1 % stride
-        bucket.unit.compiled.run(shard.ctypes.data_as(ctypes.c_void_p).value or 0, 1, 0, 1)
+        kernel = bucket.unit.compiled
+        kernel.run(shard[None], 0, 1, kernel.scratch(1, 1))
         parts.append(dict(zip(bucket.slots, sums.tolist(), strict=True)))
     assert_near(total(parts), whole, 1e-9)
 

@@ -5,7 +5,6 @@ Kernels are compiled by g++ directly, with the build's own flags and some more.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -16,7 +15,7 @@ import pytest
 from test_kernel_numerics import MOMENTS, adam_rig
 
 from kernels import Rig, compiled, differing, sgd_math
-from stq_compile.codegen.cpp.build import FLAGS, INCLUDE, CompiledKernel
+from stq_compile.codegen.cpp.build import FLAGS, INCLUDE, CompiledKernel, load
 from stq_compile.codegen.cpp.emit import emit
 from stq_compile.formats import FORMATS
 from stq_compile.options import Rounding
@@ -36,11 +35,7 @@ def by_hand(source: str, folder: Path, *flags: str) -> CompiledKernel:
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, "-std=c++20", "-O0", "-march=native", *FLAGS, *flags, "-fPIC", "-shared"]
     subprocess.run([*command, str(text), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
-    loaded.run.restype = None
-    loaded.row_bytes.restype = ctypes.c_int64
-    return CompiledKernel("by_hand", source, loaded)
+    return load("by_hand", source, library)
 
 
 @x86

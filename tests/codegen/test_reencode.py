@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from interpreter import InterpretedKernel, interpreted
+from interpreter import executable, interpreted
 from kernels import SEED, compiled
 from stq_compile import reference
 from stq_compile.codegen.reencode import reencode_kernel
 from stq_compile.codegen.tabulate import tabulate
 from stq_compile.codegen.triton.emit import emit
-from stq_compile.codegen.triton.kernel import TritonKernel
 from stq_compile.formats import FORMATS
 from stq_compile.options import Rounding
 from stq_compile.rounding import NEAREST, Noise, mixed_step, step_key, stream_key
@@ -39,11 +38,7 @@ def changed(old: str, new: str, rounding: Rounding, target: str) -> list[str]:
     normalized = first.normalized or last.normalized
     unit_format = FORMATS["adaptive_log4"] if normalized else None
     kernel = reencode_kernel(first, last, rounding, unit_format)
-    runner = (
-        compiled(tabulate(kernel))
-        if target == "cpu"
-        else InterpretedKernel(TritonKernel.of(emit(kernel)))
-    )
+    runner = compiled(tabulate(kernel)) if target == "cpu" else executable(emit(kernel))
     noise = NEAREST if rounding == "nearest" else Noise(step_key(SEED, STEP, STREAM))
     rows, live, wanted = [], [], []
     for numel in SIZES:
@@ -67,7 +62,7 @@ def changed(old: str, new: str, rounding: Rounding, target: str) -> list[str]:
         rows.append([*fields, numel, 0])
         live.append(buffers)
     table = np.array(rows, dtype=np.int64)
-    runner.run(table.ctypes.data, len(rows), mixed_step(SEED, STEP), 1)
+    runner.bind(table)(mixed_step(SEED, STEP))
     return [
         f"{numel} {name}"
         for numel, buffers, expected in zip(SIZES, live, wanted, strict=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_emit import PACKED, adamw
+from test_emit import MOMENTUM, PACKED, adamw
+from test_measure_kernel import measuring
 from test_triton_emit import with_dtype
 
 from kernels import quantized
@@ -30,6 +31,7 @@ from zoo import ADAM_FACTS, adagrad, adam, adamax, amsgrad, lion, rmsprop, sgd
 Report = dict[str, Any]
 AT_4_4 = {"exp_avg": FORMATS["softsign4"], "exp_avg_sq": FORMATS["adaptive_log4"]}
 AT_2_3 = {"exp_avg": FORMATS["midrise2"], "exp_avg_sq": FORMATS["adaptive_log3"]}
+AT_4_4_DIVIDED = {"exp_avg": FORMATS["midrise4"], "exp_avg_sq": FORMATS["adaptive_log4"]}
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 UNITS: dict[str, tuple[StepGraph, dict[str, Format]]] = {
     "adamw 4+4": (adamw(), AT_4_4),
@@ -148,6 +150,23 @@ def test_bfloat16_parameters_are_rounded_to_nearest(pool: ProcessPoolExecutor) -
 def test_the_scalars_kernel_compiles(pool: ProcessPoolExecutor) -> None:
     started = [pool.submit(uses, "adamw 4+4", t, "scalars") for t in TARGETS]
     assert [s.result() for s in started] == [0] * len(TARGETS)
+
+
+def measures(name: str, target: str) -> tuple[int, int]:
+    """Spilled bytes and sums of the measuring kernel of a unit."""
+    unit, formats = {"sgd": (sgd(), MOMENTUM), "adam": (adam(ADAM_FACTS), AT_4_4_DIVIDED)}[name]
+    emitted = emit(lower(quantized(measuring(unit), formats, "nearest")))
+    return compile_for(emitted, parse_target(target), function="measure").spill_bytes, emitted.sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_measuring_kernels_compile(target: str, pool: ProcessPoolExecutor) -> None:
+    started = [pool.submit(measures, name, target) for name in ("sgd", "adam")]
+    for future in started:
+        spilled, sums = future.result()
+        assert sums > 20
+        assert spilled == 0 or target.startswith("hip")
 
 
 @pytest.mark.slow

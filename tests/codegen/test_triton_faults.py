@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from interpreter import InterpretedKernel, submit
+from interpreter import executable, submit
 from kernels import Rig, differing, sgd_math
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.triton import library
-from stq_compile.codegen.triton.emit import Emitted, emit
-from stq_compile.codegen.triton.kernel import TritonKernel
+from stq_compile.codegen.triton.emit import emit
 from stq_compile.formats import FORMATS
 from zoo import sgd
 
@@ -67,8 +67,7 @@ def differences(name: str) -> list[str]:
         source = right.source.replace(old, new) if old else right.source
         source = source.replace(LIBRARY, "faulty_library")
         # The name makes the text, and so the module, one of its own.
-        wrong = Emitted(name, f"# {name}\n{source}", right.row_fields, right.slot_fields)
-        rig.run(InterpretedKernel(TritonKernel.of(wrong)), 3)  # type: ignore[arg-type]
+        rig.run(executable(replace(right, source=f"# {name}\n{source}")), 3)
         del sys.modules["faulty_library"]
     return differing(rig.bits(), expected)
 

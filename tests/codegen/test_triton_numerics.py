@@ -21,9 +21,16 @@ from test_kernel_numerics import (
 )
 
 from interpreter import interpreted, run_triton, submit
-from kernels import SIZES, Rig, adam_math, compiled, differing
+from kernels import SEED, SIZES, Rig, adam_math, compiled, differing, sgd_math
+from stq_compile.codegen.ir import OperandKind
+from stq_compile.codegen.lower import lower
+from stq_compile.codegen.triton.emit import emit
+from stq_compile.codegen.triton.kernel import TritonKernel
+from stq_compile.compiler import Unit
 from stq_compile.formats import FLOAT32, FORMATS
 from stq_compile.options import Rounding
+from stq_compile.rounding import mixed_step, signed64
+from stq_compile.runtime import Bucket
 from stq_compile.step_graph import StepGraph
 from zoo import adagrad, adamax, amsgrad, lion, rmsprop, sgd
 
@@ -142,3 +149,34 @@ def check_optimizer(name: str, rounding: Rounding) -> list[str]:
 def test_every_optimizer_has_the_bits_of_the_cpp_kernel() -> None:
     results = {name: submit(check_optimizer, name, "stochastic") for name in OPTIMIZERS}
     assert not {name: r.result() for name, r in results.items() if r.result()}
+
+
+# Beyond 2^31 elements. ------------------------------------------------------------------------
+
+FAR = 1 << 24
+"""Blocks before the tile: 2^31 elements."""
+
+
+def check_far_tile() -> list[str]:
+    """One tensor as the end of one of 2^31 elements more, which nothing touches."""
+    rig = Rig(sgd(), {"momentum_buffer": FORMATS["softsign4"]}, "stochastic", sizes=(1000,))
+    expected = rig.expected(sgd_math, 3)
+    emitted = emit(lower(rig.graph))
+    bucket = Bucket(Unit(rig.graph, rig.kernel, compiled(rig.kernel)), rig._resolve)
+    bucket.fill((), {})
+    table = torch.from_numpy(bucket.table)
+    count = len(rig.kernel.operands)
+    sizes = {OperandKind.FLOATS: 4 * 128, OperandKind.CODES: 16 * 4, OperandKind.WORDS: 2}
+    for i, operand in enumerate(rig.kernel.operands):
+        table[0, i] -= FAR * sizes.get(operand.kind, 0)
+    table[0, count] += FAR * 128
+    table[0, count + 1] -= FAR
+    kernel = TritonKernel.of(emitted)
+    slots = kernel.new_slots(1, table.device)
+    kernel.scalars(table, slots, torch.tensor([signed64(mixed_step(SEED, 3))]))
+    kernel.update(table, slots, torch.tensor([[0, FAR]]), vector=1, blocks=8)
+    return differing(rig.bits(), expected)
+
+
+def test_addresses_are_right_beyond_two_to_the_31_elements() -> None:
+    assert not interpreted(check_far_tile)

@@ -116,9 +116,10 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
 }
 
 // One row per tensor. Work is spread over blocks, not tensors; threads is what torch uses.
-extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
-  std::vector<Scalars> s(n_rows);
-  std::vector<int64_t> start(n_rows + 1);
+extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads, void* scratch) {
+  int64_t* start = static_cast<int64_t*>(scratch);
+  Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
+  start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
     scalars(rows[r], s[r]);
     start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
@@ -147,6 +148,11 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
       b = start[r] + stop;
     }
   }
+}
+
+extern "C" int64_t scratch_bytes(int64_t n_rows, int) {
+  static_assert(alignof(Scalars) <= 8);
+  return n_rows * sizeof(Scalars) + (n_rows + 1) * 8;
 }
 
 extern "C" int64_t row_bytes() { return sizeof(Row); }

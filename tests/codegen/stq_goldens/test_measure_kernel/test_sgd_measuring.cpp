@@ -430,10 +430,13 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
 }
 
 // Every stride-th block of every tensor, counted in the whole tensor; sums in float64.
-extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads) {
+extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads, void* scratch) {
   constexpr int64_t slots = 21;
-  std::vector<Scalars> s(n_rows);
-  std::vector<int64_t> start(n_rows + 1), begin(n_rows);
+  double* totals = static_cast<double*>(scratch);  // one part a worker: no order of arrival
+  int64_t* begin = reinterpret_cast<int64_t*>(totals + threads * n_rows * slots);
+  int64_t* start = begin + n_rows;
+  Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
+  start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
     scalars(rows[r], s[r]);
     const int64_t stride = rows[r].stride, blocks = (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
@@ -442,7 +445,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
   }
   const int64_t sampled = start[n_rows];
   const int workers = sampled < 512 ? 1 : threads;
-  std::vector<double> totals(workers * n_rows * slots);  // one part a worker: no order of arrival
+  for (int64_t k = 0; k < workers * n_rows * slots; ++k) totals[k] = 0;
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
   for (int w = 0; w < workers; ++w) {
     int64_t b = sampled * w / workers;
@@ -451,7 +454,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
     while (b < end) {
       while (start[r + 1] <= b) ++r;
       const Row& row = rows[r];
-      double* mine = totals.data() + (w * n_rows + r) * slots;
+      double* mine = totals + (w * n_rows + r) * slots;
       const int64_t stop = end < start[r + 1] ? end : start[r + 1];
       const int64_t last = row.numel / stq::kBlock;  // whole blocks of this tensor
       while (b < stop) {
@@ -476,6 +479,11 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads)
       for (int w = 0; w < workers; ++w) total += totals[(w * n_rows + r) * slots + k];
       rows[r].sums[k] = total;
     }
+}
+
+extern "C" int64_t scratch_bytes(int64_t n_rows, int threads) {
+  static_assert(alignof(Scalars) <= 8);
+  return n_rows * sizeof(Scalars) + (2 * n_rows + 1 + threads * n_rows * 21) * 8;
 }
 
 extern "C" int64_t row_bytes() { return sizeof(Row); }
