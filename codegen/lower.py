@@ -298,7 +298,8 @@ def _fma(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ``fma(v * x, y, c)``. The latter is the eager result, and matters where ``c - x * y`` cancels.
     """
     product, factor, addend = args
-    if isinstance(product, Value) and product.opcode == "mul" and not isinstance(factor, Value):
+    number = not isinstance(factor, Value) or factor.space is Space.TENSOR
+    if number and isinstance(product, Value) and product.opcode == "mul":
         x, y = product.args
         return b.op("fma", b.op("mul", x, factor), y, addend)
     return b.op("fma", *args)

@@ -45,9 +45,11 @@ from stq_compile.step_graph import (
 
 
 def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
-    """``a * b + c`` rounded once, where ``b`` is no symbolic float (``prims.fma`` takes none)."""
+    """``a * b + c`` rounded once; ``prims.fma`` takes no symbolic float, ``add`` does."""
     if isinstance(b, torch.SymFloat):
-        return c + a.mul(b)
+        added: Any = torch.add
+        summed: Tensor = added(c, a, alpha=b)  # torch's stub of it knows numbers only
+        return summed
     fused: Tensor = inductor_prims.fma(a, b, c)
     return fused
 

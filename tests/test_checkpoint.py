@@ -74,6 +74,31 @@ def test_resume_is_exact_to_the_bit(make: Make, started: bool) -> None:
     assert equal(model.parameters(), other.parameters())
 
 
+@pytest.mark.parametrize("precision", [4, 32])
+def test_resume_is_exact_where_hyperparameters_change(precision: int) -> None:
+    """They are inputs of the one graph and numbers in the other, which is captured later."""
+
+    def schedule(optimizer: torch.optim.Optimizer, step: int) -> None:
+        share = 1 / (1 + step)
+        betas = (0.9 - 0.01 * step, 0.999 - 0.001 * step)
+        optimizer.param_groups[0].update(lr=0.01 * share, betas=betas, weight_decay=0.1 * share)
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            schedule(optimizer, step)
+            train(model, optimizer, range(step, step + 1))
+
+    make = adamw(precision)
+    model = make_model()
+    optimizer = make(model)
+    run(model, optimizer, range(4))
+    saved = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    run(model, optimizer, range(4, 9))
+    other, again = resumed(make, *saved, False)
+    run(other, again, range(4, 9))
+    assert equal(model.parameters(), other.parameters())
+
+
 def edit(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     def change(saved: dict[str, Any]) -> None:
         place: Any = saved
