@@ -46,9 +46,9 @@ def optimizer_of(model: nn.Module, options: dict[str, Any] | None) -> torch.opti
     return optimizer if options is None else stq.compile(optimizer, **options)
 
 
-def assert_near(ours: nn.Module, stock: nn.Module) -> None:
+def assert_near(ours: nn.Module, stock: nn.Module, atol: float = 1e-5) -> None:
     for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=atol)
 
 
 def assert_same_bits(ours: nn.Module, other: nn.Module) -> None:
@@ -184,9 +184,11 @@ def trainer_run(
 
 
 def test_trainer(tmp_path: Path) -> None:
+    """The gradient of the keys' bias is zero but for rounding, which Adam divides by its own size:
+    hence the wider tolerance, a 600th of the way that a weight can have gone."""
     stock, _ = trainer_run(tmp_path / "stock", None, STEPS)
     wide, optimizer = trainer_run(tmp_path / "wide", WIDE, STEPS)
-    assert_near(wide, stock)
+    assert_near(wide, stock, atol=1e-4)
     assert stq.report(optimizer).compiles <= 2
     assert not stq.report(optimizer).note
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import stq_compile as stq
+from cases import cases
 from stq_compile import PackedState
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -23,7 +24,6 @@ MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
 }
-MAKE = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def gradients(params: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
@@ -94,8 +94,18 @@ def as_is(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    cases(
+        LAYOUTS,
+        [torch.float32, *HALVES],
+        few=[
+            ("channels_last", torch.bfloat16),
+            ("rows apart", torch.float16),
+            ("every other column", torch.float32),
+        ],
+    ),
+)
 def test_layouts(name: str, dtype: torch.dtype) -> None:
     """At 32 bits the stock step; packed, a resumed run's bits, and only what is not dense is
     outside of kernels."""
@@ -134,13 +144,14 @@ def test_layouts(name: str, dtype: torch.dtype) -> None:
     assert bool(stq.report(optimizers[2]).note) == (name not in DENSE)
 
 
-@MAKE
-@pytest.mark.parametrize("dtype", HALVES)
-def test_packed_states_of_half_parameters(
-    dtype: torch.dtype, make: Callable[[Any], torch.optim.Optimizer]
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    cases(MAKERS, HALVES, few=[("AdamW", torch.bfloat16), ("SGD", torch.float16)]),
+)
+def test_packed_states_of_half_parameters(name: str, dtype: torch.dtype) -> None:
     """A kernel computes in float32 and rounds once: nearer to the float32 run than torch's own."""
     torch.manual_seed(0)
+    make = MAKERS[name]
     start = [torch.randn(9, 70).to(dtype), torch.randn(50).to(dtype)]
     ours, stock = params_of(*[t.clone() for t in start]), params_of(*[t.clone() for t in start])
     exact = params_of(*[t.float() for t in start])
@@ -157,23 +168,23 @@ def test_packed_states_of_half_parameters(
     assert report.compiles <= 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", cases([torch.float32, *HALVES], few=[(torch.float16,)]))
 def test_no_elements_no_dimension_and_many(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
+    """At 32 bits the stock step, packed the float32 run: torch's own float16 step strays from
+    that by 0.3 where a second moment underflows."""
     shapes: list[tuple[int, ...]] = [(0,), (), (1,), (3, 0, 2), (127,), (1, 1), (200, 2)]
-    ours = params_of(*[torch.randn(s).to(dtype) for s in shapes])
-    stock = twins(ours)
     for options in ({"precision": 32}, {"precision": 8, "min_numel": 1}):
         torch.manual_seed(0)
         ours = params_of(*[torch.randn(s).to(dtype) for s in shapes])
-        stock = twins(ours)
+        wide = options["precision"] == 32
+        stock = twins(ours) if wide else params_of(*[p.detach().float() for p in ours])
         optimizer = stq.compile(adamw(ours), **options)
         mine, theirs = follow(optimizer, adamw(stock))
         for p, q in zip(mine, theirs, strict=True):
-            if options["precision"] == 32:
+            if wide:
                 assert_as_torch(p, q)
             else:
-                torch.testing.assert_close(p, q, rtol=0.05, atol=0.02)
+                torch.testing.assert_close(p.float(), q, rtol=0.05, atol=0.02)
         assert stq.report(optimizer).compiles == 1
         again = copy.deepcopy(optimizer.state_dict())
         optimizer.load_state_dict(again)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import cases
 from graphs import only, program
 from interpreter import executable, interpreted
 from kernels import SEED
@@ -111,14 +112,17 @@ def differing(dtype_name: str, rounding: ParamRounding, triton: bool) -> list[st
     return found
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    cases(DTYPES, ROUNDINGS, few=[("bfloat16", "compensated"), ("float16", "stochastic")]),
+)
 def test_cpp_kernels(dtype: str, rounding: ParamRounding) -> None:
     assert differing(dtype, rounding, triton=False) == []
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), cases(DTYPES, ROUNDINGS, few=[("bfloat16", "compensated")])
+)
 def test_triton_kernels(dtype: str, rounding: ParamRounding) -> None:
     """Triton's interpreter cuts bfloat16 off where compiled code rounds (`test_triton_aot`); what
     is on the grid already is the same either way."""
