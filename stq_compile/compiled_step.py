@@ -252,8 +252,8 @@ class CompiledStep:
             if waiting and value.format != FLOAT32:
                 return value.format
             value = value.dequantize()
-        if format == FLOAT32:
-            return format
+        if format == FLOAT32 or value.dtype not in FLOAT_DTYPES:
+            return FLOAT32
         signed = bool((value < 0).any())
         if operand.region is not None:
             signed = anywhere(signed, [self.session.params()[operand.source.param]])

@@ -285,7 +285,9 @@ class Session:
         """Whether no value of a state is negative now; of a sharded one nobody sees all values."""
         for leaf, source in self.leaves():
             if (source.param, leaf.key) == state:
-                return not is_sharded(leaf.value) and not bool((leaf.value < 0).any())
+                if is_sharded(leaf.value) or leaf.value.is_complex():
+                    return False
+                return not bool((leaf.value < 0).any())
         return False
 
     def check_precision(self, program: Program) -> None:

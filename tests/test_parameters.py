@@ -243,6 +243,7 @@ def test_complex_parameters_are_stepped_as_torch_does(foreach: bool) -> None:
     assert rows["group0.param0", "exp_avg"].format == "complex64"
     assert rows["group0.param1", "exp_avg"].width == 4
     assert stq.report(optimizer).note
+    assert stq.report(optimizer).compiles > 0  # as regions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
