@@ -73,7 +73,7 @@ def with_planner(library: Any) -> int:
         run.advance()
         twin.advance()
     tried = warned = 0
-    for at in range(1, 8000, 29):
+    for at in range(1, 80000, 97):
         finished = 0
         for _ in range(2):  # a plain step and one with a look
             run.gradients()

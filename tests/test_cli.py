@@ -296,7 +296,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a few small shapes; the picture and the text show what the JSON holds."""
     monkeypatch.setitem(architectures.MODELS, "gpt2", lambda: {"w": (96, 64), "b": (64,)})
-    monkeypatch.setattr(measure, "memory_bandwidth", lambda device: 3.2e10)
+    monkeypatch.setattr(measure, "memory_bandwidth", lambda **_: 3.2e10)
     monkeypatch.setattr(growth, "PARAMETERS", (8192,))
     monkeypatch.setattr(growth, "TENSORS", (2, 4))
     found = read("bench", "--optimizer", "sgd", "--rounds", "2", "--growth")

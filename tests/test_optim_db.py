@@ -148,4 +148,4 @@ def test_refused(case: Case) -> None:
         stq.compile(optimizer)
     assert session_of(optimizer) is None
     assert "step" not in vars(optimizer)
-    torch.testing.assert_close(optimizer.state_dict(), before)
+    assert str(optimizer.state_dict()) == str(before)  # numbers, strings, small tensors

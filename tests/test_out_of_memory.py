@@ -41,7 +41,9 @@ def attempts(allocator: Path, case: str, *more: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("case", ["planned", "counting", "eager"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("planned", marks=pytest.mark.slow), "counting", "eager"]
+)
 def test_at_every_allocation_of_a_step(allocator: Path, case: str) -> None:
     output = attempts(allocator, case)
     tried = int(output.split()[-1])

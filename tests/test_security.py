@@ -246,7 +246,8 @@ EXECUTING = {
 }  # fmt: skip
 OF_OTHERS = {
     ("torch", "compile"), ("re", "compile"), ("json", "loads"), ("api", "compile"),
-    ("stq", "compile"), ("triton", "compile"), ("session", "compile"), ("platform", "system"),
+    ("stq", "compile"), ("triton", "compile"), ("session", "compile"), ("backend", "compile"),
+    ("platform", "system"),
 }  # fmt: skip
 
 
