@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stq_compile.codegen.ir import Builder, Value
+from stq_compile.codegen.halves import at_random
+from stq_compile.codegen.ir import Builder, OperandKind, Value
 from stq_compile.formats import (
     BEND_COEFFICIENTS,
     EXP2_COEFFICIENTS,
@@ -22,9 +23,23 @@ from stq_compile.formats import (
     OCTAVE,
     RANGE_STEP,
     TAIL_DEVIATIONS,
+    ULP_STEP,
     Format,
 )
 from stq_compile.reference import INFINITY_BITS, LOWEST_BITS, ONE_BITS
+
+
+def code_kind(format: Format) -> OperandKind:
+    """How a kernel reaches the codes of a format."""
+    unblocked = {"bfloat16": OperandKind.HALVES, "ulp": OperandKind.BYTES}
+    return unblocked.get(format.kind, OperandKind.CODES)
+
+
+CODE_STORES = {
+    OperandKind.HALVES: "store_half",
+    OperandKind.BYTES: "store_byte",
+    OperandKind.CODES: "pack",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,8 @@ def decode(b: Builder, state: Stored, normalizer: Value | None) -> Value:
     """Read a state from memory."""
     if state.format.kind == "bfloat16":
         return b.op("from_bits", b.op("shift_left", b.read("load_half", state.codes), 16))
+    if state.format.kind == "ulp":
+        return b.op("mul", b.op("to_float", b.read("load_byte", state.codes)), ULP_STEP)
     code = b.read("unpack", state.codes, width=state.format.width, name="code")
     word = b.read("load_word", state.scales, name="word")
     return decode_block(b, code, word, state.format, normalizer)
@@ -84,6 +101,8 @@ def encode(
     format = state.format
     if format.kind == "bfloat16":
         return _encode_bfloat16(b, x, state), None
+    if format.kind == "ulp":
+        return _encode_ulp(b, x, state), None
     noise = 0.5 * 2**24 if state.key is None else b.read("random24", state.key)
     if format.kind == "softsign":
         code, word = _encode_softsign(b, x, format, noise)
@@ -261,3 +280,9 @@ def _encode_bfloat16(b: Builder, x: Value, state: Stored) -> Value:
         )
     rounded = b.op("int_select", finite, b.op("int_add", bits, low), quiet)
     return b.op("int_and", b.op("shift_right", rounded, 16), 0xFFFF)
+
+
+def _encode_ulp(b: Builder, x: Value, state: Stored) -> Value:
+    """`reference._ulp_codes`; of what is not a number, the integer conversion makes 0."""
+    t = b.op("min", b.op("max", b.op("mul", x, 1.0 / ULP_STEP), -128.0), 127.0)
+    return b.op("to_int", at_random(b, t, state.key))

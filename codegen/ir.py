@@ -89,6 +89,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
 READS: dict[str, tuple[Space, Type]] = {
     "load": (Space.ELEMENT, F),
     "load_half": (Space.ELEMENT, I),  # 16 bits, zero-extended
+    "load_byte": (Space.ELEMENT, I),  # 8 bits, sign-extended
     "unpack": (Space.ELEMENT, I),
     "random24": (Space.ELEMENT, F),  # a whole number in [0, 2^24)
     "random": (Space.ELEMENT, I),
@@ -106,6 +107,7 @@ REDUCTIONS: dict[str, Type] = {"block_sum": F, "block_max": I}
 STORES: dict[str, tuple[Space, Type]] = {
     "store": (Space.ELEMENT, F),
     "store_half": (Space.ELEMENT, I),
+    "store_byte": (Space.ELEMENT, I),
     "pack": (Space.ELEMENT, I),
     "store_word": (Space.BLOCK, I),
     "store_scalar": (Space.TENSOR, F),
@@ -118,6 +120,7 @@ class OperandKind(enum.StrEnum):
 
     FLOATS = "floats"
     HALVES = "halves"
+    BYTES = "bytes"
     CODES = "codes"
     WORDS = "words"
     SCALAR = "scalar"
@@ -142,6 +145,8 @@ class KernelOperand:
     @property
     def bytes(self) -> int:
         """Bytes of an element, for operands that have one."""
+        if self.kind is OperandKind.BYTES:
+            return 1
         halves = self.kind is OperandKind.HALVES or self.dtype in ("bfloat16", "float16")
         return 2 if halves else 4
 

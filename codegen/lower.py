@@ -10,8 +10,15 @@ import torch
 from torch import fx
 from torch._inductor import inductor_prims
 
-from stq_compile.codegen import measure
-from stq_compile.codegen.expand import Stored, decode, decode_block, encode
+from stq_compile.codegen import halves, measure
+from stq_compile.codegen.expand import (
+    CODE_STORES,
+    Stored,
+    code_kind,
+    decode,
+    decode_block,
+    encode,
+)
 from stq_compile.codegen.ir import (
     STORES,
     Argument,
@@ -25,8 +32,11 @@ from stq_compile.codegen.ir import (
 from stq_compile.codegen.verify import verify_kernel
 from stq_compile.errors import DuplicateLoweringError
 from stq_compile.formats import FORMATS
+from stq_compile.halves import HALVES
+from stq_compile.passes.compensate import PARAM_ERROR_OP, WITH_ERROR
 from stq_compile.passes.partition import element_nodes
 from stq_compile.passes.quantize import DEQUANTIZE, QUANTIZE
+from stq_compile.passes.round_params import ROUND_PARAM
 from stq_compile.step_graph import Operand, Role, StepGraph, location_of
 
 Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Any]
@@ -106,7 +116,7 @@ def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
         width = 0
         if kind is OperandKind.CODES:
             width = unit.formats[node.name].width
-            kind = OperandKind.HALVES if width == 16 else kind
+            kind = code_kind(unit.formats[node.name])
         dtype = "float32"
         if kind is OperandKind.FLOATS:
             dtype = str(operand.dtype).removeprefix("torch.")
@@ -147,6 +157,10 @@ def _lower_node(
         value, normalizer, format, _ = args
         key = node.args[3].name if isinstance(node.args[3], fx.Node) else None
         return encode(b, value, Stored("", "", key, FORMATS[format]), normalizer)
+    if node.target is ROUND_PARAM:
+        b.prefix = f"{node.name}_"
+        key = node.args[2].name if isinstance(node.args[2], fx.Node) else None
+        return halves.rounded(b, args[0], HALVES[args[1]], key)
     b.prefix = ""
     if node.target is operator.getitem:
         return args[0][args[1]]
@@ -174,8 +188,7 @@ def _write(b: Builder, target: str, role: Role, value: Any) -> None:
         for slot, total in enumerate(value):
             b.store("accumulate", target, total, slot=slot)
     elif role is Role.CODES:
-        opcode = "store_half" if operand.kind is OperandKind.HALVES else "pack"
-        b.store(opcode, target, value, width=operand.width)
+        b.store(CODE_STORES[operand.kind], target, value, width=operand.width)
     else:
         b.store("store_scalar" if operand.kind is OperandKind.SCALAR else "store", target, value)
 
@@ -192,11 +205,10 @@ def _without_dead_code(kernel: Kernel) -> Kernel:
 
 def bytes_per_element(kernel: Kernel) -> float:
     """Bytes that the kernel moves per element: reads, and writes as one pass each."""
-    whole = (OperandKind.FLOATS, OperandKind.HALVES)
+    whole = (OperandKind.FLOATS, OperandKind.HALVES, OperandKind.BYTES)
     size = {OperandKind.WORDS: 2.0 / 128}
-    reads = {
-        v.operand for v in kernel.body if v.opcode in ("load", "load_half", "unpack", "load_word")
-    }
+    loads = ("load", "load_half", "load_byte", "unpack", "load_word")
+    reads = {v.operand for v in kernel.body if v.opcode in loads}
     total = 0.0
     for operand in kernel.operands:
         each = operand.bytes if operand.kind in whole else size.get(operand.kind, 0.0)
@@ -368,6 +380,21 @@ def _zeros_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 @lowers(aten.ones_like.default)
 def _ones_like(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return 1.0
+
+
+# Parameters of 16 bits. ----------------------------------------------------------------------
+
+
+@lowers(WITH_ERROR)
+def _with_error(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    param, error, dtype = args
+    return halves.with_error(b, param, error, HALVES[dtype])
+
+
+@lowers(PARAM_ERROR_OP)
+def _param_error(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, rounded, dtype = args
+    return halves.error_of(b, x, rounded, HALVES[dtype])
 
 
 # What measuring graphs consist of. ---------------------------------------------------------

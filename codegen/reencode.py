@@ -6,7 +6,7 @@ old codes are whole until the new ones are. Both emitters take it as any other k
 
 from __future__ import annotations
 
-from stq_compile.codegen.expand import Stored, decode, encode
+from stq_compile.codegen.expand import CODE_STORES, Stored, code_kind, decode, encode
 from stq_compile.codegen.ir import Builder, Kernel, KernelOperand, OperandKind, Value
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.codegen.verify import verify_kernel
@@ -47,8 +47,8 @@ def reencode_kernel(
 def _buffers(stem: str, format: Format, *, written: bool = False) -> list[KernelOperand]:
     if format.kind == "float32":
         return [KernelOperand(f"{stem}_codes", OperandKind.FLOATS, written)]
-    if format.kind == "bfloat16":
-        return [KernelOperand(f"{stem}_codes", OperandKind.HALVES, written, format.width)]
+    if not format.blocked:
+        return [KernelOperand(f"{stem}_codes", code_kind(format), written, format.width)]
     codes = KernelOperand(f"{stem}_codes", OperandKind.CODES, written, format.width)
     return [codes, KernelOperand(f"{stem}_scales", OperandKind.WORDS, written)]
 
@@ -65,7 +65,6 @@ def _store(b: Builder, value: Value, format: Format, unit: Value | None, key: st
         b.store("store", codes, value)
         return
     code, word = encode(b, value, Stored(codes, scales, key, format), unit)
-    opcode = "store_half" if format.kind == "bfloat16" else "pack"
-    b.store(opcode, codes, code, width=format.width)
+    b.store(CODE_STORES[code_kind(format)], codes, code, width=format.width)
     if word is not None:
         b.store("store_word", scales, word)

@@ -57,7 +57,7 @@ class Target:
 
 
 _FLOATS = frozenset(("float32", "bfloat16", "float16"))
-CPU = Target("cpu", tables=True, dtypes=frozenset(("float32",)))
+CPU = Target("cpu", tables=True, dtypes=_FLOATS)
 
 
 def parse_target(text: str) -> Target:

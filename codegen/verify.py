@@ -21,6 +21,7 @@ from stq_compile.errors import InvalidKernelError
 KINDS: dict[str, OperandKind] = {
     "load": OperandKind.FLOATS,
     "load_half": OperandKind.HALVES,
+    "load_byte": OperandKind.BYTES,
     "unpack": OperandKind.CODES,
     "random24": OperandKind.KEY,
     "random": OperandKind.KEY,
@@ -29,6 +30,7 @@ KINDS: dict[str, OperandKind] = {
     "argument": OperandKind.NUMBER,
     "store": OperandKind.FLOATS,
     "store_half": OperandKind.HALVES,
+    "store_byte": OperandKind.BYTES,
     "pack": OperandKind.CODES,
     "store_word": OperandKind.WORDS,
     "store_scalar": OperandKind.SCALAR,

@@ -237,14 +237,16 @@ def _record_size(run: Run, step: int, optimizer: torch.optim.Optimizer, *, packe
         run.size = StateSize(report.state_bytes, report.bits_per_element, report.saved)
         run.transitions = report.transitions
     else:
-        run.size = _fp32_size(optimizer)
+        run.size = _stock_size(optimizer)
     run.bits.append((step, run.size.bits_per_element))
 
 
-def _fp32_size(optimizer: torch.optim.Optimizer) -> StateSize:
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    size = sum(value.nbytes for value in states if isinstance(value, Tensor) and value.dim() > 0)
-    return StateSize(size, bits_per_element=32.0, saved=0.0)
+def _stock_size(optimizer: torch.optim.Optimizer) -> StateSize:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    states = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    size = sum(value.nbytes for value in states)
+    bits = 8 * size / max(1, sum(value.numel() for value in states)) or 32.0
+    return StateSize(size, bits_per_element=bits, saved=1 - bits / 32)
 
 
 def _fused_step_ms(task: Task, choice: OptimizerChoice, steps: int = 100) -> float | None:

@@ -134,7 +134,9 @@ def _parts(unit: StepGraph, optimizer: str, why_not: Supports) -> list[StepGraph
     if unit.writes is not None:
         return [unit]
     whole = _functionalize(unit, optimizer)
-    misfits = {i for i, row in enumerate(whole.instances) if why_instance_unfused(row)}
+    misfits = {
+        i for i, row in enumerate(whole.instances) if why_instance_unfused(row, whole.widened)
+    }
     parts = []
     if why_unfused(whole, why_not):
         misfits = set(range(len(whole.instances)))
@@ -145,7 +147,8 @@ def _parts(unit: StepGraph, optimizer: str, why_not: Supports) -> list[StepGraph
         rows = tuple(row for i, row in enumerate(unit.instances) if i in misfits)
         for part in by_geometry(unit.replace(instances=rows)):
             traced = _functionalize(part, optimizer)
-            reason = why_unfused(traced, why_not) or why_instance_unfused(traced.instances[0])
+            row = traced.instances[0]
+            reason = why_unfused(traced, why_not) or why_instance_unfused(row, traced.widened)
             plain = _functionalize(part, optimizer, {}) if reason else None
             parts.append(traced.replace(unfused=reason, plain=plain))
     return parts
@@ -313,8 +316,11 @@ def _created_states(
         last = node
         node.meta = {"val": fake, "example": torch.empty((), dtype=fake.dtype).expand(fake.shape)}
         source = Source(unit.instances[0].param.source.param, "", f"created_{i}")
+        dtype = fake.dtype
+        if unit.widened:  # what the optimizer asked for
+            dtype = getattr(unit.outputs[i].meta.get("example_value"), "dtype", dtype)
         operand = Operand(
-            node.name, Role.STATE, source, tuple(fake.shape), tuple(fake.stride()), fake.dtype
+            node.name, Role.STATE, source, tuple(fake.shape), tuple(fake.stride()), dtype
         )
         created.append((operand, value))
     return created

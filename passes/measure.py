@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from stq_compile import ops  # noqa: F401  (registers the operators)
 from stq_compile.error_law import FACTORS, persistence
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.halves import HALF_DTYPES
 from stq_compile.options import Rounding
 from stq_compile.passes.functionalize import DECOMPOSITIONS, fake_inputs
 from stq_compile.passes.normalizers import Differentiable
@@ -75,7 +76,7 @@ def measured_states(unit: StepGraph) -> list[Operand]:
         and o.name in written
         and users[o.name]
         and o.source.key not in unit.facts.fragile
-        and o.dtype == torch.float32
+        and (o.dtype == torch.float32 or (unit.widened and o.dtype in HALF_DTYPES))
     ]
 
 

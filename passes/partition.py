@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import is_dense
 from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph, location_of
 
@@ -51,8 +52,12 @@ def why_unfused(unit: StepGraph, why_not: Supports) -> str:
     return ""
 
 
-def why_instance_unfused(instance: Instance) -> str:
-    """Why the tensors of one parameter do not fit a kernel: it walks them in memory order."""
+def why_instance_unfused(instance: Instance, widened: bool = False) -> str:
+    """Why the tensors of one parameter do not fit a kernel: it walks them in memory order.
+
+    ``widened``: 16-bit elements are computed on in float32 (`passes.widen`).
+    """
+    dtypes = FLOAT_DTYPES if widened else {torch.float32}
     params = [o for o in instance.operands if o.role is Role.PARAM]
     if len(params) != 1:
         return f"it updates {len(params)} parameters together"
@@ -61,9 +66,11 @@ def why_instance_unfused(instance: Instance) -> str:
         if operand.role not in (Role.PARAM, Role.GRAD, Role.STATE):
             continue
         what = f"the {operand.role} {operand.source}"
-        if operand.dtype != torch.float32:
+        if operand.dtype not in dtypes:
             return f"{what} is {operand.dtype}"
         if operand.role is Role.STATE and operand.shape == ():
+            if operand.dtype != torch.float32 and param.shape != ():
+                return f"{what} is a scalar of {operand.dtype}"
             continue
         if operand.whole_shape != param.whole_shape:
             shapes = operand.whole_shape, param.whole_shape
@@ -95,8 +102,9 @@ def by_geometry(unit: StepGraph) -> list[StepGraph]:
             graph.find_nodes(op="placeholder"), instances[0].operands, strict=True
         ):
             if operand.shape != ():
+                dtype = node.meta["example"].dtype  # not the operand's in a widened graph
                 node.meta["example"] = torch.empty_strided(
-                    operand.whole_shape, _stride(operand), dtype=operand.dtype, device="meta"
+                    operand.whole_shape, _stride(operand), dtype=dtype, device="meta"
                 )
         name = f"{unit.name}_{i}" if len(groups) > 1 else unit.name
         parts.append(unit.replace(name=name, graph=graph, instances=tuple(instances)))

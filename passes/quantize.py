@@ -25,9 +25,10 @@ import torch
 from torch import fx
 
 from stq_compile import ops  # noqa: F401  (registers the operators)
-from stq_compile.formats import FLOAT32, Format
+from stq_compile.formats import FLOAT32, ULP8, Format
+from stq_compile.halves import HALF_DTYPES
 from stq_compile.options import Rounding
-from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph
+from stq_compile.step_graph import PARAM_ERROR, Instance, Operand, Program, Role, StepGraph
 
 FormatOf = Callable[[Operand, StepGraph], Format | None]
 """The format of one instance's state; None (or float32) leaves it an ordinary tensor."""
@@ -61,7 +62,10 @@ def _assignment(
     """The format of each operand of an instance; None where it stays an ordinary tensor."""
     formats: list[Format | None] = []
     for operand in instance.operands:
-        format = format_of(operand, unit) if operand.role is Role.STATE else None
+        format = None
+        if operand.role is Role.STATE:
+            error = operand.source.key == PARAM_ERROR
+            format = ULP8 if error else format_of(operand, unit)
         formats.append(None if format == FLOAT32 else format)
     return tuple(formats)
 
@@ -71,6 +75,8 @@ def _insert(unit: StepGraph, formats: tuple[Format | None, ...], rounding: Round
     key_of = {o.name: o.source.key for o in unit.operands}
     parts = [unit.name, *(f"{key_of[n]}_{f.name}" for n, f in packed.items())]
     name = re.sub(r"\W", "_", "_".join(parts))
+    if unit.widened:
+        unit = unit.replace(instances=tuple(_in_float32(i) for i in unit.instances))
     if not packed:
         return unit.replace(name=name)
     name_of = {o.source.key: o.name for o in unit.operands if o.role is Role.STATE}
@@ -118,6 +124,18 @@ def _insert(unit: StepGraph, formats: tuple[Format | None, ...], rounding: Round
         writes=tuple(outputs),
         formats={inputs[n]["codes"].name: f for n, f in packed.items()},
     )
+
+
+def _in_float32(instance: Instance) -> Instance:
+    """The operands with the types that they have in memory: states of a widened graph that are not
+    packed are packed states all the same, of format float32."""
+    operands = tuple(
+        replace(o, dtype=torch.float32)
+        if o.role is Role.STATE and o.shape != () and o.dtype in HALF_DTYPES
+        else o
+        for o in instance.operands
+    )
+    return replace(instance, operands=operands)
 
 
 def _placeholders(graph: fx.Graph, name: str, rounding: Rounding) -> dict[str, fx.Node]:
@@ -171,7 +189,9 @@ def _expanded(
             operands.append(operand)
             continue
         for part, node in inputs[operand.name].items():
-            code = torch.int16 if packed[operand.name].width == 16 else torch.uint8
+            code = {"bfloat16": torch.int16, "ulp": torch.int8}.get(
+                packed[operand.name].kind, torch.uint8
+            )
             dtype = {"codes": code, "scales": torch.int16, "key": torch.int64}[part]
             shape = () if part == "key" else operand.shape
             operands.append(

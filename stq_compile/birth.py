@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from stq_compile.formats import CONSTANT
+from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense
 from stq_compile.shards import local, wrap
 from stq_compile.storage import DEVICES
@@ -27,7 +28,7 @@ _FULL = {aten.full_like.default, aten.full.default, aten.new_full.default}
 
 
 class Birth(TorchDispatchMode):
-    """Answers constant factories of ``min_numel`` or more float32 elements with packed ones.
+    """Answers constant factories of ``min_numel`` or more float or half elements with packed ones.
 
     Of a sharded tensor the elements of the whole one count, and the packed state is the local
     tensor of a DTensor.
@@ -67,7 +68,8 @@ def newborn(
     if (
         (outer if sharded else meta).numel() < min_numel
         or (sharded and meta.shape != like.shape)  # as large as the whole tensor
-        or meta.dtype != torch.float32
+        or meta.dtype not in FLOAT_DTYPES
+        or (meta.ndim == 0 and meta.dtype != torch.float32)  # kernels read it as it is
         or device.type not in DEVICES
         or not is_dense(meta)
     ):

@@ -11,6 +11,12 @@ step of the random counter, the widths in force and what the planner knows. With
 continues bit for bit, later decisions included. A checkpoint that is damaged or does not fit is
 refused whole, before anything is changed.
 
+The error of a compensated 16-bit parameter (design/0016) stands beside its states, under
+``param_error``, and takes part in all of this; it belongs to the value that the parameter had when
+it was saved. The float32 form has none, and neither has the stock optimizer: parameters are then
+what is left of them in 16 bits. Loaded without compensation it is dropped, and what comes without
+it starts from errors of zero.
+
 Loaded under other options: widths and planner carry over if ``precision`` is the same, and the
 next decision follows the new options (the first step decides at once if the budget is exceeded or a
 width is not on the ladder). With another ``precision``, or from a run with a planner to one without
@@ -34,15 +40,16 @@ from stq_compile import saved_state
 from stq_compile.capture import param_sources
 from stq_compile.collective import anywhere
 from stq_compile.errors import CheckpointError
-from stq_compile.formats import WIDTHS
-from stq_compile.packed_state import PackedState, is_dense
+from stq_compile.formats import CONSTANT, ULP8, WIDTHS
+from stq_compile.halves import FLOAT_DTYPES
+from stq_compile.packed_state import PackedState, is_dense, memory_order, strides_of_states
 from stq_compile.planner import saved_plan
 from stq_compile.planner.planner import Planner
 from stq_compile.saved_state import whole_number
 from stq_compile.session import Session
 from stq_compile.shards import is_sharded, local, place_of, region_of, wrap
 from stq_compile.state_tree import rebuilt, tensors
-from stq_compile.step_graph import Source
+from stq_compile.step_graph import PARAM_ERROR, Source
 from stq_compile.storage import PackedStorage
 
 VERSION = 4
@@ -83,6 +90,8 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
         index: _export_entries(entries, format) for index, entries in state_dict["state"].items()
     }
     if format == "packed":
+        for number, error in session.errors.items():
+            out["state"].setdefault(number, {})[PARAM_ERROR] = saved_state.save(error, None)
         header = {
             "version": VERSION,
             "sizes": [list(param.shape) for param in session.params()],
@@ -130,10 +139,12 @@ class Import:
     plan: dict[tuple[int, str], int] = field(default_factory=dict)
     planner: Mapping[str, Any] | None = None
     reencoded: list[str] = field(default_factory=list)
+    errors: dict[int, Tensor] = field(default_factory=dict)
 
     def apply(self, session: Session) -> None:
         """Let the session continue where the checkpoint was made."""
         session.reencoded = tuple(self.reencoded)
+        session.load_errors(self.errors)
         if self.seed is None:
             return
         session.seed, session.steps, session.plan = self.seed, self.steps, self.plan
@@ -301,7 +312,11 @@ class _Reader:
     def read(self, entries: Any) -> Any:
         """The states; normalizers first, since others are in units of them."""
         entries = _mapping(entries, self.where)
-        return rebuilt(rebuilt(dict(entries), self._first), self._second)
+        states = rebuilt(rebuilt(dict(entries), self._first), self._second)
+        if PARAM_ERROR in self.states:
+            assert self.source is not None
+            self.found.errors[self.source.param] = states.pop(PARAM_ERROR)
+        return states
 
     def _first(self, key: str, value: Any) -> Any:
         alone = saved_state.is_entry(value) and value.get("normalizer") is None
@@ -323,6 +338,12 @@ class _Reader:
             raise CheckpointError(entry=where, found="no such parameter", expected="a parameter")
         like = self._like(key, entry)
         self.states[key] = state = saved_state.read(entry, like, where, self.states)
+        if (state.format == ULP8) != (key == PARAM_ERROR):
+            raise CheckpointError(
+                entry=f"{where}.format",
+                found=state.format.name,
+                expected=f"{ULP8.name} for {PARAM_ERROR} and for nothing else",
+            )
         source = Source(self.source.param, self.source.name, key)
         options = self.session.storage_options(source, region_of(like))
         divisor = self.storages.get(str(entry.get("normalizer")))
@@ -330,8 +351,7 @@ class _Reader:
         self.storages[key] = storage
         if not exact:
             self.found.reencoded.append(where)
-        held = local(like)
-        return wrap(PackedState(storage, held.size(), held.stride()), like)
+        return wrap(_packed(storage, local(like), self.param), like)
 
     def _like(self, key: str, entry: Mapping[str, Any]) -> Tensor:
         """A tensor of the shape, strides and sharding that a state must have.
@@ -389,7 +409,16 @@ def _taken(value: Tensor, param: Tensor) -> Tensor:
     held = local(value)
     if held.dtype != torch.bfloat16 or not is_dense(held) or held.stride() != local(param).stride():
         return value
-    return wrap(PackedState.wrap(held.to(local(param).device)), value)
+    device = local(param).device
+    storage = PackedStorage(held.numel(), CONSTANT, device=device)
+    storage.take(memory_order(held.to(device)))
+    return wrap(_packed(storage, held, param), value)
+
+
+def _packed(storage: PackedStorage, like: Tensor, param: Tensor) -> PackedState:
+    """A state of its parameter's type, which is what torch turns it into otherwise."""
+    dtype = param.dtype if param.dtype in FLOAT_DTYPES else torch.float32
+    return PackedState(storage, like.size(), strides_of_states(like), dtype=dtype)
 
 
 def _mapping(value: Any, entry: str) -> Mapping[Any, Any]:

@@ -32,6 +32,8 @@ from stq_compile.dump import Dump
 from stq_compile.errors import FormatMismatchError, PartialStepError, first_line
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
+from stq_compile.half_params import HalfParams
+from stq_compile.halves import FLOAT_DTYPES, HALF_DTYPES
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.agree import agree
@@ -51,7 +53,16 @@ from stq_compile.rounding import mixed_step
 from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present, recording
 from stq_compile.shards import local, wrap
 from stq_compile.state_tree import Leaf
-from stq_compile.step_graph import Facts, Operand, Program, Role, Source, StepGraph
+from stq_compile.step_graph import (
+    PARAM_ERROR,
+    PARAM_ROUNDING,
+    Facts,
+    Operand,
+    Program,
+    Role,
+    Source,
+    StepGraph,
+)
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
 
@@ -84,6 +95,7 @@ class StateInfo:
     format: Format
     facts: Facts
     reason: str = ""
+    widened: bool = False
 
 
 class Owner(Protocol):
@@ -103,6 +115,7 @@ class Owner(Protocol):
     look_bytes: int
     recorded: bool
     decision_due: bool
+    errors: dict[int, Tensor]
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -157,7 +170,7 @@ class CompiledStep:
             return generate(
                 self.program,
                 session.format_of,
-                session.options.rounding,
+                session.options,
                 session.dump.folder("generate"),
             )
 
@@ -208,7 +221,7 @@ class CompiledStep:
                 reason = unit.facts.fragile.get(operand.source.key, "")
                 if unit.unfused:
                     format = self._format_now(operand, format)
-                info = StateInfo(operand.source, format, unit.facts, reason)
+                info = StateInfo(operand.source, format, unit.facts, reason, unit.widened)
                 found.append((operand, info))
         return found
 
@@ -239,8 +252,8 @@ class CompiledStep:
             if waiting and value.format != FLOAT32:
                 return value.format
             value = value.dequantize()
-        if format == FLOAT32:
-            return format
+        if format == FLOAT32 or value.dtype not in FLOAT_DTYPES:
+            return FLOAT32
         signed = bool((value < 0).any())
         if operand.region is not None:
             signed = anywhere(signed, [self.session.params()[operand.source.param]])
@@ -257,7 +270,8 @@ class CompiledStep:
             value = local(self._live(where))
             if not isinstance(value, PackedState):
                 assert isinstance(value, Tensor)
-                if info.format == FLOAT32 or not can_be_packed(value):
+                wide = info.format == FLOAT32 and not (info.widened and value.dtype in HALF_DTYPES)
+                if wide or not can_be_packed(value):
                     session.info[(operand.source.param, operand.source.key)] = info
                     continue
                 value = session.unencoded(value, operand.source, operand.region)
@@ -295,7 +309,9 @@ class CompiledStep:
     def _build_buckets(self, units: list[Unit]) -> None:
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
-            Region(unit, self._resolve, partial(self._width_of, unit), self.session.codec)
+            Region(
+                unit, self._resolve, partial(self._width_of, unit), self.session.codec, self._params
+            )
             for unit in self.program.units
             if unit.unfused
         ]
@@ -304,6 +320,17 @@ class CompiledStep:
         self._formats = {
             o.returned: self._format_at_birth(o, u) for u, o in self._created_by() if o.shape != ()
         }
+        self._packed_wide = {
+            o.returned
+            for u, o in self._created_by()
+            if u.widened and o.dtype in HALF_DTYPES and o.shape != ()
+        }
+
+    @cached_property
+    def _params(self) -> HalfParams:
+        """How regions read and write parameters of 16 bits."""
+        session = self.session
+        return HalfParams(session.options.param_rounding, session.errors, lambda: session.seed)
 
     def _width_of(self, unit: StepGraph, operand: Operand) -> int:
         return self.session.format_of(operand, unit).width
@@ -314,13 +341,16 @@ class CompiledStep:
     def _format_at_birth(self, operand: Operand, unit: StepGraph) -> Format:
         """A region's states get their format when they are first written, from their values."""
         format = self.session.format_of(operand, unit)
-        if operand.dtype != torch.float32:
+        if operand.dtype not in FLOAT_DTYPES:
             return FLOAT32
         return CONSTANT if unit.unfused and format != FLOAT32 else format
 
     def _resolve(self, operand: Operand) -> Any:
-        if operand.returned >= 0 or operand.role is Role.SUMS:
+        key = operand.source.key
+        if operand.returned >= 0 or operand.role is Role.SUMS or key == PARAM_ROUNDING:
             return None
+        if key == PARAM_ERROR:
+            return self.session.errors[operand.source.param]
         role = Role.STATE if operand.role in (Role.CODES, Role.SCALES, Role.KEY) else operand.role
         return self.bindings[(role, operand.source)]
 
@@ -357,7 +387,7 @@ class CompiledStep:
         total = done + sum(len(region.rows) for region in self.regions)
         try:
             for region in self.regions:
-                for _ in region.launch():
+                for _ in region.launch(self.session.steps):
                     done += 1
         except Exception as error:
             if done == 0:
@@ -480,12 +510,14 @@ class CompiledStep:
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
         state: Tensor
-        if format == FLOAT32:
+        if format == FLOAT32 and operand.returned not in self._packed_wide:
             state = torch.empty_strided(
                 operand.shape, operand.stride, dtype=operand.dtype, device=operand.device
             )
         else:
-            like = torch.empty_strided(operand.shape, operand.stride, device="meta")
+            like = torch.empty_strided(
+                operand.shape, operand.stride, dtype=operand.dtype, device="meta"
+            )
             options = self.session.storage_options(operand.source, operand.region)
             state = PackedState.zeros_like(like, format, device=operand.device, **options)
         if operand.region is None:

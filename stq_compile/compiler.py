@@ -6,7 +6,7 @@ again, without Dynamo, whenever the widths change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from stq_compile.codegen.lower import lower, why_not
 from stq_compile.codegen.tabulate import tabulate
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.codegen.verify import verify_kernel
-from stq_compile.options import Rounding
+from stq_compile.options import Options, ParamRounding, Rounding
+from stq_compile.passes.compensate import compensate
 from stq_compile.passes.expand_foreach import expand_foreach
 from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
@@ -30,14 +31,17 @@ from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import FormatOf, insert_quantize
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
+from stq_compile.passes.round_params import round_params
 from stq_compile.passes.runner import Pass, Stage, run_passes
 from stq_compile.passes.split import split
+from stq_compile.passes.widen import widen
 from stq_compile.step_graph import Program, StepGraph
 
 FRONT: Sequence[Pass] = (
     Pass("expand_foreach", expand_foreach),
     Pass("split", split),
     Pass("fold", fold),
+    Pass("widen", widen),
     Pass("functionalize", partial(functionalize, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),
@@ -45,9 +49,24 @@ FRONT: Sequence[Pass] = (
 )
 
 
-def back(format_of: FormatOf, rounding: Rounding) -> Sequence[Pass]:
+def front(options: Options) -> Sequence[Pass]:
+    """``FRONT``, or what of it serves where 16-bit parameters are to be rounded as torch does."""
+    return [p for p in FRONT if p.run is not widen or not options.as_torch_rounds]
+
+
+PARAM_PASSES: Mapping[ParamRounding, Sequence[Pass]] = {
+    "nearest": (),  # what the store of an element does
+    "stochastic": (Pass("round_params", round_params),),
+    "compensated": (Pass("compensate", compensate),),
+}
+
+
+def back(
+    format_of: FormatOf, rounding: Rounding, param_rounding: ParamRounding = "nearest"
+) -> Sequence[Pass]:
     """The passes that depend on the formats."""
     return (
+        *PARAM_PASSES[param_rounding],
         Pass("quantize", partial(insert_quantize, format_of=format_of, rounding=rounding)),
         Pass("partition", partition),
     )
@@ -62,9 +81,9 @@ class Unit:
     compiled: Executable
 
 
-def analyse(program: Program, dump: Path | None = None) -> list[Stage]:
+def analyse(program: Program, options: Options, dump: Path | None = None) -> list[Stage]:
     """Run the front passes; the last stage holds one unit per template."""
-    return run_passes(program, FRONT, dump=dump)
+    return run_passes(program, front(options), dump=dump)
 
 
 @dataclass(frozen=True)
@@ -76,10 +95,11 @@ class Generated:
 
 
 def generate(
-    program: Program, format_of: FormatOf, rounding: Rounding, dump: Path | None = None
+    program: Program, format_of: FormatOf, options: Options, dump: Path | None = None
 ) -> Generated:
     """Quantize every template at the formats given and compile its kernels."""
-    return _compile(program, back(format_of, rounding), dump)
+    passes = back(format_of, options.rounding, options.param_rounding)
+    return _compile(program, passes, dump)
 
 
 def measuring_program(program: Program, rounding: Rounding, dump: Path | None = None) -> Program:

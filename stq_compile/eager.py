@@ -21,10 +21,12 @@ from stq_compile.errors import (
     EagerStepMemoryError,
     EagerStepWarning,
     NonFiniteGradientError,
+    ParamRoundingWarning,
     first_line,
     is_out_of_memory,
 )
 from stq_compile.formats import FLOAT32
+from stq_compile.halves import HALF_DTYPES
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
 from stq_compile.shards import local
@@ -41,6 +43,9 @@ def announce(session: Session, reason: str) -> None:
     optimizer = type(session.optimizer).__name__
     warning = EagerStepWarning(optimizer=optimizer, reason=session.eager_reason)
     warnings.warn(warning, stacklevel=2)
+    rounding = session.options.param_rounding
+    if rounding != "nearest" and any(p.dtype in HALF_DTYPES for p in session.params()):
+        warnings.warn(ParamRoundingWarning(optimizer=optimizer, rounding=rounding), stacklevel=2)
 
 
 def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +171,7 @@ def _settle(session: Session, leaf: Leaf, source: Source, state: PackedState, wi
     """Give a state that was born in this step its format, and its own random numbers."""
     storage = state.packed
     if width == FLOAT32.width:
-        leaf.put(state.dequantize())
+        leaf.put(state.dequantize().to(state.dtype))
         return
     if storage.format == FLOAT32:  # written before the optimizer had stored it
         if is_like(state, leaf.owner):

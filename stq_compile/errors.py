@@ -72,6 +72,14 @@ class EagerStepWarning(StqWarning):
     )
 
 
+class ParamRoundingWarning(StqWarning):
+    message = (
+        "{optimizer}: param_rounding={rounding!r} has no effect on steps that run eagerly: its "
+        "16-bit parameters are rounded to nearest, as torch does, after every operation. What "
+        "keeps the step from being compiled stands in stq.report(optimizer).note."
+    )
+
+
 class KernelCacheWarning(StqWarning):
     message = (
         "compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew, "

@@ -7,6 +7,8 @@ A block is 128 consecutive elements that share one 16-bit scale word. Four kinds
                   update); evenly spaced levels ``(code - (2^w - 1)/2) * step * d``
 ``adaptive_log``  non-negative; levels ``s * 2^(-R * (1 - code/L))``, ``L = 2^w - 1``; the block
                   carries its largest element ``s`` and its range ``R`` in octaves
+``ulp``           signed, no blocks: multiples of 2^-8 in [-1/2, 1/2), the error of a parameter of
+                  16 bits in units of its last place (design/0016)
 ``bfloat16``, ``float32``  plain casts, no blocks
 ``constant``      no bytes at all: a state at birth, before its first step, all one value
 
@@ -24,7 +26,7 @@ BLOCK = 128
 LANES = 16
 PLANES = BLOCK // LANES
 
-Kind = Literal["softsign", "midrise", "adaptive_log", "bfloat16", "float32", "constant"]
+Kind = Literal["softsign", "midrise", "adaptive_log", "ulp", "bfloat16", "float32", "constant"]
 
 FIELDS: dict[int, tuple[int, ...]] = {
     2: (2,),
@@ -60,6 +62,9 @@ MIDRISE_LARGEST_UNIT = 2.0**64
 unit, so that its state stays finite; the update divides by the infinity as ever."""
 MIDRISE_SHRINK = 1.0 - 2.0**-19
 """What their values lose, so that none lies beyond the last level and no code has to be cut off."""
+
+ULP_STEP = 2.0**-8
+"""What a code of ``ulp`` counts: the 256th part of a unit in the last place."""
 
 # Least-maximum polynomials, fitted once in float64 and rounded to float32.
 # A float's bit pattern, read as an integer, is its log2 in units of 2^-23 octaves but for a bend
@@ -100,7 +105,7 @@ class Format:
     @property
     def blocked(self) -> bool:
         """Whether elements share scales in blocks of ``BLOCK``."""
-        return 0 < self.width < 16
+        return 0 < self.width < 16 and self.kind != "ulp"
 
     @property
     def signed(self) -> bool:
@@ -130,6 +135,7 @@ class Format:
 
 FLOAT32 = Format("float32", 32)
 BFLOAT16 = Format("bfloat16", 16)
+ULP8 = Format("ulp", 8)
 CONSTANT = Format("constant", 0)
 
 FORMATS: dict[str, Format] = {
@@ -138,6 +144,7 @@ FORMATS: dict[str, Format] = {
         *(Format("softsign", w) for w in FIELDS),
         *(Format("midrise", w) for w in FIELDS),
         *(Format("adaptive_log", w) for w in FIELDS),
+        ULP8,
         BFLOAT16,
         FLOAT32,
         CONSTANT,

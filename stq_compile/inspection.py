@@ -24,7 +24,7 @@ from stq_compile.birth import init_states
 from stq_compile.capture import Captured, capture, param_sources
 from stq_compile.checks import check_program
 from stq_compile.codegen.target import CPU, Target
-from stq_compile.compiler import FRONT, back
+from stq_compile.compiler import FRONT, back, front
 from stq_compile.errors import StqError, UnsupportedOptimizerError
 from stq_compile.exemplars import extend
 from stq_compile.failures import reporting_defects
@@ -164,14 +164,15 @@ def inspect_optimizer(
             return found
         session.check_precision(program)
         session.plan_first(program)
-        _keep(found, program, back(session.format_of, options.rounding), "generate")
+        passes = back(session.format_of, options.rounding, options.param_rounding)
+        _keep(found, program, passes, "generate")
     return found
 
 
 def _analyse(found: Inspection, classes: Sequence[Sequence[int]]) -> Program:
     """Run the passes that need no formats, keeping the stages that were reached."""
     program = found.captured.program
-    _keep(found, program, FRONT, "analyse")
+    _keep(found, program, front(found.session.options), "analyse")
     if classes:
         last = found.stages[-1]
         sources = list(param_sources(found.optimizer).values())

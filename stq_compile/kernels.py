@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from stq_compile.codegen.cpp.emit import emit as emit_cpp
-from stq_compile.codegen.ir import OperandKind
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.codegen.triton.emit import emit as emit_triton
@@ -23,11 +22,7 @@ def kernel_row(graph: StepGraph, target: Target = CPU) -> dict[str, Any]:
 
 def _cpu_row(graph: StepGraph) -> dict[str, Any]:
     kernel = lower_kernel(graph)
-    widths = {
-        o.name.removesuffix("_codes"): o.width
-        for o in kernel.operands
-        if o.kind in (OperandKind.CODES, OperandKind.HALVES)
-    }
+    widths = {o.name.removesuffix("_codes"): o.width for o in kernel.operands if o.width}
     unknown = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "barriers"))
     return {
         "name": kernel.name,

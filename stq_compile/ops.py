@@ -6,6 +6,9 @@ generator expands them into kernel instructions and never calls them.
 
 ``stq::settled_error``, ``stq::factors`` and ``stq::sums`` are what a measuring graph consists of;
 their meaning is `stq_compile.error_law`.
+
+``stq::with_error``, ``stq::round_param`` and ``stq::param_error`` read and write parameters of 16
+bits; their meaning is `stq_compile.halves`.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stq_compile import error_law, reference
-from stq_compile.formats import FORMATS
+from stq_compile import error_law, halves, reference
+from stq_compile.formats import FORMATS, block_count
+from stq_compile.halves import HALVES
 from stq_compile.packed_state import memory_order
 from stq_compile.rounding import NEAREST, Noise
 
@@ -71,6 +75,46 @@ def _(
     return x.new_empty(codes.shape, dtype=codes.dtype), x.new_empty(
         scales.shape, dtype=scales.dtype
     )
+
+
+@torch.library.custom_op("stq::with_error", mutates_args=())
+def with_error(param: Tensor, error: Tensor, dtype: str) -> Tensor:
+    """The value of a compensated parameter of type ``dtype``, float32."""
+    return halves.with_error(param.float(), error, HALVES[dtype])
+
+
+@torch.library.custom_op("stq::round_param", mutates_args=())
+def round_param(x: Tensor, dtype: str, key: Tensor | None) -> Tensor:
+    """Float32 ``x`` on the grid of ``dtype``, float32; ``key`` as of `quantize`."""
+    half = HALVES[dtype]
+    if key is None:
+        return halves.rounded(x, half, None)
+    flat = memory_order(x)
+    uniform = Noise(int(key) & ((1 << 64) - 1)).uniform(0, block_count(flat.numel()))
+    assert isinstance(uniform, Tensor)
+    noise = uniform.view(-1)[: flat.numel()]
+    return halves.rounded(flat, half, noise).as_strided(x.size(), x.stride())
+
+
+@torch.library.custom_op("stq::param_error", mutates_args=())
+def param_error(x: Tensor, rounded: Tensor, dtype: str) -> Tensor:
+    """What rounding ``x`` to ``rounded`` left, in ulps."""
+    return halves.error_of(x, rounded, HALVES[dtype])
+
+
+@with_error.register_fake
+def _(param: Tensor, error: Tensor, dtype: str) -> Tensor:
+    return torch.empty_like(param, dtype=torch.float32)
+
+
+@round_param.register_fake
+def _(x: Tensor, dtype: str, key: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@param_error.register_fake
+def _(x: Tensor, rounded: Tensor, dtype: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("stq::settled_error", mutates_args=())

@@ -18,6 +18,7 @@ from stq_compile.errors import (
 from stq_compile.formats import WIDTHS
 
 Rounding = Literal["stochastic", "nearest"]
+ParamRounding = Literal["nearest", "stochastic", "compensated"]
 OnNonfinite = Literal["propagate", "skip", "raise"]
 Precision = int | Mapping[str, int]
 
@@ -46,6 +47,7 @@ class Options:
     tolerance: float | None = None
     interval: int = 100
     rounding: Rounding = "stochastic"
+    param_rounding: ParamRounding = "nearest"
     seed: int = 0
     min_numel: int = 4096
     exclude: tuple[str, ...] = ()
@@ -97,6 +99,12 @@ class Options:
             ):
                 width = value
         return width
+
+    @property
+    def as_torch_rounds(self) -> bool:
+        """Whether steps on 16-bit parameters round after every operation, as torch does, and not
+        once: where nothing is packed, the result is the stock optimizer's."""
+        return self.param_rounding == "nearest" and self.precision == 32
 
     def pins_wide(self, param: str, state: str) -> bool:
         """Whether a state is pinned in float32."""
@@ -152,6 +160,7 @@ class Options:
                 name="record", value=self.record, reason="give the name of a file to write"
             )
         _check_choice("rounding", self.rounding, get_args(Rounding))
+        _check_choice("param_rounding", self.param_rounding, get_args(ParamRounding))
         _check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
 
     def _check_planning(self) -> None:

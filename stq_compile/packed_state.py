@@ -1,6 +1,9 @@
-"""`PackedState`: a tensor that is float32 to everyone who asks and packed codes in memory.
+"""`PackedState`: a tensor that is ordinary to everyone who asks and packed codes in memory.
 
-The compiler sees the logical side: Dynamo traces a `PackedState` as a plain float32 tensor,
+Its type is that which the optimizer gave it: float32, or that of a 16-bit parameter. Codes stand
+for float32 values whatever it is; kernels see those, and other operations their casts.
+
+The compiler sees the logical side: Dynamo traces a `PackedState` as a plain tensor,
 and its buffers are invisible to guards, so that a change of width never re-traces. Every other
 operation, an eager ``optimizer.step()`` included, is answered by decoding, computing and
 encoding again: correct, and as slow as that sounds.
@@ -39,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 class PackedState(Tensor):
-    """A float32 tensor whose values live in a `PackedStorage`, on its device."""
+    """A tensor of float32, or of 16 bits, whose values live in a `PackedStorage`, on its device."""
 
     _storage: PackedStorage | None  # None only for the stand-ins that Dynamo makes while tracing
     _anchor: Tensor
@@ -52,6 +55,7 @@ class PackedState(Tensor):
         stride: Iterable[int],
         offset: int = 0,
         device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
     ) -> PackedState:
         """``device``: of a stand-in, which has no storage."""
         device = device if storage is None else storage.device
@@ -60,7 +64,7 @@ class PackedState(Tensor):
             torch.Size(size),
             strides=tuple(stride),
             storage_offset=offset,
-            dtype=torch.float32,
+            dtype=dtype,
             device=device,
         )
         self._storage = storage
@@ -72,25 +76,26 @@ class PackedState(Tensor):
 
     @classmethod
     def zeros_like(cls, like: Tensor, format: Format, **storage: Any) -> PackedState:
-        """Zeros with the size and strides of ``like`` (dense); no float32 copy is ever made.
+        """Zeros with the size, strides and type of ``like`` (dense); they are never in memory.
 
         ``like`` may be a meta tensor, with a ``device`` among the options of the storage.
         """
-        return cls(PackedStorage(like.numel(), format, **storage), like.size(), like.stride())
+        packed = PackedStorage(like.numel(), format, **storage)
+        return cls(packed, like.size(), like.stride(), dtype=like.dtype)
 
     @classmethod
     def pack(cls, values: Tensor, format: Format, **storage: Any) -> PackedState:
-        """Encode a dense float32 tensor."""
+        """Encode a dense tensor."""
         state = cls.zeros_like(values, format, device=values.device, **storage)
         state.packed.write(memory_order(values))
         return state
 
     @classmethod
     def wrap(cls, values: Tensor, **storage: Any) -> PackedState:
-        """A dense float32 or bfloat16 tensor as a packed state of that format, in its memory."""
+        """A dense tensor as a packed state of format float32; if it is one, in the same memory."""
         packed = PackedStorage(values.numel(), CONSTANT, device=values.device, **storage)
-        packed.take(memory_order(values.detach()))
-        return cls(packed, values.size(), values.stride())
+        packed.take(memory_order(values.detach()).float())
+        return cls(packed, values.size(), values.stride(), dtype=values.dtype)
 
     @property
     def packed(self) -> PackedStorage:
@@ -106,7 +111,8 @@ class PackedState(Tensor):
         return self.packed.format
 
     def dequantize(self, codec: Codec = REFERENCE) -> Tensor:
-        """The values as an ordinary float32 tensor of the same size and strides."""
+        """The values as an ordinary float32 tensor of the same size and strides, whatever the
+        type of the state."""
         if self._storage is None:
             return self._anchor.new_empty_strided(self.size(), self.stride())
         values = self._storage.read(codec)
@@ -145,7 +151,8 @@ class PackedState(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedState:
         storage = deepcopy(self.packed, memo)
-        return PackedState(storage, self.size(), self.stride(), int(self.storage_offset()))
+        offset = int(self.storage_offset())
+        return PackedState(storage, self.size(), self.stride(), offset, dtype=self.dtype)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return PackedState, (
@@ -153,11 +160,13 @@ class PackedState(Tensor):
             tuple(self.size()),
             self.stride(),
             self.storage_offset(),
+            self.device,
+            self.dtype,
         )
 
     # What Dynamo asks of a traceable wrapper subclass.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        window = (tuple(self.size()), self.stride(), self.storage_offset(), self.device)
+        window = (tuple(self.size()), self.stride(), self.storage_offset(), self.device, self.dtype)
         return ["_anchor"], window
 
     @staticmethod
@@ -183,8 +192,9 @@ class PackedState(Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.clone.default and _keeps_layout(args[0], kwargs):
             state = args[0]
+            offset = int(state.storage_offset())
             return PackedState(
-                state.packed.clone(), state.size(), state.stride(), state.storage_offset()
+                state.packed.clone(), state.size(), state.stride(), offset, dtype=state.dtype
             )
         if torch.Tag.inplace_view in func.tags:
             raise FormatMismatchError(
@@ -210,10 +220,17 @@ def memory_order(values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,), values.storage_offset())
 
 
+def strides_of_states(param: Tensor) -> tuple[int, ...]:
+    """The strides of ``zeros_like(param)``: those of the parameter, if it is dense."""
+    if is_dense(param):
+        return param.stride()
+    return torch.empty_like(param, device="meta").stride()
+
+
 def in_order_of(values: Tensor, like: Tensor) -> Tensor:
     """The elements of ``values`` in the order in which those of ``like`` lie in memory."""
     ordered = torch.empty_strided(
-        like.size(), like.stride(), dtype=values.dtype, device=like.device
+        like.size(), strides_of_states(like), dtype=values.dtype, device=like.device
     )
     return memory_order(ordered.copy_(values))
 
@@ -267,18 +284,20 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         + state.storage_offset()
         + sum((n - 1) * s for n, s in zip(state.size(), state.stride(), strict=True) if n > 0)
     )
-    base = torch.empty(max(numel, extent), device="meta")
+    base = torch.empty(max(numel, extent), device="meta", dtype=state.dtype)
     window = base.as_strided(state.size(), state.stride(), state.storage_offset())
 
     def wrap(out: Any) -> Any:
         if not isinstance(out, Tensor):
             return out
-        if out.dtype != torch.float32:
+        if out.dtype != state.dtype:
             raise FormatMismatchError(
-                where=f"{func} of a packed state", found=str(out.dtype), expected="float32"
+                where=f"{func} of a packed state", found=str(out.dtype), expected=str(state.dtype)
             )
         offset = int(out.storage_offset())
-        view = PackedState(state._storage, out.size(), out.stride(), offset, state.device)
+        view = PackedState(
+            state._storage, out.size(), out.stride(), offset, state.device, out.dtype
+        )
         view._anchor = state._anchor
         return view
 
@@ -306,11 +325,11 @@ def run_dense(
             return x
         if id(x) not in dense_of:
             if x._storage is None:
-                value = x.dequantize()
+                value = x.dequantize().to(x.dtype)
             else:
                 key = id(x._storage)
                 if key not in flats:
-                    flats[key] = read(x._storage)
+                    flats[key] = read(x._storage).to(x.dtype)
                 value = flats[key].as_strided(x.size(), x.stride(), x.storage_offset())
             dense_of[id(x)] = value
             originals[id(value)] = x

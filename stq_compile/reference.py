@@ -33,6 +33,7 @@ from stq_compile.formats import (
     PLANES,
     RANGE_STEP,
     TAIL_DEVIATIONS,
+    ULP_STEP,
     Format,
     block_count,
 )
@@ -61,8 +62,9 @@ def empty_buffers(
         return torch.zeros(1, device=device), scales
     if format.kind == "float32":
         return torch.zeros(numel, device=device), scales
-    if format.kind == "bfloat16":
-        return torch.zeros(numel, dtype=torch.int16, device=device), scales
+    if not format.blocked:
+        code = torch.int16 if format.kind == "bfloat16" else torch.int8
+        return torch.zeros(numel, dtype=code, device=device), scales
     return torch.zeros(blocks, format.block_bytes, dtype=torch.uint8, device=device), scales
 
 
@@ -92,6 +94,9 @@ def encode(
             continue
         uniform = noise.uniform(first_block + block, blocks, x.device)
         tile = _pad(part)
+        if format.kind == "ulp":
+            codes[start : start + count] = _ulp_codes(tile, uniform).view(-1)[:count]
+            continue
         valid = _pad(torch.ones(count, device=x.device)) > 0
         if format.kind == "softsign":
             code, scale = _encode_softsign(tile, format, uniform)
@@ -116,6 +121,8 @@ def decode(
         return codes.repeat(numel)
     if format.kind == "bfloat16":
         return codes.view(torch.bfloat16).float()
+    if format.kind == "ulp":
+        return codes.float() * ULP_STEP
     out = torch.empty(numel, device=codes.device)
     span = CHUNK_BLOCKS * BLOCK
     for start in range(0, numel, span):
@@ -134,6 +141,13 @@ def decode(
             value = _decode_midrise(code, word, format) * unit
         out[start : start + count] = value.view(-1)[:count]
     return out
+
+
+def _ulp_codes(x: Tensor, uniform: Tensor | float) -> Tensor:
+    """Multiples of `ULP_STEP`, rounded at random or to nearest; what is not a number is 0."""
+    t = (x / ULP_STEP).clamp(-128.0, 127.0).nan_to_num(0.0)
+    below = t.floor()
+    return (below + (uniform < t - below).float()).to(torch.int8)
 
 
 def _pad(x: Tensor) -> Tensor:

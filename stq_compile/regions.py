@@ -23,6 +23,8 @@ from torch import Tensor, fx
 
 from stq_compile.capture import Argument
 from stq_compile.codec import CompiledCodec
+from stq_compile.half_params import HalfParams
+from stq_compile.halves import HALF_DTYPES
 from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.runtime import Resolve, changed, live
 from stq_compile.shards import local, part_of, whole_of
@@ -38,14 +40,31 @@ class Cell(NamedTuple):
     value: Any
     mesh: Any = None
 
-    def read(self, codec: Codec) -> Any:
-        """The value as the graph takes it: decoded and whole; all processes must call it."""
+    @property
+    def is_half_param(self) -> bool:
+        """Whether it is a parameter of 16 bits."""
+        return self.operand.role is Role.PARAM and self.operand.dtype in HALF_DTYPES
+
+    def read(self, codec: Codec, halves: HalfParams | None) -> Any:
+        """The value as the graph takes it: decoded and whole; all processes must call it.
+
+        ``halves``: of a widened graph, which takes float32 in place of 16 bits.
+        """
         if self.operand.returned >= 0:
             return None  # a state that the step makes is only written
-        value = self.value.dequantize(codec) if isinstance(self.value, PackedState) else self.value
+        value = self._decoded(codec, halves)
         if self.operand.region is None:
             return value
         return whole_of(value, self.operand.region, self.mesh)
+
+    def _decoded(self, codec: Codec, halves: HalfParams | None) -> Any:
+        value = self.value
+        if isinstance(value, PackedState):
+            values = value.dequantize(codec)
+            return values.to(value.dtype) if halves is None else values
+        if halves is None or not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
+            return value
+        return halves.read(self.operand, value) if self.is_half_param else value.float()
 
     def part(self, whole: Tensor) -> Tensor:
         """This process's part of a result of the graph."""
@@ -69,13 +88,16 @@ class Region:
         resolve: Resolve,
         width_of: Callable[[Operand], int],
         codec: CompiledCodec,
+        params: HalfParams,
     ) -> None:
-        """``width_of``: of states that get their format when they are first written."""
+        """``width_of``: of states that get their format when they are first written; ``params``
+        reads and rounds 16-bit parameters where the unit is widened."""
         unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of
         self.codec = codec
+        self.halves = params if unit.widened else None
         self.module = fx.GraphModule({}, copy.deepcopy(unit.graph))
         for node in self.module.graph.nodes:
             set_device(node, unit.device)
@@ -116,17 +138,20 @@ class Region:
             row.append(Cell(operand, float(value) if number else value, mesh))
         return row
 
-    def launch(self) -> Iterator[Instance]:
-        """Update every tensor; yields each parameter's instance when it is done."""
+    def launch(self, step: int) -> Iterator[Instance]:
+        """Update every tensor; yields each parameter's instance when it is done.
+
+        ``step`` counts the steps before.
+        """
         rows, self.rows = self.rows, []
         for instance, row in zip(self.unit.instances, rows, strict=True):
             with torch.no_grad():
-                self._run(row)
+                self._run(row, step)
             yield instance
 
-    def _run(self, row: list[Cell]) -> None:
+    def _run(self, row: list[Cell], step: int) -> None:
         """Update one parameter: whatever takes memory first, then all that changes."""
-        results = self.module(*(cell.read(self.codec) for cell in row))
+        results = self.module(*(cell.read(self.codec, self.halves) for cell in row))
         encoded: list[Replacement] = []
         plain: list[tuple[Tensor, Tensor]] = []
         for cell in row:
@@ -136,6 +161,10 @@ class Region:
             if isinstance(cell.value, PackedState):
                 made = cell.encoded(whole, self.width_of(cell.operand), encoded, self.codec)
                 encoded += [] if made is None else [made]
+            elif self.halves is not None and cell.is_half_param:
+                new = self.halves.rounded(cell.operand, cell.value, cell.part(whole), step)
+                plain.append((cell.value, new.param))
+                encoded += [] if new.error is None else [new.error]
             else:
                 plain.append((cell.value, cell.part(whole).to(cell.value.dtype)))
         for replacement in encoded:

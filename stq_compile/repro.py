@@ -48,11 +48,11 @@ def reproduce(
     checked = Options.from_dict(options)
     stand_in = _optimizer(optimizer, [o for o, _ in operands])
     session = Session(stand_in, checked)
-    analysed = analyse(program, session.dump.folder("analyse"))[-1].program
+    analysed = analyse(program, checked, session.dump.folder("analyse"))[-1].program
     session.plan_first(analysed)
     session.plan.update(widths)
     folder = session.dump.folder
-    generate(analysed, session.format_of, checked.rounding, folder("generate"))
+    generate(analysed, session.format_of, checked, folder("generate"))
     if session.planner is not None:
         seen = with_packed_normalizers(analysed, checked.pins_wide)
         measured = measuring_program(seen, checked.rounding, folder("measure"))

@@ -152,7 +152,15 @@ class Bucket:
         for original, copy in self.copies:
             if any(t is copy for t in written):
                 original.copy_(copy)
+        self.release()
         return [t for t in written if not t.is_inference()]
+
+    def release(self) -> None:
+        """Hold no gradient longer than the step: it is the caller's to free."""
+        self.copies = []
+        for column in self.columns:
+            if column.role is Role.GRAD:
+                column.tensors = []
 
     def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
@@ -260,6 +268,7 @@ class MeasuringBucket(Bucket):
                 ]
                 samples = zip(column.tensors, firsts, self.strides, strict=True)
                 finite = [_is_finite(*sample) for sample in samples]
+        self.release()
         rows = zip(self.params, self.sums.tolist(), finite, strict=True)
         return {
             p.source.param: {**dict(zip(self.slots, row, strict=True)), SPOILED: float(not ok)}

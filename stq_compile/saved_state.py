@@ -34,7 +34,7 @@ from stq_compile import reference
 from stq_compile.errors import CheckpointError, FormatMismatchError, StqError
 from stq_compile.formats import BLOCK, FORMATS, Format, block_count
 from stq_compile.layout import unpack
-from stq_compile.packed_state import in_order_of
+from stq_compile.packed_state import in_order_of, strides_of_states
 from stq_compile.shard_blocks import by_rows, is_split, mesh_of, rows_of, stretch
 from stq_compile.shards import (
     Box,
@@ -223,7 +223,10 @@ def read(entry: Mapping[str, Any], like: Tensor, where: str, others: Mapping[str
     Raises:
         CheckpointError: what is wrong, and where.
     """
-    for name, expected in (("size", list(like.size())), ("stride", list(like.stride()))):
+    for name, expected in (
+        ("size", list(like.size())),
+        ("stride", list(strides_of_states(like))),
+    ):
         if entry.get(name) != expected:
             raise CheckpointError(entry=f"{where}.{name}", found=entry.get(name), expected=expected)
     format = FORMATS.get(str(entry.get("format")))
@@ -306,7 +309,7 @@ def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Pie
     empty = reference.empty_buffers(format, 0)
     with torch.device("meta"):
         shapes = [tuple(buffer.shape) for buffer in reference.empty_buffers(format, count)]
-    if type(codes) is Tensor and format.width >= 16 and tuple(codes.shape) == box[0]:
+    if type(codes) is Tensor and not format.blocked and tuple(codes.shape) == box[0]:
         codes = codes.reshape(-1) if codes.layout == torch.strided else codes
     _check_buffer(codes, empty[0].dtype, shapes[0], f"{where}.codes")
     _check_buffer(scales, empty[1].dtype, shapes[1], f"{where}.scales")

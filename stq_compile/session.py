@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -44,6 +45,7 @@ from stq_compile.errors import (
 from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.half_params import new_error, uncompensated
 from stq_compile.nonfinite import nonfinite_elements, nonfinite_gradients
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
@@ -63,7 +65,7 @@ from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
 from stq_compile.shards import Region, is_sharded, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
-from stq_compile.step_graph import Operand, Program, Role, Source, StepGraph
+from stq_compile.step_graph import PARAM_ERROR, Operand, Program, Role, Source, StepGraph
 from stq_compile.working_set import can_be_packed, is_like
 
 MOST_GRAPHS, GRAPH_WINDOW = 4, 100
@@ -104,6 +106,7 @@ class Session:
         self.planner = Planner(options) if options.planned else None
         self.created_width = options.unplanned_width
         self.info: dict[StateKey, StateInfo] = {}
+        self.errors: dict[int, Tensor] = {}
         self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
         self._incidents: deque[Incident] = deque(maxlen=LIMIT)
@@ -130,7 +133,7 @@ class Session:
             )
         captured = capture(gm, self.optimizer)
         with reporting_defects(self, captured.program):
-            stages = analyse(captured.program, self.dump.folder("analyse"))
+            stages = analyse(captured.program, self.options, self.dump.folder("analyse"))
         if exemplars is not None:
             captured, stages[-1] = self._for_all(captured, stages[-1], exemplars)
         check_memory(captured, self.params())
@@ -142,6 +145,7 @@ class Session:
         steps = [*self.compiled, step]
         with interrupts.scope() as hold:
             with self._attempt(), agreement(steps, self._is_nonnegative):
+                self._add_errors(program)
                 changes = self.enroll(step.planned_program)
                 known = self.plan.keys() & changes.keys()
                 self._transition(changes, steps, hold)
@@ -236,6 +240,35 @@ class Session:
         if self.recording.streams:
             self.recording.update(run_of(self))
 
+    def _add_errors(self, program: Program) -> None:
+        """Give every compensated parameter of a new program its error state."""
+        if self.options.param_rounding != "compensated":
+            return
+        params = self.params()
+        for number, source in uncompensated(program):
+            if number not in self.errors:
+                self.errors[number] = self._new_error(params[number], source)
+
+    def _new_error(self, param: Tensor, source: Source) -> Tensor:
+        return new_error(param, **self.storage_options(source, region_of(param)))
+
+    def load_errors(self, loaded: Mapping[int, Tensor]) -> None:
+        """Take the error states of a checkpoint; parameters for which it has none are exact.
+
+        Steps that were compiled keep their objects, so these stay and get other buffers.
+        """
+        if self.options.param_rounding != "compensated":
+            return
+        params = self.params()
+        for number in self.errors.keys() | loaded.keys():
+            source = Source(number, "", PARAM_ERROR)
+            new = loaded.get(number)
+            new = self._new_error(params[number], source) if new is None else new
+            held, old = local(new), local(self.errors.setdefault(number, new))
+            assert isinstance(held, PackedState)
+            assert isinstance(old, PackedState)
+            old.packed.restore(held.packed.kept())
+
     def _find_weights(self, captured: Captured) -> None:
         """Of the states not packed yet, find those that are copies of their parameter."""
         params = self.params()
@@ -252,12 +285,14 @@ class Session:
         """Whether no value of a state is negative now; of a sharded one nobody sees all values."""
         for leaf, source in self.leaves():
             if (source.param, leaf.key) == state:
-                return not is_sharded(leaf.value) and not bool((leaf.value < 0).any())
+                if is_sharded(leaf.value) or leaf.value.is_complex():
+                    return False
+                return not bool((leaf.value < 0).any())
         return False
 
     def check_precision(self, program: Program) -> None:
         """Refuse a key of ``precision`` that names no state, once all states exist."""
-        states = {key for _, _, key, _ in self.states()}
+        states = {leaf.key for leaf, _ in self.leaves()}
         if not states or any(o.returned >= 0 for _, o in program.operands()):
             return
         params = [source.name for source in param_sources(self.optimizer).values()]
@@ -340,7 +375,9 @@ class Session:
             elements += operand.numel
             fixed += self.format_of(operand, unit).nbytes(operand.numel)
         for _, source, name, value in self.states():
-            if isinstance(value, Tensor):
+            if name == PARAM_ERROR:
+                fixed += _whole_bytes(value)  # float32 training has no such elements
+            elif isinstance(value, Tensor):
                 elements += value.numel()
                 key = (source.param, name)
                 if key in formats and key not in managed:
@@ -352,12 +389,14 @@ class Session:
     @contextmanager
     def _attempt(self) -> Iterator[None]:
         """Plan, planner and facts are as before if the block fails."""
-        plan, info = dict(self.plan), dict(self.info)
+        plan, info, errors = dict(self.plan), dict(self.info), dict(self.errors)
         try:
             with nullcontext() if self.planner is None else self.planner.attempt():
                 yield
         except BaseException:
             self.plan, self.info = plan, info
+            self.errors.clear()
+            self.errors.update(errors)
             raise
 
     def decide(self) -> None:
@@ -538,9 +577,16 @@ class Session:
             yield leaf, Source(owner.param, owner.name, leaf.key)
 
     def states(self) -> Iterator[tuple[Tensor, Source, str, Tensor]]:
-        """Every tensor among the states: (parameter, its source, key, value)."""
+        """Every tensor among the states: (parameter, its source, key, value).
+
+        The error states of parameters come last; the optimizer does not know them.
+        """
         for leaf, source in self.leaves():
             yield leaf.owner, source, leaf.key, leaf.value
+        sources = list(param_sources(self.optimizer).values())
+        for number, error in self.errors.items():
+            source = replace(sources[number], key=PARAM_ERROR)
+            yield self.params()[number], source, PARAM_ERROR, error
 
     def pack_loaded(self) -> list[tuple[Leaf, Tensor]]:
         """Mark the float32 states that a loaded checkpoint brought as waiting to be packed.
@@ -582,12 +628,14 @@ class Session:
             for key, value in self.optimizer.state[param].items():
                 wide = self.options.excludes(name) or self.options.pins_wide(name, str(key))
                 held = local(value)
+                wide = wide and (held.dtype == torch.float32 or self.options.as_torch_rounds)
                 if isinstance(held, PackedState) and wide:
-                    self.optimizer.state[param][key] = wrap(held.dequantize(), param)
+                    values = held.dequantize().to(held.dtype)
+                    self.optimizer.state[param][key] = wrap(values, param)
 
     def unencoded(self, value: Tensor, source: Source, region: Region | None) -> PackedState:
-        """A packed state of float32 values that are yet to be encoded."""
-        return PackedState.wrap(value.float(), **self.storage_options(source, region))
+        """A packed state of values that are yet to be encoded."""
+        return PackedState.wrap(value, **self.storage_options(source, region))
 
     def rounding_options(self, source: Source) -> dict[str, Any]:
         """How a state is rounded, and the random numbers that are its own."""

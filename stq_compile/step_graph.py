@@ -29,6 +29,11 @@ from stq_compile.shards import Region
 
 CPU = torch.device("cpu")
 
+PARAM_ERROR = "param_error"
+"""Key of the error state of a compensated parameter; the optimizer itself does not have it."""
+PARAM_ROUNDING = "param_rounding"
+"""Key under which a parameter draws its random numbers."""
+
 
 class Role(enum.StrEnum):
     """What a graph input is, found from the identity of the tensor and never from its name."""
@@ -166,7 +171,8 @@ class StepGraph:
     format behind each codes placeholder, ``regions`` the region of each node. ``unfused`` says why
     the graph is no kernel (`passes.partition`); it is empty for one that is. ``plain`` is then what
     runs: the same function in the eager step's own operators, which round as eager does, while
-    ``graph`` is decomposed for the passes to look at.
+    ``graph`` is decomposed for the passes to look at. ``widened``: the graph is traced in float32,
+    although the parameter has 16 bits (`passes.widen`).
     """
 
     name: str
@@ -178,6 +184,7 @@ class StepGraph:
     regions: Mapping[str, str] = field(default_factory=dict)
     unfused: str = ""
     plain: StepGraph | None = None
+    widened: bool = False
 
     @property
     def operands(self) -> tuple[Operand, ...]:

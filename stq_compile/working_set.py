@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from stq_compile import interrupts
 from stq_compile.birth import newborn
 from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
+from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
 from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
 
@@ -93,7 +94,9 @@ class WorkingSet(TorchDispatchMode):
 
     def _write(self, storage: PackedStorage, values: Tensor) -> None:
         if storage.working is not None:
-            self._written.add(storage)  # `values` is what `_read` gave, changed in place
+            if values is not storage.working:  # a cast of what `_read` gave; else that itself
+                storage.working.copy_(values)
+            self._written.add(storage)
         else:
             storage.write(values, self._codec)
 
@@ -180,7 +183,7 @@ def can_be_packed(value: Tensor) -> bool:
     """Whether an ordinary tensor may become a packed state."""
     return (
         type(value) is Tensor
-        and value.dtype == torch.float32
+        and value.dtype in FLOAT_DTYPES
         and value.device.type in DEVICES
         and value.layout == torch.strided
         and not value.requires_grad

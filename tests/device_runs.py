@@ -70,8 +70,18 @@ CASES: dict[str, Case] = {
     "nearest": Case(
         lambda p: torch.optim.AdamW(p, lr=1e-2), {"precision": 3, "rounding": "nearest"}
     ),
+    # To nearest, Triton's interpreter cuts bfloat16 off where compiled code rounds.
     "bfloat16": Case(
-        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), {"precision": 4}, {}, torch.bfloat16
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+        {"precision": 4, "param_rounding": "compensated"},
+        {},
+        torch.bfloat16,
+    ),
+    "bfloat16, stochastic": Case(
+        lambda p: torch.optim.AdamW(p, lr=1e-2),
+        {"precision": 4, "param_rounding": "stochastic"},
+        {},
+        torch.bfloat16,
     ),
     "float16": Case(
         lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-4), {"precision": 4}, {}, torch.float16
@@ -177,12 +187,12 @@ def packed(optimizer: Optimizer) -> list[tuple[int, Tensor, str, PackedState]]:
 
 
 def eager_step(case: Case, optimizer: Optimizer, params: list[Parameter]) -> list[Any]:
-    """Parameters and states after an eager step on the CPU, from the decoded states."""
-    twins = [Parameter(p.detach().cpu().clone()) for p in params]
+    """Parameters and states after an eager float32 step on the CPU, from the decoded states."""
+    twins = [Parameter(p.detach().cpu().float().clone()) for p in params]
     twin = case.make(twins)
     for p, q in zip(params, twins, strict=True):
         assert p.grad is not None
-        q.grad = p.grad.cpu().clone()
+        q.grad = p.grad.cpu().float().clone()
         for key, value in optimizer.state[p].items():
             plain = value.dequantize() if isinstance(value, PackedState) else value
             twin.state[q][key] = copy.deepcopy(plain).cpu() if isinstance(plain, Tensor) else plain
@@ -197,7 +207,7 @@ def compare(
     rounded = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
     for p, (wanted, _) in zip(params, expected, strict=True):
         tolerance = rounded[p.dtype]
-        near = torch.isclose(p.detach().cpu(), wanted, rtol=tolerance, atol=tolerance / 10)
+        near = torch.isclose(p.detach().cpu().float(), wanted, rtol=tolerance, atol=tolerance / 10)
         assert near.float().mean() >= 0.995  # a sign near to zero may fall either way (Lion)
     session = session_of(optimizer)
     assert session is not None

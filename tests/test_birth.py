@@ -65,11 +65,10 @@ def test_a_constant_is_born_packed(factory: Callable[[], Tensor], value: float) 
         lambda: torch.full((), 1.0),
         lambda: torch.zeros(0),
         lambda: torch.zeros(LARGE, dtype=torch.float64),
-        lambda: torch.zeros(LARGE, dtype=torch.bfloat16),
+        lambda: torch.zeros((), dtype=torch.bfloat16),
         lambda: torch.zeros_like(LIKE, dtype=torch.int32),
         lambda: torch.full(LARGE, 1),  # int64
         lambda: torch.full(LARGE, True),
-        lambda: torch.ones_like(LIKE.half()),
         lambda: torch.zeros(LARGE, device="meta"),
         lambda: torch.zeros_like(LIKE, device="meta"),
         lambda: torch.zeros_like(LIKE.to("meta")),

@@ -154,7 +154,7 @@ def test_diff(target: tuple[str, ...]) -> None:
     code, text, _ = run("diff", *target[:1], "functionalize", *target[1:])
     assert code == 0
     found = read("diff", *target[:1], "functionalize", *target[1:])
-    assert found["before"] == "fold"
+    assert found["before"] == "widen"
     changed = [row for row in found["rows"] if row["what"] == "changed"]
     assert any("mul_(" in r["before"] and "aten.mul.Tensor" in r["after"] for r in changed)
     assert "before functionalize" in text

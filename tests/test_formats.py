@@ -33,7 +33,7 @@ def documented_bytes(format: Format, numel: int) -> int:
     if format.kind in ("softsign", "midrise", "adaptive_log"):
         whole, rest = divmod(numel, 128)
         return (whole + (rest > 0)) * (128 * format.width // 8 + 2)
-    return {"float32": 4 * numel, "bfloat16": 2 * numel, "constant": 0}[format.kind]
+    return {"float32": 4 * numel, "bfloat16": 2 * numel, "constant": 0, "ulp": numel}[format.kind]
 
 
 def test_widths_and_geometry() -> None:
@@ -52,7 +52,7 @@ def test_fields_are_powers_of_two_that_add_up(width: int) -> None:
 def test_the_registry_is_complete_and_named_by_kind_and_width() -> None:
     expected = {f"softsign{w}" for w in PACKED_WIDTHS} | {f"adaptive_log{w}" for w in PACKED_WIDTHS}
     expected |= {f"midrise{w}" for w in (2, 3, 4, 5, 6, 8)}
-    expected |= {"bfloat16", "float32", "constant"}
+    expected |= {"ulp8", "bfloat16", "float32", "constant"}
     assert set(FORMATS) == expected
     assert all(FORMATS[name].name == name for name in FORMATS)
     assert len(set(FORMATS.values())) == len(FORMATS)

@@ -16,7 +16,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "printable"),
     ("architectures", "dump", "dynamo", "interrupts"),
-    ("formats", "layout", "rounding", "reference"),
+    ("formats", "halves", "layout", "rounding", "reference"),
     ("options",),
     ("storage",),
     ("packed_state", "state_tree"),
@@ -31,7 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner", "planner.*"),
     ("compiler", "formulas", "kernels"),
     ("checks", "codec", "collective", "failures", "graph_text", "runtime"),
-    ("nonfinite", "regions"),
+    ("half_params", "nonfinite"),
+    ("regions",),
     ("compiled_step",),
     ("reporting", "reporting.*"),
     ("session",),

@@ -68,6 +68,7 @@ def test_the_defaults() -> None:
         "tolerance": None,
         "interval": 100,
         "rounding": "stochastic",
+        "param_rounding": "nearest",
         "seed": 0,
         "min_numel": 4096,
         "exclude": (),

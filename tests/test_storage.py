@@ -16,13 +16,14 @@ from torch import Tensor
 
 from stq_compile import reference
 from stq_compile.errors import FormatMismatchError, NegativeStateError
-from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, FORMATS, Format
+from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, FORMATS, ULP8, Format
 from stq_compile.options import Rounding
 from stq_compile.rounding import NEAREST, Noise, step_key
 from stq_compile.storage import EAGER_CLOCK, PackedStorage
 
 NUMEL = 300  # two full blocks and a tail
-WRITABLE = [f for f in FORMATS.values() if f != CONSTANT]
+WRITABLE = [f for f in FORMATS.values() if f not in (CONSTANT, ULP8)]
+"""Formats for values of any size; ``ulp8`` holds [-1/2, 1/2) alone (tests/test_halves.py)."""
 SOFTSIGN4, SOFTSIGN8 = FORMATS["softsign4"], FORMATS["softsign8"]
 LOG4, LOG8 = FORMATS["adaptive_log4"], FORMATS["adaptive_log8"]
 MIDRISE2, MIDRISE3 = FORMATS["midrise2"], FORMATS["midrise3"]

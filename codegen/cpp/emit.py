@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from stq_compile.codegen.cpp.run import MEASURE, STEP
 from stq_compile.codegen.cpp.syntax import (
-    POINTERS,
     TEMPLATES,
     c_name,
     c_type,
     double_literal,
     float_literal,
     int_literal,
+    pointer,
 )
 from stq_compile.codegen.hoist import MASK, hoist, only_for_tables
 from stq_compile.codegen.ir import (
@@ -28,6 +28,9 @@ from stq_compile.codegen.ir import (
     Value,
 )
 from stq_compile.codegen.schedule import Phase, Schedule
+
+WHOLE = (OperandKind.FLOATS, OperandKind.HALVES, OperandKind.BYTES)
+"""Operands that have one number for each element."""
 
 INLINED = {
     "iota": "stq::iota()",
@@ -70,7 +73,7 @@ class _Emitter:
 
     def _row(self) -> str:
         lines = ["struct Row {"]
-        lines += [f"  {POINTERS[o.kind]} {c_name(o.name)};" for o in self.kernel.operands]
+        lines += [f"  {pointer(o)} {c_name(o.name)};" for o in self.kernel.operands]
         lines += ["  int64_t numel;", "  int64_t first_block;"]
         if self.measures:
             lines += ["  int64_t stride;  // every stride-th block of the whole tensor is sampled"]
@@ -210,9 +213,9 @@ class _Emitter:
         """The last, partial block of a tensor is computed in buffers padded with zeros."""
         lines = []
         for o in self.kernel.operands:
-            if o.kind not in (OperandKind.FLOATS, OperandKind.HALVES):
+            if o.kind not in WHOLE:
                 continue
-            name, type_ = c_name(o.name), POINTERS[o.kind].removesuffix("*")
+            name, type_ = c_name(o.name), pointer(o).removesuffix("*")
             lines.append(f"  {type_} {name}_tail[tail ? stq::kBlock : 1] = {{}};")
             copy = f"std::memcpy({name}_tail, row.{name} + first * stq::kBlock, count * {o.bytes})"
             lines.append(f"  if constexpr (tail) {copy};")
@@ -235,9 +238,9 @@ class _Emitter:
             name = c_name(o.name)
             if o.name not in used:
                 continue
-            if o.kind in (OperandKind.FLOATS, OperandKind.HALVES):
+            if o.kind in WHOLE:
                 place = f"row.{name} + index * stq::kBlock"
-                lines.append(f"    {POINTERS[o.kind]} {name} = tail ? {name}_tail : {place};")
+                lines.append(f"    {pointer(o)} {name} = tail ? {name}_tail : {place};")
             elif o.kind is OperandKind.CODES:
                 lines.append(f"    uint8_t* {name} = row.{name} + index * {o.width * 16};")
                 reads = [v for v in phase.planes if v.opcode == "unpack" and v.operand == o.name]
@@ -252,7 +255,7 @@ class _Emitter:
     def _copy_back(self) -> list[str]:
         lines = []
         for o in self.kernel.operands:
-            if o.kind in (OperandKind.FLOATS, OperandKind.HALVES) and o.written:
+            if o.kind in WHOLE and o.written:
                 name = c_name(o.name)
                 place = f"row.{name} + first * stq::kBlock"
                 copy = f"std::memcpy({place}, {name}_tail, count * {o.bytes})"
@@ -313,11 +316,11 @@ class _Emitter:
         if v.opcode == "block_max":
             x = self._argument(v.args[0], Space.ELEMENT)
             return f"{name}_lanes = stq::max({name}_lanes, {x});"
-        if v.opcode in ("store", "store_half"):
+        if v.opcode in ("store", "store_half", "store_byte"):
             kind = Type.FLOAT if v.opcode == "store" else Type.INT
             x = self._broadcast(v.args[0], kind)
             return f"stq::{v.opcode}({operand} + p * stq::kLanes, {x});"
-        if v.opcode in ("load", "load_half"):
+        if v.opcode in ("load", "load_half", "load_byte"):
             expression = f"stq::{v.opcode}({operand} + p * stq::kLanes)"
         elif v.opcode == "unpack":
             exact = f"stq::unpack<{v.width}>({operand}, p)"

@@ -193,6 +193,32 @@ STQ_INLINE f32v load(const float* p) { f32v r; std::memcpy(&r, p, 64); return r;
 STQ_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, 64); }
 STQ_INLINE i32v load_half(const uint16_t* p) { u16v r; std::memcpy(&r, p, 32); return widen(r); }
 STQ_INLINE void store_half(uint16_t* p, i32v x) { u16v r = __builtin_convertvector(x, u16v); std::memcpy(p, &r, 32); }
+STQ_INLINE i32v load_byte(const int8_t* p) { typedef int8_t i8v __attribute__((vector_size(16))); i8v r; std::memcpy(&r, p, 16); return __builtin_convertvector(r, i32v); }
+STQ_INLINE void store_byte(int8_t* p, i32v x) { typedef int8_t i8v __attribute__((vector_size(16))); i8v r = __builtin_convertvector(x, i8v); std::memcpy(p, &r, 16); }
+
+// Elements of 16 bits, converted to float32 and, to nearest, back. NaN stays one, quiet.
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+STQ_INLINE f32v load(const bfloat16* p) { return from_bits(load_half(&p->bits) << 16); }
+STQ_INLINE void store(bfloat16* p, f32v x) {
+  const i32v bits = bits_of(x);
+  const i32v nearest = bits + (0x7fff + ((bits >> 16) & 1));
+  store_half(&p->bits, select(x == x, nearest, bits | 0x400000) >> 16 & 0xffff);
+}
+STQ_INLINE f32v load(const float16* p) {
+  const i32v half = load_half(&p->bits), a = (half & 0x7fff) << 13;
+  const i32v special = all(224 << 23), usual = all(112 << 23);  // what is added to the exponent
+  const f32v normal = from_bits(a + select(a < 31 << 23, usual, special));
+  const f32v denormal = from_bits(a + (113 << 23)) - from_bits(113 << 23);
+  return from_bits(bits_of(select(a < 1 << 23, denormal, normal)) | (half & 0x8000) << 16);
+}
+STQ_INLINE void store(float16* p, f32v x) {
+  const i32v a = bits_of(x) & 0x7fffffff, sign = bits_of(x) >> 16 & 0x8000;
+  const i32v normal = min((a + (0xfff - (112 << 23)) + (a >> 13 & 1)) >> 13, all(0x7c00));
+  const i32v denormal = bits_of(from_bits(a) + 0.5f) - bits_of(0.5f);
+  const i32v number = select(a < 113 << 23, denormal, normal);
+  store_half(&p->bits, select(x == x, number, all(0x7e00)) | sign);
+}
 STQ_INLINE i32b load_words(const uint16_t* p, int blocks, int64_t stride) {
   i32b r{};
   for (int j = 0; j < blocks; ++j) r[j] = p[j * stride];

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from stq_compile.codegen.ir import OperandKind, Space, Type, Value
+from stq_compile.codegen.ir import KernelOperand, OperandKind, Space, Type, Value
 
 TEMPLATES: dict[str, str] = {
     "add": "{0} + {1}",
@@ -46,8 +46,8 @@ TEMPLATES: dict[str, str] = {
 }
 
 POINTERS = {
-    OperandKind.FLOATS: "float*",
     OperandKind.HALVES: "uint16_t*",
+    OperandKind.BYTES: "int8_t*",
     OperandKind.CODES: "uint8_t*",
     OperandKind.WORDS: "uint16_t*",
     OperandKind.SCALAR: "float*",
@@ -55,6 +55,15 @@ POINTERS = {
     OperandKind.KEY: "uint64_t",
     OperandKind.SUMS: "double*",
 }
+
+ELEMENTS = {"float32": "float", "bfloat16": "stq::bfloat16", "float16": "stq::float16"}
+"""Element types of operands in memory; kernels compute in float32."""
+
+
+def pointer(o: KernelOperand) -> str:
+    """The type of an operand's field."""
+    return f"{ELEMENTS[o.dtype]}*" if o.kind is OperandKind.FLOATS else POINTERS[o.kind]
+
 
 # fmt: off
 RESERVED = frozenset((

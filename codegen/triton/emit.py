@@ -119,7 +119,7 @@ class _Emitter:
         """The address of plane 0, chunk 0 or the scale word of every block of the tile."""
         if o.kind is OperandKind.FLOATS:
             pointee, size, place = ELEMENT_TYPES[o.dtype], 128, "offset"
-        elif o.kind is OperandKind.HALVES:
+        elif o.kind in (OperandKind.HALVES, OperandKind.BYTES):
             pointee, size, place = POINTEES[o.kind], 128, "offset"
         elif o.kind is OperandKind.CODES:
             size = 16 * o.width
@@ -156,7 +156,7 @@ class _Emitter:
 
     def _plane(self, v: Value) -> str:
         operand = python_name(v.operand)
-        if v.opcode in ("store", "store_half"):
+        if v.opcode in ("store", "store_half", "store_byte"):
             x = self.words.argument(v.args[0], Type.FLOAT if v.opcode == "store" else Type.INT)
             if isinstance(v.args[0], Value):
                 x = f"{x}.to({self._stored(v)})"
@@ -167,7 +167,7 @@ class _Emitter:
             return f"store_codes({operand}, {codes}, present, borders, {v.width}, i)"
         if v.opcode == "load":
             expression = f"tl.load({operand} + 16 * plane(i), mask=inside).to(tl.float32)"
-        elif v.opcode == "load_half":
+        elif v.opcode in ("load_half", "load_byte"):
             expression = f"tl.load({operand} + 16 * plane(i), mask=inside).to(tl.int32)"
         elif v.opcode == "unpack":
             expression = f"unpack({operand}_bytes, {v.width}, plane(i))"
@@ -192,8 +192,8 @@ class _Emitter:
 
     def _stored(self, v: Value) -> str:
         """The type of an element in memory, and how it is rounded to."""
-        if v.opcode == "store_half":
-            return "tl.uint16"
+        if v.opcode != "store":
+            return POINTEES[self.kernel.operand(v.operand).kind]
         dtype = self.kernel.operand(v.operand).dtype
         rounding = "" if dtype == "float32" else ', fp_downcast_rounding="rtne"'
         return f"{ELEMENT_TYPES[dtype]}{rounding}"

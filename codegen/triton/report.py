@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stq_compile.codegen.ir import Kernel, OperandKind
+from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.codegen.target import Target
 from stq_compile.codegen.triton.aot import Resources, compile_for
@@ -84,11 +84,7 @@ def static_report(kernel: Kernel, emitted: Emitted, template: str, target: Targe
     return StaticReport(
         name=kernel.name,
         template=template,
-        widths={
-            o.name.removesuffix("_codes"): o.width
-            for o in kernel.operands
-            if o.kind in (OperandKind.CODES, OperandKind.HALVES)
-        },
+        widths={o.name.removesuffix("_codes"): o.width for o in kernel.operands if o.width},
         target=target.name,
         registers=resources.registers,
         spill_bytes=resources.spill_bytes,

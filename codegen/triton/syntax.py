@@ -96,6 +96,7 @@ ELEMENT_TYPES = {
 
 POINTEES = {
     OperandKind.HALVES: "tl.uint16",
+    OperandKind.BYTES: "tl.int8",
     OperandKind.CODES: "tl.uint8",
     OperandKind.WORDS: "tl.uint16",
 }

@@ -47,7 +47,13 @@ class Emitted:
     sums: int = 0
 
 
-WITH_PLACE = (OperandKind.FLOATS, OperandKind.HALVES, OperandKind.CODES, OperandKind.WORDS)
+WITH_PLACE = (
+    OperandKind.FLOATS,
+    OperandKind.HALVES,
+    OperandKind.BYTES,
+    OperandKind.CODES,
+    OperandKind.WORDS,
+)
 """Operands that lie in memory, element by element or block by block."""
 
 

@@ -27,6 +27,9 @@ FLAGS: dict[str, Any] = {
     "tolerance": _flag(float | None, "Predicted relative error of the update; the default mode."),
     "interval": _flag(int | None, "Steps between two looks of the planner."),
     "rounding": _flag(str | None, "stochastic or nearest."),
+    "param_rounding": _flag(
+        str | None, "How 16-bit parameters are: nearest, stochastic, compensated."
+    ),
     "seed": _flag(int | None, "Of stochastic rounding."),
     "min_numel": _flag(int | None, "States of smaller tensors stay fp32."),
     "exclude": _flag(

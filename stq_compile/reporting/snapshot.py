@@ -22,7 +22,7 @@ from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.reporting.graph_data import graph_data
 from stq_compile.reporting.run_file import KernelInfo, Row, Run, Template
 from stq_compile.shards import local, split_blocks
-from stq_compile.step_graph import Source
+from stq_compile.step_graph import PARAM_ERROR, Source
 
 
 class Live(Protocol):
@@ -96,7 +96,7 @@ def _row(param: str, key: str, value: Tensor, reason: str) -> Row:
         dtype if packed is None else format.name,
         8 * value.element_size() if packed is None else format.width,
         nbytes,
-        4 * value.numel(),
+        0 if key == PARAM_ERROR else 4 * value.numel(),  # float32 training has no such state
         reason,
         split,
         nonfinite_elements(value),

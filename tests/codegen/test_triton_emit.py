@@ -178,12 +178,13 @@ def test_half_parameters_are_computed_in_float32_and_rounded_once() -> None:
     assert interpreted(check_dtype, "bfloat16") == 1
 
 
-def test_half_parameters_move_fewer_bytes_and_are_refused_on_the_cpu() -> None:
+def test_half_parameters_move_fewer_bytes_and_doubles_are_refused() -> None:
     unit = quantized(with_dtype(sgd(), torch.bfloat16), MOMENTUM, "nearest")
     gpu = lower_kernel(unit, parse_target("cuda:90"))
     assert bytes_per_element(gpu) == pytest.approx(2 * 3 + 1 + 4 / 128)
-    with pytest.raises(UnsupportedElementError, match=r"param_0 .*bfloat16.*cpu.*float32"):
-        lower_kernel(unit)
+    wide = quantized(with_dtype(sgd(), torch.float64), MOMENTUM, "nearest")
+    with pytest.raises(UnsupportedElementError, match=r"param_0 .*float64.*cpu.*float32"):
+        lower_kernel(wide)
 
 
 # Targets. -------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_half_parameters_move_fewer_bytes_and_are_refused_on_the_cpu() -> None:
 def test_a_target_says_what_it_can_do() -> None:
     gpu = parse_target("cuda:90")
     assert (gpu.tables, gpu.can_hold("bfloat16"), gpu.blocks_per_warp) == (False, True, 8)
-    assert (CPU.tables, CPU.can_hold("bfloat16"), CPU.is_gpu) == (True, False, False)
+    assert (CPU.tables, CPU.can_hold("float64"), CPU.is_gpu) == (True, False, False)
     assert parse_target("hip:gfx942").blocks_per_warp == 16
 
 
