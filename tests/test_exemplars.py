@@ -210,6 +210,7 @@ def test_what_happens_between_steps_is_seen(events: list[tuple[str, int]]) -> No
         assert float((a - b).norm()) <= 1e-3 * float(b.norm())
 
 
+@pytest.mark.slow
 def test_each_event_is_seen() -> None:
     """The events of the test above, one by one, and each does something."""
     unchanged = {"nothing", "load", "fp32"}

@@ -332,6 +332,7 @@ def vector(params: list[nn.Parameter]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in params])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_it_takes_the_eager_optimizers_steps(cls: Any) -> None:
     with warnings.catch_warnings():

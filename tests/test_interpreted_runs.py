@@ -26,7 +26,7 @@ from stq_compile.rounding import signed64, stream_key
 from stq_compile.step_graph import Role
 
 FUNCTIONS = ("scalars", "update", "measure")
-FAST = ("adamw", "lion, planned", "bfloat16")
+FAST = ("adamw", "bfloat16")
 
 
 def interpreted_run(name: str) -> tuple[Trained, list[str]]:
@@ -95,6 +95,7 @@ def interpreted_replay() -> list[str]:
         return replayed("cpu", replay_launches)
 
 
+@pytest.mark.slow
 def test_a_replayed_step_is_the_next_step() -> None:
     """Step counters, bias corrections and random numbers move on without the host."""
     assert not submit(interpreted_replay).result()
@@ -178,6 +179,7 @@ def faulty_run(fault: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_faults_in_the_tables() -> None:
     started = {fault: submit(faulty_run, fault) for fault in FAULTS}
     seen = {fault: future.result() for fault, future in started.items()}

@@ -122,6 +122,7 @@ def test_attributes_of_the_optimizer_through_the_backend() -> None:
     p = nn.Parameter(torch.randn(8, 6))
     p.grad = torch.ones_like(p)
     optimizer = Remembering([p])
+    torch._dynamo.reset()  # all string forms of a process share its limit of graphs
     step = torch.compile(optimizer.step, backend="stq")
     with pytest.raises(Exception, match="sets last of the optimizer itself"):
         step()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -55,6 +56,7 @@ def test_two_optimizers_in_turns() -> None:
             assert run.bits() == known[step + 1]
 
 
+@pytest.mark.slow
 def test_two_optimizers_in_two_threads() -> None:
     """First steps included: both are captured and compiled at once."""
     known = Expected(planned)
@@ -183,6 +185,7 @@ print(run.bits())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_start_cold_on_one_cache(tmp_path: Path) -> None:
     environment = {**os.environ, "STQ_CACHE_DIR": str(tmp_path / "kernels")}
     command = [sys.executable, "-c", COLD, str(Path(__file__).parent)]

@@ -39,7 +39,12 @@ def step(params: list[torch.Tensor], optimizer: torch.optim.Optimizer, number: i
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": 3}, {"precision": 16}, {"precision": 32}, {"target_bits": 4.5, "interval": 3}],
+    [
+        {"precision": 3},
+        {"precision": 16},
+        {"precision": 32},
+        pytest.param({"target_bits": 4.5, "interval": 3}, marks=pytest.mark.slow),
+    ],
     ids=["3", "16", "32", "planned"],
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)

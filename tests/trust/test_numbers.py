@@ -18,7 +18,7 @@ import stq_compile as stq
 from stq_compile.options import DEFAULT_TOLERANCE
 from stq_compile.packed_state import PackedState
 
-FAST = ("AdamW, 4 bits", "SGD, 4 bits", "Adagrad, 8 bits", "Lion, 8 bits")
+FAST = ("AdamW, 4 bits", "SGD, 4 bits")
 
 
 def bound(case: Case, setting: Setting) -> float:
