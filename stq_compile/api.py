@@ -195,7 +195,7 @@ class _Driver:
         self.for_good = False  # whether no step is compiled any more
         self.exemplary = may_have_exemplars(type(session.optimizer))
         self.whole = _Capture(self._backend, type(session.optimizer))
-        self.captures: list[_Capture] = []  # of exemplars, the one used last at the end
+        self.captures: list[_Capture] = []  # of exemplars, the oldest first
 
     def _backend(self, gm: Any, exemplars: Exemplars | None) -> Any:
         if self.session.out_of_graphs:
@@ -211,10 +211,12 @@ class _Driver:
     def _capture(self, optimizer: Optimizer) -> _Capture:
         """What is captured of the step for parameters, gradients and states as they are now."""
         if not self.exemplary:
+            self.session.move_counters()
             return self.whole
         found = next((c for c in self.captures if c.serves(optimizer)), None)
         if found is not None:
             return found
+        self.session.move_counters()
         if self.session.out_of_graphs:
             raise self._too_many_graphs()
         if len(self.captures) == MOST_GRAPHS:
@@ -298,7 +300,6 @@ class _Driver:
                 loaded = self._take_loaded()
             born = init_states(optimizer, session.options.min_numel)
             session.unpack_wide(born)
-            session.move_counters()
             with torch.no_grad():
                 return self._captured(optimizer)
         except BaseException as error:

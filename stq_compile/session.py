@@ -613,6 +613,8 @@ class Session:
 
         Kernels read and advance them there; otherwise every step would wait for the device.
         """
+        if all(p.is_cpu for p in self.params()):
+            return
         for leaf, _ in list(self.leaves()):
             value, owner = leaf.value, leaf.owner
             if isinstance(owner, Tensor) and value.ndim == 0 and value.device != owner.device:
