@@ -119,7 +119,7 @@ def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
             kind = code_kind(unit.formats[node.name])
         dtype = "float32"
         if kind is OperandKind.FLOATS:
-            dtype = str(operand.dtype).removeprefix("torch.")
+            dtype = operand.dtype_name
         written = node.name in (unit.writes or ())
         operands.append(KernelOperand(node.name, kind, written, width, dtype))
     return operands

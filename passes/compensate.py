@@ -43,7 +43,7 @@ def _compensate(unit: StepGraph) -> StepGraph:
     (stored,) = (env[n] for n in unit.placeholders if n.name == param.name)
     error = graph.placeholder(f"{param.name}_error")
     error.meta = {k: stored.meta[k] for k in ("example", "val") if k in stored.meta}
-    dtype = str(param.dtype).removeprefix("torch.")
+    dtype = param.dtype_name
     value = graph.create_node(
         "call_function", WITH_ERROR, (stored, error, dtype), name=f"{param.name}_value"
     )

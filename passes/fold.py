@@ -1,9 +1,10 @@
 """Equal components become one template with many instances.
 
 Two components are equal if their graphs are: operators, structure, literals that are not floats,
-and the inputs' roles, keys, dtypes and devices. Shapes don't count, except that a 0-dim tensor
-differs from the rest. A float literal in which equal components differ (a parameter group's own
-``lr`` or ``weight_decay``) becomes a scalar input, with each instance's value.
+and the inputs' roles, keys, dtypes and devices, in the order that `split` gives them. Shapes don't
+count, except that a 0-dim tensor differs from the rest. A float literal in which equal components
+differ (a parameter group's own ``lr`` or ``weight_decay``) becomes a scalar input, with each
+instance's value.
 """
 
 from __future__ import annotations
@@ -30,28 +31,18 @@ def fold(program: Program) -> Program:
 
 def structural_hash(unit: StepGraph) -> str:
     """Hash of everything in which equal components must agree."""
-    inputs = _inputs(unit)
-    calls = [node for node in unit.graph.nodes if node.op != "placeholder"]
-    number = {node: i for i, node in enumerate([*(node for node, _ in inputs), *calls])}
+    number = {node: i for i, node in enumerate(unit.graph.nodes)}
     lines: list[str] = []
-    for node, operand in inputs:
+    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         key = "" if operand.role is Role.SCALAR else operand.source.key
         kind = f"{operand.dtype} {operand.device} {operand.shape == ()}"
         lines.append(f"{number[node]} {operand.role} {key} {kind}")
-    for node in calls:
-        target = f"{getattr(node.target, '__module__', '')}.{node.target}"
-        args = _shape_of((node.args, sorted(node.kwargs.items())), number)
-        lines.append(f"{number[node]} {node.op} {target} {args}")
+    for node in unit.graph.nodes:
+        if node.op != "placeholder":
+            target = f"{getattr(node.target, '__module__', '')}.{node.target}"
+            args = _shape_of((node.args, sorted(node.kwargs.items())), number)
+            lines.append(f"{number[node]} {node.op} {target} {args}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _inputs(unit: StepGraph) -> list[tuple[fx.Node, Operand]]:
-    """The inputs by role and key: ``foreach`` operators show those of one parameter in another
-    order than those of the next."""
-    pairs = zip(unit.placeholders, unit.operands, strict=True)
-    return sorted(
-        pairs, key=lambda p: (p[1].role, "" if p[1].role is Role.SCALAR else p[1].source.key)
-    )
 
 
 def _shape_of(value: Any, number: dict[fx.Node, int]) -> str:
@@ -87,11 +78,10 @@ def _template(name: str, units: list[StepGraph]) -> StepGraph:
     instances = []
     for unit, values in zip(units, literals, strict=True):
         # Placeholders are named as in the template, whatever the component called them.
-        by_node = {
-            node: operand
-            for (node, _), (_, operand) in zip(_inputs(first), _inputs(unit), strict=True)
-        }
-        operands = tuple(_renamed(by_node[node], node.name) for node in first.placeholders)
+        operands = tuple(
+            _renamed(o, node.name)
+            for o, node in zip(unit.operands, first.placeholders, strict=True)
+        )
         hoisted = tuple(
             _constant(names[i], values[i], unit.instances[0].param.source.name) for i in differing
         )

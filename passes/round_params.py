@@ -41,7 +41,7 @@ def _round(unit: StepGraph) -> StepGraph:
     key.meta["example"] = torch.zeros((), dtype=torch.int64)
     for node in unit.calls:
         env[node] = graph.node_copy(node, env.__getitem__)
-    dtype = str(param.dtype).removeprefix("torch.")
+    dtype = param.dtype_name
     outputs = []
     for target, value in zip(unit.writes or (), unit.outputs, strict=True):
         out = env[value]

@@ -14,6 +14,7 @@ from stq_compile.checkpoint import attach
 from stq_compile.compiled_step import CompiledStep
 from stq_compile.dynamo import traced_changes, traced_frame, traced_optimizer
 from stq_compile.errors import OptimizerNotFoundError, UnskippableStepError
+from stq_compile.nonfinite import admits_step
 from stq_compile.options import Options
 from stq_compile.session import Session
 
@@ -80,6 +81,6 @@ def _checked(session: Session, step: CompiledStep, skippable: bool, *args: Any) 
 
     What is no tensor is changed by Dynamo after the call, which only an error prevents.
     """
-    if session.admits_step(None if skippable else UnskippableStepError):
+    if admits_step(session, None if skippable else UnskippableStepError):
         return step(*args)
     return ()

@@ -63,6 +63,11 @@ class Captured:
     attributes: dict[tuple[Role, Source], str]
 
 
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters, in the order of `Source.param`."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def param_sources(optimizer: Optimizer) -> dict[int, Source]:
     """Source of every parameter by ``id``; names are the ones that the optimizer was given."""
     sources: dict[int, Source] = {}
@@ -86,7 +91,7 @@ def capture(
     """
     known = _known_tensors(optimizer, sources or param_sources(optimizer))
     name = type(optimizer).__name__
-    params = {known[id(p)][1].param: p for g in optimizer.param_groups for p in g["params"]}
+    params = {known[id(p)][1].param: p for p in params_of(optimizer)}
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     operands: list[Operand] = []

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stq_compile import saved_state
-from stq_compile.capture import param_sources
+from stq_compile.capture import param_sources, params_of
 from stq_compile.collective import anywhere
 from stq_compile.errors import CheckpointError
 from stq_compile.formats import CONSTANT, ULP8, WIDTHS
@@ -250,8 +250,7 @@ def _saved_params(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[A
         raise CheckpointError(
             entry="param_groups", found=f"{error!r}", expected="a list of parameter groups"
         ) from error
-    live = [p for group in optimizer.param_groups for p in group["params"]]
-    return dict(zip(saved, live, strict=False))
+    return dict(zip(saved, params_of(optimizer), strict=False))
 
 
 def _read_header(session: Session, found: Import, header: Mapping[str, Any]) -> None:

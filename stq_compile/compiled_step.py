@@ -231,15 +231,10 @@ class CompiledStep:
         for unit, operand in self.program.operands():
             if operand.role is not Role.STATE or operand.shape != () or operand.returned >= 0:
                 continue
-            where = (Role.STATE, operand.source)
-            value, binding = self._live(where), self.bindings[where]
+            value = self._live((Role.STATE, operand.source))
             if value is not None and value.device != unit.device:
-                moved = value.to(unit.device)
-                if isinstance(binding, Argument):
-                    self.bindings[where] = Argument(binding.position, moved)
-                else:
-                    self.bindings[where] = moved
-                places[(operand.source.param, operand.source.key)](moved)
+                put = places[(operand.source.param, operand.source.key)]
+                self._replace_state(operand.source, value.to(unit.device), put)
 
     def _format_now(self, operand: Operand, format: Format) -> Format:
         """The format of a region's state: what it is in, if that has the width asked for.
@@ -292,18 +287,15 @@ class CompiledStep:
         assert isinstance(other, PackedState)
         return other.packed
 
-    def _replace_state(
-        self, source: Source, value: PackedState, put: Callable[[Tensor], None]
-    ) -> None:
-        """Let the step hold a packed state where it held the float32 one, and the optimizer."""
-        binding = self.bindings[(Role.STATE, source)]
-        former = binding.live if isinstance(binding, Argument) else binding
-        assert isinstance(former, Tensor)
+    def _replace_state(self, source: Source, value: Tensor, put: Callable[[Tensor], None]) -> None:
+        """Let the step hold another tensor where it held a state, and the optimizer."""
+        where = (Role.STATE, source)
+        binding, former = self.bindings[where], self._live(where)
+        assert former is not None
         state = wrap(value, former)
-        if isinstance(binding, Argument):
-            self.bindings[(Role.STATE, source)] = Argument(binding.position, state)
-        else:
-            self.bindings[(Role.STATE, source)] = state
+        self.bindings[where] = (
+            Argument(binding.position, state) if isinstance(binding, Argument) else state
+        )
         put(state)
 
     def _build_buckets(self, units: list[Unit]) -> None:

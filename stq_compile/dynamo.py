@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch._dynamo.symbolic_convert import tls
 from torch._dynamo.variables.optimizer import OptimizerVariable
 from torch.optim import Optimizer
 
 
+def _translator() -> Any:
+    """Dynamo's translator of this thread; None outside of Dynamo."""
+    return getattr(tls, "current_tx", None)
+
+
 def traced_frame() -> str:
     """The name of the outermost function that is translated; empty outside of Dynamo."""
-    tx = getattr(tls, "current_tx", None)
+    tx = _translator()
     return "" if tx is None else str(tx.output.root_tx.f_code.co_qualname)
 
 
 def traced_optimizer() -> Optimizer | None:
     """The optimizer whose ``step`` is translated, if it is one's."""
-    tx = getattr(tls, "current_tx", None)
+    tx = _translator()
     if tx is None:
         return None
     frame = tx.output.root_tx
@@ -27,7 +34,7 @@ def traced_optimizer() -> Optimizer | None:
 
 def traced_changes() -> list[str]:
     """The kinds of Python objects that the translated function changes, tensors excepted."""
-    tx = getattr(tls, "current_tx", None)
+    tx = _translator()
     if tx is None:
         return []
     effects = tx.output.side_effects
@@ -42,7 +49,7 @@ def lost_attributes() -> list[str]:
     Dynamo traces these statements and then forgets them: an optimizer is no object whose changes
     it replays, and the compiled step would find the old values the next time.
     """
-    tx = getattr(tls, "current_tx", None)
+    tx = _translator()
     if tx is None:
         return []
     changes = tx.output.side_effects.store_attr_mutations

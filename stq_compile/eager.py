@@ -27,6 +27,7 @@ from stq_compile.errors import (
 )
 from stq_compile.formats import FLOAT32
 from stq_compile.halves import HALF_DTYPES
+from stq_compile.nonfinite import admits_step
 from stq_compile.packed_state import PackedState
 from stq_compile.session import Session
 from stq_compile.shards import local
@@ -68,7 +69,7 @@ def _run(
     wide = session.options.precision == FLOAT32.width
     min_numel = None if wide else max(session.options.min_numel, 1)
     calls = any(map(callable, (*args, *kwargs.values())))
-    if not calls and not session.admits_step():
+    if not calls and not admits_step(session):
         return None
     before = Before(session) if calls and session.options.on_nonfinite != "propagate" else None
     outside = partial(_outside, session)
@@ -109,7 +110,7 @@ def _outside(session: Session, argument: Any) -> Any:
     def closure(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes(), torch.compiler.set_stance("default"):
             loss = argument(*args, **kwargs)
-            if not session.admits_step():
+            if not admits_step(session):
                 raise _Skipped(loss)
             return loss
 

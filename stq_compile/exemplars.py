@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from stq_compile.capture import Binding, Captured, Gradient
+from stq_compile.capture import Binding, Captured, Gradient, params_of
 from stq_compile.step_graph import Instance, Operand, Program, Role, Source, StepGraph
 
 EXEMPLARS = 2
@@ -52,7 +52,7 @@ class Exemplars:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.groups = list(optimizer.param_groups)
-        self.params = _params(optimizer)
+        self.params = params_of(optimizer)
         self.absent = [p.grad is None for p in self.params]
         self.present = [p for p in self.params if p.grad is not None]
         self.entries = _entries(optimizer, self.present)
@@ -74,7 +74,7 @@ class Exemplars:
     def serve(self, optimizer: Optimizer) -> bool:
         """Whether parameters, states and absent gradients are still those that were captured."""
         if not _same(optimizer.param_groups, self.groups) or not _same(
-            _params(optimizer), self.params
+            params_of(optimizer), self.params
         ):
             return False
         if [p.grad is None for p in self.params] != self.absent:
@@ -123,10 +123,6 @@ class Exemplars:
 
 LISTS = ("params", "param_names")
 """What a parameter group holds for each parameter."""
-
-
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 NONE: dict[Any, Any] = {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stq_compile.formats import ULP8, block_count
+from stq_compile.formats import ULP8
 from stq_compile.halves import HALF_DTYPES, error_of, half_of, rounded, with_error
 from stq_compile.options import ParamRounding
 from stq_compile.packed_state import PackedState, memory_order
@@ -63,9 +63,7 @@ class HalfParams:
             stream = stream_id(operand.source.param, PARAM_ROUNDING)
             key = step_key(self.seed(), step, stream)
             first = 0 if operand.region is None else operand.region.first_block
-            drawn = Noise(key).uniform(first, block_count(param.numel()), param.device)
-            assert isinstance(drawn, Tensor)
-            flat = drawn.view(-1)[: param.numel()]
+            flat = Noise(key).of_elements(param.numel(), first, param.device)
             uniform = flat.as_strided(ordered.size(), ordered.stride())
         on_grid = rounded(ordered, half, uniform)
         new = on_grid.to(param.dtype)

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 
-from stq_compile.api import own_code, raw_step, refusal, translated
+from stq_compile.api import refusal
 from stq_compile.birth import init_states
-from stq_compile.capture import Captured, capture, param_sources
+from stq_compile.capture import Captured, capture, param_sources, params_of
 from stq_compile.checks import check_program
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.compiler import FRONT, back, front
+from stq_compile.driver import own_code, raw_step, translated
 from stq_compile.errors import StqError, UnsupportedOptimizerError
 from stq_compile.exemplars import extend
 from stq_compile.failures import reporting_defects
@@ -223,7 +224,7 @@ def _reduced(optimizer: Optimizer, chosen: Collection[int]) -> Iterator[None]:
 
 def _prepare(optimizer: Optimizer, progress: Progress) -> None:
     """Give all parameters gradients and states."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -272,7 +273,7 @@ def _stop(*_: Any) -> Any:
 
 def _share_states(optimizer: Optimizer, classes: Sequence[Sequence[int]]) -> None:
     """Let all parameters of a class have the states of the first, so that sizes add up."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     for first, *others in classes:
         entries: Mapping[str, Tensor] = optimizer.state.get(params[first], {})
         for i in others:

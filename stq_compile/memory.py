@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from stq_compile.capture import params_of
 from stq_compile.formats import FLOAT32, Format
 from stq_compile.inspection import Inspection
 from stq_compile.step_graph import Operand
@@ -64,7 +65,7 @@ class MemoryPlan:
 
 def plan_memory(found: Inspection, world_size: int = 1) -> MemoryPlan:
     """The memory of an inspected optimizer, its states at their first widths."""
-    params = [p for group in found.optimizer.param_groups for p in group["params"]]
+    params = params_of(found.optimizer)
     weights = sum(_bytes_of_shard(p, world_size) for p in params)
     packed = found.states()
     eight = found.states(replace(found.session.options, precision=8, target_bits=None,

@@ -10,20 +10,119 @@ average never forgets one. That is a look at two bytes in 128 elements.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from stq_compile.capture import param_sources
 from stq_compile.collective import add_up
+from stq_compile.errors import NonFiniteGradientError, StqError
 from stq_compile.formats import BLOCK
+from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
+from stq_compile.planner.history import LIMIT, Incident
+from stq_compile.planner.planner import StateKey
 from stq_compile.shards import gradient, local, region_of
+from stq_compile.step_graph import Source
 from stq_compile.storage import PackedStorage
+
+LOG = logging.getLogger(__name__)
 
 EXPONENT = 0x7F80
 """The exponent of a bfloat16: all of its bits are set in an infinity or a NaN."""
+
+
+@dataclass
+class Watch:
+    """What was found of one optimizer.
+
+    Attributes:
+        incidents: the latest `LIMIT` ones.
+        left_out: steps that were skipped, or ended in an error.
+        reached: states that were not finite at the last look.
+        looked_at: the number of steps before that look.
+    """
+
+    incidents: deque[Incident] = field(default_factory=lambda: deque(maxlen=LIMIT))
+    left_out: int = 0
+    reached: set[StateKey] = field(default_factory=set)
+    looked_at: int = 0
+
+
+class Recorder(Protocol):
+    """Writes down what happens."""
+
+    def incident(self, incident: Incident) -> None: ...
+
+
+class Watched(Protocol):
+    """An optimizer's session, as it is looked at here."""
+
+    options: Options
+    steps: int
+    watch: Watch
+
+    @property
+    def recording(self) -> Recorder: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    def params(self) -> list[Tensor]: ...
+    def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]: ...
+
+
+def admits_step(session: Watched, error: type[StqError] | None = None) -> bool:
+    """Whether the option ``on_nonfinite`` lets a step be made with the present gradients.
+
+    ``error`` is raised in place of an answer of no.
+
+    Raises:
+        NonFiniteGradientError: it does not, and asks for an error.
+    """
+    if session.options.on_nonfinite == "propagate":
+        return True
+    params = session.params()
+    numbers = nonfinite_gradients(params)
+    if not numbers:
+        return True
+    if session.options.on_nonfinite == "raise":
+        error = NonFiniteGradientError
+    sources, step = param_sources(session.optimizer), session.steps + 1
+    names = tuple(sources[id(params[n])].name for n in numbers)
+    _note(session, Incident(step, "skipped" if error is None else "raised", names))
+    session.watch.left_out += 1
+    if error is None:
+        return False
+    others = f", nor those of {len(names) - 1} others" if len(names) > 1 else ""
+    name = type(session.optimizer).__name__
+    raise error(optimizer=name, step=step, param=names[0], others=others)
+
+
+def find_reached(session: Watched) -> None:
+    """Note states that a gradient that is not finite has reached since the last look."""
+    watch = session.watch
+    watch.looked_at = session.steps
+    broken = {
+        (source.param, key): source.name
+        for _, source, key, value in session.states()
+        if isinstance(value, Tensor) and nonfinite_elements(value)
+    }
+    new = {name: None for key, name in broken.items() if key not in watch.reached}
+    watch.reached = set(broken)
+    if new:
+        _note(session, Incident(session.steps, "reached", tuple(new)))
+
+
+def _note(session: Watched, incident: Incident) -> None:
+    session.watch.incidents.append(incident)
+    session.recording.incident(incident)
+    LOG.warning("%s: %s", type(session.optimizer).__name__, incident)
 
 
 def nonfinite_gradients(params: Sequence[Tensor]) -> list[int]:

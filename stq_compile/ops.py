@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stq_compile import error_law, halves, reference
-from stq_compile.formats import FORMATS, block_count
+from stq_compile.formats import FORMATS
 from stq_compile.halves import HALVES
 from stq_compile.packed_state import memory_order
 from stq_compile.rounding import NEAREST, Noise
@@ -90,9 +90,7 @@ def round_param(x: Tensor, dtype: str, key: Tensor | None) -> Tensor:
     if key is None:
         return halves.rounded(x, half, None)
     flat = memory_order(x)
-    uniform = Noise(int(key) & ((1 << 64) - 1)).uniform(0, block_count(flat.numel()))
-    assert isinstance(uniform, Tensor)
-    noise = uniform.view(-1)[: flat.numel()]
+    noise = Noise(int(key) & ((1 << 64) - 1)).of_elements(flat.numel())
     return halves.rounded(flat, half, noise).as_strided(x.size(), x.stride())
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stq_compile.formats import BLOCK
+from stq_compile.formats import BLOCK, block_count
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK64 = (1 << 64) - 1
@@ -110,6 +110,14 @@ class Noise:
         else:
             bits = bits_of_blocks(self.key, self.index[first_block : first_block + blocks])
         return (bits >> 8).float() * 2.0**-24
+
+    def of_elements(
+        self, numel: int, first_block: int = 0, device: torch.device | None = None
+    ) -> Tensor:
+        """`uniform`, float32 ``[numel]``; not for nearest rounding."""
+        drawn = self.uniform(first_block, block_count(numel), device)
+        assert isinstance(drawn, Tensor)
+        return drawn.view(-1)[:numel]
 
 
 NEAREST = Noise(None)

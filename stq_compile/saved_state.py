@@ -178,25 +178,20 @@ def place(
         normalizer: the placed normalizer of a normalized format.
     """
     held = local(like)
-    device = held.device
     storage = PackedStorage(
-        held.numel(), saved.format, normalizer=normalizer, device=device, **options
+        held.numel(), saved.format, normalizer=normalizer, device=held.device, **options
     )
     storage.eager_writes = saved.eager_writes
     if saved.own or saved.format.width == 0:
-        piece = saved.pieces[0]
-        storage.codes = piece.codes.to(device, copy=True)
-        storage.scales = piece.scales.to(device, copy=True)
+        _hold(storage, saved.pieces[0].codes, saved.pieces[0].scales)
         return storage, True
     box = place_of(like)
     if not saved.format.blocked:
         storage.codes = in_order_of(saved.elements()[slices(box)], held)
         return storage, True
     same = next((piece for piece in saved.pieces if piece.box == box), None)
-    if (
-        same is not None and held.is_contiguous()
-    ):  # divided as it was: its blocks are the saved ones
-        storage.codes, storage.scales = same.codes.clone(), same.scales.clone()
+    if same is not None and held.is_contiguous():  # divided as it was: these are its blocks
+        _hold(storage, same.codes, same.scales)
         return storage, True
     begin = stretch(box, saved.shape) if held.is_contiguous() else None
     found = None if begin is None or begin % BLOCK else saved.blocks()
@@ -204,11 +199,16 @@ def place(
     if found is not None and begin is not None and (end % BLOCK == 0 or end == like.numel()):
         rows = slice(begin // BLOCK, block_count(end))
         codes, scales = found
-        storage.codes = codes[rows].to(device, copy=True)
-        storage.scales = scales[rows].to(device, copy=True)
+        _hold(storage, codes[rows], scales[rows])
         return storage, True
     storage.write(in_order_of(saved.values()[slices(box)], held))
     return storage, False
+
+
+def _hold(storage: PackedStorage, codes: Tensor, scales: Tensor) -> None:
+    """Give a storage copies of buffers, on its device."""
+    device = storage.device
+    storage.codes, storage.scales = codes.to(device, copy=True), scales.to(device, copy=True)
 
 
 def read(entry: Mapping[str, Any], like: Tensor, where: str, others: Mapping[str, Saved]) -> Saved:

@@ -11,7 +11,6 @@ import logging
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile import interrupts
-from stq_compile.capture import Argument, Captured, capture, param_sources
+from stq_compile.capture import Argument, Captured, capture, param_sources, params_of
 from stq_compile.checks import check_memory, check_program
 from stq_compile.codec import CompiledCodec
 from stq_compile.compiled_step import CompiledStep, StateInfo, agreement
@@ -34,9 +33,7 @@ from stq_compile.errors import (
     InfeasibleBudgetError,
     KernelBuildError,
     LostAttributeError,
-    NonFiniteGradientError,
     PlanningWarning,
-    StqError,
     UnmatchedPrecisionError,
     UnsupportedWidthError,
     first_line,
@@ -46,7 +43,7 @@ from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
 from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.half_params import new_error, uncompensated
-from stq_compile.nonfinite import nonfinite_elements, nonfinite_gradients
+from stq_compile.nonfinite import Watch, find_reached
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.measure import (
@@ -57,7 +54,6 @@ from stq_compile.passes.measure import (
     with_packed_normalizers,
 )
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.history import LIMIT, Incident
 from stq_compile.planner.planner import Managed, Planner, StateKey
 from stq_compile.planner.prior import prior_errors
 from stq_compile.reporting.recording import Recording
@@ -109,10 +105,7 @@ class Session:
         self.errors: dict[int, Tensor] = {}
         self.codec = CompiledCodec(options.rounding)
         self.compiled: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
-        self._incidents: deque[Incident] = deque(maxlen=LIMIT)
-        self.nonfinite_steps = 0
-        self.reached: set[StateKey] = set()
-        self.reached_at = 0
+        self.watch = Watch()
 
     @property
     def optimizer(self) -> Optimizer:
@@ -164,52 +157,6 @@ class Session:
         self._record()
         return step
 
-    def admits_step(self, error: type[StqError] | None = None) -> bool:
-        """Whether the option ``on_nonfinite`` lets a step be made with the present gradients.
-
-        ``error`` is raised in place of an answer of no.
-
-        Raises:
-            NonFiniteGradientError: it does not, and asks for an error.
-        """
-        if self.options.on_nonfinite == "propagate":
-            return True
-        numbers = nonfinite_gradients(self.params())
-        if not numbers:
-            return True
-        if self.options.on_nonfinite == "raise":
-            error = NonFiniteGradientError
-        sources = param_sources(self.optimizer)
-        names = tuple(sources[id(p)].name for n, p in enumerate(self.params()) if n in numbers)
-        self._note(Incident(self.steps + 1, "skipped" if error is None else "raised", names))
-        self.nonfinite_steps += 1
-        if error is None:
-            return False
-        others = f", nor those of {len(names) - 1} others" if len(names) > 1 else ""
-        raise error(
-            optimizer=type(self.optimizer).__name__,
-            step=self.steps + 1,
-            param=names[0],
-            others=others,
-        )
-
-    def find_reached(self) -> None:
-        """Note states that a gradient that is not finite has reached since the last time."""
-        broken = {
-            (source.param, key): source.name
-            for _, source, key, value in self.states()
-            if isinstance(value, Tensor) and nonfinite_elements(value)
-        }
-        new = {name: None for key, name in broken.items() if key not in self.reached}
-        self.reached = set(broken)
-        if new:
-            self._note(Incident(self.steps, "reached", tuple(new)))
-
-    def _note(self, incident: Incident) -> None:
-        self._incidents.append(incident)
-        self.recording.incident(incident)
-        LOG.warning("%s: %s", type(self.optimizer).__name__, incident)
-
     def _for_all(
         self, captured: Captured, last: Stage, exemplars: Exemplars
     ) -> tuple[Captured, Stage]:
@@ -226,15 +173,15 @@ class Session:
         recent = [step for step in self.compiled_at if step > self.steps - GRAPH_WINDOW]
         return len(recent) >= MOST_GRAPHS
 
+    def log(self, loss: float | Tensor) -> None:
+        """Note the loss of the last step."""
+        value = loss.item() if isinstance(loss, Tensor) else float(loss)
+        self.recording.loss(self.steps, value)
+
     @property
     def losses(self) -> list[tuple[int, float]]:
         """Losses that were logged, with the number of steps before each."""
         return self.recording.losses
-
-    @property
-    def incidents(self) -> tuple[Incident, ...]:
-        """What was not finite, the latest `LIMIT` times."""
-        return tuple(self._incidents)
 
     def _record(self) -> None:
         if self.recording.streams:
@@ -404,9 +351,8 @@ class Session:
 
         A look is followed by a decision; and now and then it is seen what is not finite any more.
         """
-        if self.steps % self.options.interval == 0 and self.steps != self.reached_at:
-            self.reached_at = self.steps
-            self.find_reached()
+        if self.steps % self.options.interval == 0 and self.steps != self.watch.looked_at:
+            find_reached(self)
         if not self.decision_due:
             return
         try:
@@ -423,7 +369,7 @@ class Session:
         """
         memory = is_out_of_memory(error)
         missing = isinstance(error, KernelBuildError)
-        if not (memory or missing) or any(is_sharded(p) for p in self.params()):
+        if not (memory or missing) or self.sharded:
             raise error
         warning = PlanningWarning(
             optimizer=type(self.optimizer).__name__,
@@ -559,9 +505,14 @@ class Session:
                 vars(step).update(attributes)
             raise
 
+    @property
+    def sharded(self) -> bool:
+        """Whether other processes hold parts of a parameter."""
+        return any(is_sharded(p) for p in self.params())
+
     def params(self) -> list[Tensor]:
         """All parameters, in the order of `Source.param`."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return params_of(self.optimizer)
 
     def leaves(self) -> Iterator[tuple[Leaf, Source]]:
         """Every tensor among the states, and its source.
@@ -583,10 +534,11 @@ class Session:
         """
         for leaf, source in self.leaves():
             yield leaf.owner, source, leaf.key, leaf.value
-        sources = list(param_sources(self.optimizer).values())
-        for number, error in self.errors.items():
-            source = replace(sources[number], key=PARAM_ERROR)
-            yield self.params()[number], source, PARAM_ERROR, error
+        if self.errors:
+            params, sources = self.params(), list(param_sources(self.optimizer).values())
+            for number, error in self.errors.items():
+                source = replace(sources[number], key=PARAM_ERROR)
+                yield params[number], source, PARAM_ERROR, error
 
     def pack_loaded(self) -> list[tuple[Leaf, Tensor]]:
         """Mark the float32 states that a loaded checkpoint brought as waiting to be packed.

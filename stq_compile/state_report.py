@@ -135,7 +135,7 @@ def make_report(session: Session) -> Report:
         session.look_bytes,
         session.reencoded,
         _note(session),
-        session.nonfinite_steps,
+        session.watch.left_out,
     )
 
 

@@ -99,9 +99,13 @@ class Operand:
         """Elements of the whole tensor."""
         return math.prod(self.whole_shape)
 
+    @property
+    def dtype_name(self) -> str:
+        """``"float32"``."""
+        return str(self.dtype).removeprefix("torch.")
+
     def describe(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        text = f"{self.role:<6} {dtype}{list(self.shape)} {self.source}"
+        text = f"{self.role:<6} {self.dtype_name}{list(self.shape)} {self.source}"
         return text if self.value is None else f"{text} = {self.value!r}"
 
 

@@ -135,7 +135,7 @@ MUTATIONS = (
     _m("signals are not held", "stq_compile/interrupts.py",
        "                signal.signal(number, self._note)\n", "                pass\n",
        "test_interrupts.py::test_a_held_signal_arrives_when_the_scope_ends"),
-    _m("steps of one optimizer overlap", "stq_compile/api.py",
+    _m("steps of one optimizer overlap", "stq_compile/driver.py",
        "        with self.lock:\n            self.session.decide()",
        "        if True:\n            self.session.decide()",
        "test_threads.py::test_steps_of_one_optimizer_take_turns"),

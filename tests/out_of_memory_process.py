@@ -179,7 +179,7 @@ def with_pinned_widths(library: Any, case: str) -> int:
         assert old + new >= len(now), f"allocation {at}: a parameter is half updated"
         if isinstance(error, PartialStepError):
             assert case == "regions"
-            assert 0 < error.fields["done"] < len(now)  # type: ignore[operator]
+            assert 0 < error.fields["done"] < len(now)  # type: ignore[operator]  # a number
             torn += 1
         elif error is not None:
             assert isinstance(error, StepMemoryError), repr(error)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import stq_compile as stq
-from stq_compile.api import _Driver
 from stq_compile.backend import session_of
+from stq_compile.driver import Driver
 from stq_compile.planner import history
 
 WARM_UP = 0.2
@@ -53,7 +53,7 @@ def resident() -> float:
 
 def variants(optimizer: torch.optim.Optimizer) -> int:
     """Entries of Dynamo's cache for an optimizer's own step."""
-    drivers = [d for d in gc.get_objects() if type(d) is _Driver]
+    drivers = [d for d in gc.get_objects() if type(d) is Driver]
     (mine,) = [d for d in drivers if d.session is session_of(optimizer)]
     list_of: Any = torch._dynamo.eval_frame._debug_get_cache_entry_list
     return sum(len(list_of(capture.code)) for capture in (mine.whole, *mine.captures))

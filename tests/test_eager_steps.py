@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import stq_compile as stq
 from models import backward, equal, make_model
 from stq_compile import PackedState, codec
-from stq_compile.api import MOST_GRAPHS
 from stq_compile.backend import session_of
 from stq_compile.errors import EagerStepWarning
 from stq_compile.formats import CONSTANT
+from stq_compile.session import MOST_GRAPHS
 from stq_compile.state_tree import leaves
 from stq_compile.working_set import WorkingSet
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import stq_compile as stq
-from stq_compile import PackedState, api
+from stq_compile import PackedState, driver
 from stq_compile.backend import session_of
 from stq_compile.compiled_step import CompiledStep
 from stq_compile.exemplars import Exemplars, NotExemplaryError, extend, may_have_exemplars
@@ -86,7 +86,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[Optimizer], Optimizer]:
 
     def compile_whole(optimizer: Optimizer, **options: Any) -> Optimizer:
         with monkeypatch.context() as patch:
-            patch.setattr(api, "may_have_exemplars", lambda _: False)
+            patch.setattr(driver, "may_have_exemplars", lambda _: False)
             return stq.compile(optimizer, **options)
 
     return compile_whole
@@ -194,7 +194,7 @@ def test_what_happens_between_steps_is_seen(events: list[tuple[str, int]]) -> No
     for may in (lambda _: True, lambda _: False):
         params = parameters([(24, 40)] * 4 + [(40,)] * 2)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(api, "may_have_exemplars", may)
+            patch.setattr(driver, "may_have_exemplars", may)
             optimizer = stq.compile(
                 torch.optim.AdamW(params[:3], lr=0.01), precision=8, min_numel=64
             )
@@ -279,7 +279,7 @@ class ByNorm(ByPlace):
 @pytest.mark.parametrize("cls", [ByPlace, ByNorm])
 def test_exemplars_that_prove_too_little(cls: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Unlike or touching components are seen, and the whole is captured."""
-    monkeypatch.setattr(api, "may_have_exemplars", lambda _: True)
+    monkeypatch.setattr(driver, "may_have_exemplars", lambda _: True)
     params, others = parameters([(24, 40)] * 5), parameters([(24, 40)] * 5)
     ours, eager = stq.compile(cls(params), precision=32), cls(others)
     for step in range(2):

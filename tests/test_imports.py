@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "dcp", "eager"),
     ("backend", "state_report"),
     ("closures", "symbolic_math"),
+    ("driver",),
     ("api",),
     ("",),  # stq_compile/__init__.py, which imports nothing until it is asked
     ("targets",),

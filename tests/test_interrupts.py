@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import stq_compile as stq
+from stepwise import Stepwise
 from stq_compile import codegen, interrupts, passes
 from trajectory import Expected, Make, Run, disturbed, planned, session
 
@@ -64,23 +65,16 @@ def regions(model: nn.Module) -> torch.optim.Optimizer:
     return stq.compile(torch.optim.Muon(hidden, lr=0.01), min_numel=64, precision=8)
 
 
-class Counting(torch.optim.Optimizer):
+class Counting(Stepwise):
     """Momentum with a counter that is a Python number, and states made within the step."""
 
-    def __init__(self, params: Any, lr: float = 0.01) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["count"] = 0
-                    state["m"] = torch.zeros_like(p)
-                state["count"] += 1
-                state["m"].mul_(0.9).add_(p.grad)
-                p.sub_(state["m"], alpha=group["lr"])
+    def update(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["count"] = 0
+            state["m"] = torch.zeros_like(p)
+        state["count"] += 1
+        state["m"].mul_(0.9).add_(p.grad)
+        p.sub_(state["m"], alpha=group["lr"])
 
 
 def counting(model: nn.Module) -> torch.optim.Optimizer:
@@ -129,15 +123,21 @@ def test_at_lines_of_a_step(make: Make) -> None:
     assert made > 0
 
 
+def lines_of_a_first_step(make: Make) -> int:
+    """How many lines of ours it comes to."""
+    counter = Interrupter(-1)
+    run = Run.start(make)
+    run.gradients()
+    counter(run.optimizer.step)
+    return counter.lines
+
+
 @pytest.mark.slow
 def test_at_lines_of_the_first_step() -> None:
     """Capture and compilation included; each attempt is one optimizer's first."""
     known = Expected(counting)
-    counter = Interrupter(-1)
-    run = Run.start(counting)
-    run.gradients()
-    counter(run.optimizer.step)
-    for at in range(1, counter.lines, counter.lines // 25):
+    lines = lines_of_a_first_step(counting)
+    for at in range(1, lines, lines // 25):
         run = Run.start(counting)
         disturbed(run, known, Interrupter(at))
         if run.step < 2:
@@ -149,11 +149,8 @@ def test_at_lines_of_the_first_step() -> None:
 def test_in_the_first_step() -> None:
     """Where it changes most: states are born, packed, and taken over."""
     known = Expected(planned)
-    counter = Interrupter(-1)
-    run = Run.start(planned)
-    run.gradients()
-    counter(run.optimizer.step)
-    for at in (20, counter.lines // 2, counter.lines - 60):
+    lines = lines_of_a_first_step(planned)
+    for at in (20, lines // 2, lines - 60):
         run = Run.start(planned)
         disturbed(run, known, Interrupter(at))
         run.advance()

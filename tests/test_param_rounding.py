@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import stq_compile as stq
 from cases import cases
+from stepwise import Stepwise
 from stq_compile import PackedState
 from stq_compile.backend import session_of
 from stq_compile.errors import (
@@ -29,42 +30,27 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
-class Lazy(torch.optim.Optimizer):
+class Lazy(Stepwise):
     """Somebody's signed momentum: makes its state inside the step, and converts as it goes."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["average"] = torch.zeros_like(p)
-                average = state["average"].float().lerp(p.grad.float(), 0.1)
-                state["average"].copy_(average.to(p.dtype))
-                p.data.add_(average.sign().to(p.dtype), alpha=-group["lr"])
+    def update(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        if not state:
+            state["average"] = torch.zeros_like(p)
+        average = state["average"].float().lerp(p.grad.float(), 0.1)
+        state["average"].copy_(average.to(p.dtype))
+        p.data.add_(average.sign().to(p.dtype), alpha=-group["lr"])
 
 
-class Sheared(torch.optim.Optimizer):
+class Sheared(Stepwise):
     """A matrix product in every step: a region. The product is with a permutation."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["average"] = torch.zeros_like(p)
-                state["average"].lerp_(p.grad, 0.1)
-                turned = state["average"] @ torch.eye(p.shape[1], dtype=p.dtype).flip(0)
-                p.sub_(turned, alpha=group["lr"])
+    def update(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["average"] = torch.zeros_like(p)
+        state["average"].lerp_(p.grad, 0.1)
+        turned = state["average"] @ torch.eye(p.shape[1], dtype=p.dtype).flip(0)
+        p.sub_(turned, alpha=group["lr"])
 
 
 MAKERS: dict[str, Make] = {
@@ -289,4 +275,4 @@ def test_an_eager_step_says_that_it_rounds_to_nearest() -> None:
 
 def test_an_unknown_rounding_is_refused() -> None:
     with pytest.raises(InvalidOptionError, match="'nearest', 'stochastic' or 'compensated'"):
-        stq.compile(MAKERS["SGD"]([start(torch.bfloat16)]), param_rounding="up")  # type: ignore[arg-type]
+        stq.compile(MAKERS["SGD"]([start(torch.bfloat16)]), param_rounding="up")

@@ -57,8 +57,6 @@ class _Emitter:
         self.planar = {id(v) for v in (*crossing, *arguments) if v.space is Space.ELEMENT}
         """Element values that are kept as a tuple of planes."""
         self.words = Expressions(self.planar)
-        self.natural: set[int] = set()
-        """Of these, the ones whose planes are in their natural order."""
 
     def emitted(self) -> Emitted:
         body = [emit_scalars(self.kernel, self.slots, self.note), self._tile(), self._update()]

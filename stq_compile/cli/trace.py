@@ -28,7 +28,7 @@ def trace(subject: Subject, as_json: bool) -> None:
                 "param": o.source.name,
                 "key": o.source.key,
                 "shape": list(o.shape),
-                "dtype": str(o.dtype).removeprefix("torch."),
+                "dtype": o.dtype_name,
             }
             for o in unit.operands
         ]

@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from stq_compile.codegen.lower import bytes_per_element
 from stq_compile.compiled_step import CompiledStep, StateInfo
 from stq_compile.formats import BLOCK, FLOAT32
-from stq_compile.nonfinite import nonfinite_elements
+from stq_compile.nonfinite import Watch, nonfinite_elements
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.planner.history import Incident
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.reporting.graph_data import graph_data
 from stq_compile.reporting.run_file import KernelInfo, Row, Run, Template
@@ -33,13 +32,12 @@ class Live(Protocol):
     info: dict[StateKey, StateInfo]
     weights: set[StateKey]
     planner: Planner | None
+    watch: Watch
 
     @property
     def optimizer(self) -> Optimizer: ...
     @property
     def compiled(self) -> Iterable[CompiledStep]: ...
-    @property
-    def incidents(self) -> Iterable[Incident]: ...
     @property
     def losses(self) -> Iterable[tuple[int, float]]: ...
     def states(self) -> Iterator[tuple[Tensor, Source, str, Any]]: ...
@@ -56,7 +54,7 @@ def run_of(live: Live) -> Run:
         rows=rows_of(live),
         decisions=() if live.planner is None else live.planner.history.records,
         losses=tuple(live.losses),
-        incidents=tuple(live.incidents),
+        incidents=tuple(live.watch.incidents),
         comparisons=() if live.planner is None else tuple(live.planner.comparisons),
         templates=() if step is None else tuple(_templates(step)),
         kernels=() if step is None else tuple(_kernels(step)),

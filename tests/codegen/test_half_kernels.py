@@ -37,9 +37,13 @@ ROUNDINGS: tuple[ParamRounding, ...] = ("nearest", "stochastic", "compensated")
 def unit_of(dtype: torch.dtype, rounding: ParamRounding) -> StepGraph:
     """SGD with momentum at 8 bits on one 16-bit parameter, ready to be lowered."""
     unit = sgd()
-    shape = {"shape": (NUMEL,), "stride": (1,)}
     operands = tuple(
-        replace(o, **shape, dtype=dtype if o.role in ("param", "grad") else o.dtype)  # type: ignore[arg-type]
+        replace(
+            o,
+            shape=(NUMEL,),
+            stride=(1,),
+            dtype=dtype if o.role in ("param", "grad") else o.dtype,
+        )
         for o in unit.operands
     )
     for node in unit.placeholders:

@@ -17,6 +17,7 @@ import stq_compile as stq
 from models import backward, equal, loss_of, make_model
 from processes import run_processes
 from sharded import differing, make, mesh_of, outcome, run, step
+from stepwise import Stepwise
 from stq_compile import PackedState, nonfinite
 from stq_compile.backend import session_of
 from stq_compile.errors import (
@@ -40,38 +41,23 @@ VALUES = [float("nan"), float("inf"), -float("inf")]
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
-class Breaking(torch.optim.Optimizer):
-    """A Python step counter, a state made in the step, and a graph break."""
+class Counting(Stepwise):
+    """A Python step counter, and a state made in the step."""
 
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.01})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["step"], state["m"] = 0, torch.zeros_like(p)
-                state["step"] += 1
-                print(end="")  # a graph break
-                state["m"].lerp_(p.grad, 0.1)
-                p.sub_(state["m"], alpha=group["lr"] / (1 - 0.9 ** state["step"]))
+    def update(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["step"], state["m"] = 0, torch.zeros_like(p)
+        state["step"] += 1
+        state["m"].lerp_(p.grad, 0.1)
+        p.sub_(state["m"], alpha=group["lr"] / (1 - 0.9 ** state["step"]))
 
 
-class Counting(Breaking):
-    """The same without the graph break."""
+class Breaking(Counting):
+    """The same with a graph break."""
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["step"], state["m"] = 0, torch.zeros_like(p)
-                state["step"] += 1
-                state["m"].lerp_(p.grad, 0.1)
-                p.sub_(state["m"], alpha=group["lr"] / (1 - 0.9 ** state["step"]))
+    def update(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        print(end="")  # a graph break
+        super().update(p, state, group)
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -501,7 +487,7 @@ def test_the_default_looks_at_no_gradient(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(params: Any) -> Any:
         raise AssertionError("looked at")
 
-    monkeypatch.setattr("stq_compile.session.nonfinite_gradients", fail)
+    monkeypatch.setattr("stq_compile.nonfinite.nonfinite_gradients", fail)
     model = make_model()
     optimizer = compiled(OPTIMIZERS["AdamW"], model, **PACKED)
     backward(model, 0)
