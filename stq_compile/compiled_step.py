@@ -6,7 +6,6 @@ kernels run on; which width a state has is the `Session`'s to say.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,14 +39,9 @@ from stq_compile.passes.agree import agree
 from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.direct import (
-    BLOCKS,
-    FEW_BLOCKS,
-    WIDTHS,
-    measure_directly,
-    perturbations,
-)
+from stq_compile.planner.direct import perturbations
 from stq_compile.planner.planner import Planner, StateKey
+from stq_compile.planner.turns import measure_in_turn
 from stq_compile.regions import Region
 from stq_compile.rounding import mixed_step
 from stq_compile.runtime import SPOILED, Bucket, MeasuringBucket, live, present, recording
@@ -65,9 +59,6 @@ from stq_compile.step_graph import (
 )
 from stq_compile.storage import Codec, PackedStorage
 from stq_compile.working_set import can_be_packed, format_for
-
-COMPARED_AT_ONCE = 16
-"""About how many parameters a look measures directly after the calibration, in turn."""
 
 
 @contextmanager
@@ -447,16 +438,23 @@ class CompiledStep:
             bucket.fill(args, created)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
-        for param, row in self._measure_directly(args, planner).items():
+        params, rounding = session.params(), session.options.rounding
+
+        def live_now(operand: Operand) -> Any:
+            return live(operand, self._resolve(operand), args)
+
+        program, seed = self.planned_program, session.seed
+        direct = measure_in_turn(program, planner, live_now, len(params), seed, rounding)
+        for param, row in direct.items():
             sums[param] |= row
-        sums, session.look_bytes = add_up(sums, session.params())
+        sums, session.look_bytes = add_up(sums, params)
         finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
             planner.look(finite)
-            direct = perturbations(finite)
-            planner.compare(direct, session.steps)
+            errors = perturbations(finite)
+            planner.compare(errors, session.steps)
             if calibrating:
-                planner.observe(direct)
+                planner.observe(errors)
 
     def _measuring_units(self) -> list[Unit]:
         session = self.session
@@ -466,38 +464,6 @@ class CompiledStep:
             self.measured = measuring_program(self.planned_program, rounding, folder)
         folder = session.dump.folder("generate_measuring")
         return generate_measuring(self.measured, session.format_of, folder).units
-
-    def _measure_directly(self, args: Sequence[Any], planner: Planner) -> Sums:
-        """Measure on samples; they are too small for a second thread to gain anything.
-
-        Every width while the planner calibrates; later those in force, on fewer blocks of fewer
-        parameters.
-        """
-        session = self.session
-        widths = [w for w in WIDTHS if planner.calibrating or w in planner.widths.values()]
-        found: Sums = {}
-        with one_thread():
-            for unit in self._measured_directly(planner):
-                found |= measure_directly(
-                    unit,
-                    lambda operand: live(operand, self._resolve(operand), args),
-                    planner.looks + 1,
-                    session.seed,
-                    session.options.rounding,
-                    widths,
-                    BLOCKS if planner.calibrating else FEW_BLOCKS,
-                )
-        return found
-
-    def _measured_directly(self, planner: Planner) -> Iterator[StepGraph]:
-        """The templates with the parameters whose turn it is: all while the planner calibrates."""
-        share = 1 if planner.calibrating else len(self.session.params()) // COMPARED_AT_ONCE or 1
-        for unit in self.planned_program.units:
-            turn = [
-                i for i in unit.instances if i.param.source.param % share == planner.looks % share
-            ]
-            if turn and not unit.unfused:
-                yield unit.replace(instances=tuple(turn))
 
     def _create(self, operand: Operand) -> Tensor:
         format = self._formats.get(operand.returned, FLOAT32)
@@ -515,19 +481,3 @@ class CompiledStep:
         if operand.region is None:
             return state
         return wrap(state, self.session.params()[operand.source.param])
-
-
-_ONE_THREAD = threading.Lock()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch computes with one thread. That is a setting of the whole process, and what two threads
-    set and put back crosswise would stay set: they take turns."""
-    with _ONE_THREAD:
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            yield
-        finally:
-            torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ import stq_compile as stq
 from kernels import torch_threads
 from models import make_model
 from stq_compile import symbolic_math
-from stq_compile.compiled_step import one_thread
+from stq_compile.planner.turns import one_thread
 from stq_compile.storage import PackedStorage
 from trajectory import Expected, Run, planned
 
