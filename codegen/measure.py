@@ -36,7 +36,7 @@ def settled_error(
     new: Value,
     normalizer: Value | None,
     format: Format,
-    persistence: float,
+    persistence: Argument,
     rounding: str,
 ) -> Value:
     """Root mean square of the settled error of an element."""
@@ -57,7 +57,7 @@ def settled_error(
 class _Law:
     """`error_law._Law`."""
 
-    def __init__(self, b: Builder, persistence: float, rounding: str) -> None:
+    def __init__(self, b: Builder, persistence: Argument, rounding: str) -> None:
         self.b = b
         self.persistence = persistence
         self.nearest = rounding == "nearest"
@@ -65,13 +65,13 @@ class _Law:
     def variance(self, distance: Argument, increment: Value, magnitude: Argument) -> Value:
         b = self.b
         factor: Argument = self.persistence
-        if math.isinf(self.persistence):
+        if self.persistence == math.inf:
             several = 2.0 if self.nearest else 4.0
             moved = b.op("max", b.op("mul", increment, several), several * TINY)
             factor = b.op("add", b.op("div", magnitude, moved), 1.0)
         square = b.op("mul", distance, distance)
         if self.nearest:
-            if math.isinf(self.persistence):
+            if self.persistence == math.inf:
                 factor = b.op("mul", factor, factor)
             return b.op("mul", b.op("mul", square, factor), 1 / 12)
         ratio = b.op("div", increment, distance)

@@ -21,7 +21,7 @@ reach of a flip: sqrt(pi/2) = 1.25 times what Gaussian noise of that size flips,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,8 +42,13 @@ from stq_compile.step_graph import Instance, Operand, Program, Recurrence, Role,
 LADDER = tuple(width for width in WIDTHS if width < FLOAT32.width)
 """Widths whose error is measured; at 32 there is none."""
 
+Scalars = Mapping[str, Tensor]
+"""The scalars of a step, 0-dim, by placeholder."""
+
 HORIZON = 50.0
 """Persistence of an error in a state whose recurrence is not known, in steps."""
+LONGEST = 1e4
+"""And at most, where a decay depends on scalars that may bring it to 1 for a while."""
 
 ROUGH = frozenset(
     (
@@ -140,17 +145,58 @@ def is_smooth(unit: StepGraph, state: str) -> bool:
     return not any(base_name(n) in ROUGH for n in reached & needed)
 
 
-def amplification(recurrence: Recurrence | None) -> float:
-    """How long an error persists; infinite for a sum, whose law knows what to do."""
+def amplification(recurrence: Recurrence | None, scalars: Scalars) -> float | Tensor:
+    """How long an error persists; infinite for a sum, whose law knows what to do.
+
+    0-dim where the decay depends on ``scalars``, the present ones: a schedule may move them, and
+    what was captured before it did is to see the same as what is captured after.
+    """
     if recurrence is None or recurrence.kind in ("unknown", "maximum"):
         return HORIZON
-    return recurrence.amplification
+    if not recurrence.scalars:
+        return recurrence.amplification
+    decay = recurrence.decay_at(scalars)
+    return 1 / (1 - decay * decay).clamp_min(1 / LONGEST)
 
 
-def forgotten(recurrence: Recurrence | None) -> float:
+def forgotten(recurrence: Recurrence | None, scalars: Scalars) -> float:
     """The share of an error's square that a step leaves; 0 for a sum, whose law sees it shrink."""
-    persistent = amplification(recurrence)
+    persistent = float(amplification(recurrence, scalars))
     return 0.0 if math.isinf(persistent) else 1 - 1 / persistent
+
+
+def forgetting(program: Program, live: Callable[[Operand], Any]) -> dict[tuple[int, str], float]:
+    """What `forgotten` is now for the states, by parameter and key, for which it may change.
+
+    ``live`` finds the number or the tensor that an operand stands for.
+    """
+    found = {}
+    for unit in program.units:
+        varying = {k: r for k, r in unit.facts.recurrences.items() if r.scalars}
+        for instance in unit.instances if varying else ():
+            rows = zip(unit.placeholders, instance.operands, strict=True)
+            scalars = {
+                node.name: torch.scalar_tensor(
+                    float(live(operand) if operand.value is None else operand.value),
+                    dtype=torch.float64,
+                )
+                for node, operand in rows
+                if operand.role is Role.SCALAR or (operand.role is Role.STATE and operand.shape == ())
+            }
+            for key, recurrence in varying.items():
+                found[(instance.param.source.param, key)] = forgotten(recurrence, scalars)
+    return found
+
+
+def scalars_of(unit: StepGraph, values: Sequence[Any]) -> dict[str, Tensor]:
+    """The scalars of a step as 0-dim tensors, by placeholder, among what it is called with."""
+    found = {}
+    for node, value in zip(unit.placeholders, values, strict=True):
+        if not isinstance(value, Tensor):  # a product keeps a symbolic number what it is
+            found[node.name] = torch.ones((), dtype=torch.float64) * value
+        elif value.ndim == 0:
+            found[node.name] = value
+    return found
 
 
 def measure(program: Program, rounding: Rounding) -> Program:
@@ -199,7 +245,7 @@ def _with_sums(instance: Instance) -> Instance:
 
 
 def slots_of(unit: StepGraph) -> tuple[str, ...]:
-    """What each sum of a measuring graph is: ``count``, ``update``, ``grad``, or
+    """What each sum of a measuring graph is: ``count``, ``update``, ``param``, or
     ``state:error_w`` and ``state:factor``."""
     (out,) = unit.outputs
     return tuple(str(out.args[1]).split())
@@ -236,7 +282,7 @@ class _Tracer:
         named: dict[str, Tensor] = {
             "count": torch.ones_like(update),
             "update": update * update,
-            "grad": args[self.grad] * args[self.grad],
+            "param": args[self.param] * args[self.param],
         }
         for state in self.states.values():
             named |= self._state(args, results, update, state)
@@ -250,9 +296,11 @@ class _Tracer:
         squared = self._effect(args, update, state)
         normalizer = self.unit.facts.normalizers.get(state.key)
         named: dict[str, Tensor] = {}
-        kept = persistence(
-            amplification(self.unit.facts.recurrences.get(state.key)), self.rounding
-        )  # fmt: skip
+        recurrence = self.unit.facts.recurrences.get(state.key)
+        scalars = scalars_of(self.unit, args)
+        kept = persistence(amplification(recurrence, scalars), self.rounding)
+        if not isinstance(kept, Tensor):
+            kept = torch.scalar_tensor(kept, dtype=torch.float64)
         for width, format in formats_of(self.unit, state.key).items():
             divisor = None
             if format.normalized and normalizer is not None:

@@ -96,6 +96,8 @@ def _recurrence(
     number = float(decay.subs(values))
     if written in maxima:
         return Recurrence("maximum", decay, number)
+    if decay.free_symbols and abs(number) <= 1:  # it may be 0 or 1 at this step only
+        return Recurrence("average", decay, number)
     if number in (0, 1):
         return Recurrence("sum" if number else "replaced", decay, number)
     return Recurrence("average" if abs(number) < 1 else "unknown", decay, number)

@@ -36,10 +36,11 @@ from stq_compile.halves import FLOAT_DTYPES, HALF_DTYPES
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.agree import agree
-from stq_compile.passes.measure import with_packed_normalizers
+from stq_compile.passes.measure import forgetting, with_packed_normalizers
 from stq_compile.passes.numbers import shared_results
 from stq_compile.passes.runner import Stage
 from stq_compile.planner.direct import perturbations
+from stq_compile.planner.factors import resolved
 from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.planner.turns import measure_in_turn
 from stq_compile.regions import Region
@@ -450,8 +451,8 @@ class CompiledStep:
         sums, session.look_bytes = add_up(sums, params)
         finite = {param: row for param, row in sums.items() if not row[SPOILED]}
         with planner.attempt():
-            planner.look(finite)
-            errors = perturbations(finite)
+            planner.look(finite, forgetting(program, live_now))
+            errors = perturbations({param: r for param, r in finite.items() if resolved(r)})
             planner.compare(errors, session.steps)
             if calibrating:
                 planner.observe(errors)

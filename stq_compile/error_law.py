@@ -62,17 +62,17 @@ FACTORS = (
 """What `factors` gives per element, in order."""
 
 
-def persistence(amplification: float, rounding: str) -> float:
+def persistence(amplification: float | Tensor, rounding: str) -> float | Tensor:
     """The factor from one step's variance to the settled one, for `settled_error`.
 
-    ``amplification`` is ``1 / (1 - a^2)``; infinite for a sum, and left so: the law of sums needs
-    the increments.
+    ``amplification`` is ``1 / (1 - a^2)``, a number or 0-dim; infinite for a sum, and left so: the
+    law of sums needs the increments.
     """
-    if math.isinf(amplification):
+    if not isinstance(amplification, Tensor) and math.isinf(amplification):
         return amplification
     if rounding == "stochastic":
         return (amplification + 1) / 2
-    a = math.sqrt(max(0.0, 1 - 1 / amplification))
+    a = (1 - 1 / amplification) ** 0.5
     return 1 / (1 - a) ** 2
 
 
@@ -81,7 +81,7 @@ def settled_error(
     new: Tensor,
     normalizer: Tensor | None,
     format: Format,
-    persistence: float,
+    persistence: float | Tensor,
     rounding: str,
 ) -> Tensor:
     """Root mean square of the settled error of every element, float32 ``[numel]``.
@@ -115,7 +115,7 @@ def settled_error(
 class _Law:
     """Variance of the settled error for levels a distance ``distance`` apart."""
 
-    def __init__(self, persistence: float, rounding: str) -> None:
+    def __init__(self, persistence: float | Tensor, rounding: str) -> None:
         self.persistence = persistence
         self.nearest = rounding == "nearest"
 
@@ -123,11 +123,11 @@ class _Law:
         factor: Tensor | float = self.persistence
         if self.nearest:
             kept = magnitude / (2 * increment.clamp_min(TINY)) + 1
-            factor = kept.square() if math.isinf(self.persistence) else factor
+            factor = kept.square() if self.persistence == math.inf else factor
             return distance.square() * factor / 12
         ratio = increment / distance
         position = ratio - ratio.floor()
-        if math.isinf(self.persistence):
+        if self.persistence == math.inf:
             factor = magnitude / (4 * increment.clamp_min(TINY)) + 1
         return distance.square() * position * (1 - position) * factor
 

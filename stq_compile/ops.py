@@ -121,7 +121,7 @@ def settled_error(
     new: Tensor,
     normalizer: Tensor | None,
     format: str,
-    persistence: float,
+    persistence: Tensor,
     rounding: str,
 ) -> Tensor:
     """Root mean square error that ``format`` leaves in each element of a state."""
@@ -138,7 +138,7 @@ def _(
     new: Tensor,
     normalizer: Tensor | None,
     format: str,
-    persistence: float,
+    persistence: Tensor,
     rounding: str,
 ) -> Tensor:
     return torch.empty_like(new)

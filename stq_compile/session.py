@@ -286,7 +286,9 @@ class Session:
             key = state.source.key
             formats = self._candidates(unit, key)
             prior = prior_errors(unit, key)
-            forgetting = forgotten(unit.facts.recurrences.get(key))
+            recurrence = unit.facts.recurrences.get(key)
+            varies = recurrence is not None and bool(recurrence.scalars)
+            forgetting = 0.0 if varies else forgotten(recurrence, {})  # each look gives what varies
             for instance in unit.instances:
                 source = instance.param.source
                 numel = instance.param.numel

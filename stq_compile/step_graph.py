@@ -12,15 +12,15 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name, map_aggregate
 
 from stq_compile.errors import InvalidGraphError
@@ -129,17 +129,35 @@ class Instance:
         raise InvalidGraphError(stage="instance", reason="no tensor of a parameter", graph=self)
 
 
+@cache
+def _function(formula: sympy.Expr) -> Callable[..., Tensor]:
+    """A formula as a function of its symbols, in the order of their names."""
+    names = sorted(s.name for s in formula.free_symbols)
+    function: Callable[..., Tensor] = sympy.lambdify(names, formula, [{"sqrt": torch.sqrt}])
+    return function
+
+
 @dataclass(frozen=True)
 class Recurrence:
     """How a state carries over: ``s' = decay * s + ...``.
 
-    ``decay`` is an expression in the step's scalars and ``value`` its present value; both are
-    None where the state does not enter its own update in an affine way.
+    ``decay`` is an expression in the step's scalars and ``value`` what it was at the capture; both
+    are None where the state does not enter its own update in an affine way.
     """
 
     kind: Literal["average", "sum", "maximum", "replaced", "unknown"]
     decay: sympy.Expr | None = None
     value: float | None = None
+
+    @property
+    def scalars(self) -> list[str]:
+        """The placeholders that the decay is an expression in, in order; none for a constant."""
+        return [] if self.decay is None else sorted(s.name for s in self.decay.free_symbols)
+
+    def decay_at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The decay, 0-dim, at other values of its `scalars`."""
+        decay: Tensor = _function(self.decay)(*(values[name] for name in self.scalars))
+        return decay
 
     @property
     def amplification(self) -> float:

@@ -133,7 +133,8 @@ def train_and_change(model: nn.Module, optimizer: torch.optim.Optimizer, steps: 
 def test_a_planned_run_resumes_at_any_step(kind: str) -> None:
     """Before the first look (2), at looks that calibrate and change widths (3, 6, 12), between."""
     model = make_model()
-    optimizer = planned(kind)(model)
+    make = planned(kind, **({"tolerance": 0.02} if kind == "sgd" else {}))  # else its plan stays
+    optimizer = make(model)
     saved = {}
     for step in range(14):
         if step in (2, 3, 6, 7, 12):
@@ -143,11 +144,33 @@ def test_a_planned_run_resumes_at_any_step(kind: str) -> None:
         train_and_change(model, optimizer, range(step, step + 1))
     assert stq.report(optimizer).transitions > 0
     for step, checkpoint in saved.items():
-        other, again = resumed(planned(kind), checkpoint["optimizer"], checkpoint["model"], False)
+        other, again = resumed(make, checkpoint["optimizer"], checkpoint["model"], False)
         train_and_change(other, again, range(step, 14))
         assert equal(model.parameters(), other.parameters()), step
         assert stq.report(again).rows == stq.report(optimizer).rows
         assert stq.history(again).records == stq.history(optimizer).records
+
+
+def test_a_planned_run_resumes_where_decays_change() -> None:
+    """A decay is a number in the graph that a resumed run captures; in the other it is an input."""
+
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            betas = (0.9 - 0.02 * step, 0.999 - 0.002 * step)
+            optimizer.param_groups[0].update(betas=betas)
+            train(model, optimizer, range(step, step + 1))
+
+    model = make_model()
+    optimizer = planned()(model)
+    go_on(model, optimizer, range(7))
+    saved = through_a_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+    saved = copy.deepcopy(saved)
+    go_on(model, optimizer, range(7, 17))
+    other, again = resumed(planned(), saved["optimizer"], saved["model"], False)
+    go_on(other, again, range(7, 17))
+    assert len(stq.history(again)) > 4
+    assert stq.history(again).records == stq.history(optimizer).records
+    assert equal(model.parameters(), other.parameters())
 
 
 def test_other_planning_options_convert_or_decide_at_once() -> None:

@@ -207,5 +207,7 @@ def test_checkpoints_of_meshes_of_two_dimensions(kind: str, tmp_path: Path) -> N
     names = stq.report(optimizer).reencoded
     assert len(names) == {"hsdp": 0, "fsdp_tp": 2}[kind]  # both states of what rows are cut of
     train(model, optimizer, 0, 1, range(HALF, STEPS))
+    exact = expected_run({"precision": 32})["params"]
     for name, value in outcome(model, optimizer)["params"].items():
-        assert distance(value, results[0][0]["params"][name]) < 0.03
+        sharded = results[0][0]["params"][name]  # its rounding is independent of this process's
+        assert distance(value, sharded) < 2 * distance(sharded, exact[name]), name

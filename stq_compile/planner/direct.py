@@ -27,7 +27,13 @@ from stq_compile import reference
 from stq_compile.error_law import TINY, persistence
 from stq_compile.formats import BLOCK, FORMATS, MIDRISE_CLIP, Format
 from stq_compile.packed_state import PackedState, memory_order
-from stq_compile.passes.measure import amplification, formats_of, is_smooth, measured_states
+from stq_compile.passes.measure import (
+    amplification,
+    formats_of,
+    is_smooth,
+    measured_states,
+    scalars_of,
+)
 from stq_compile.passes.normalizers import Differentiable
 from stq_compile.planner.factors import rounded
 from stq_compile.rounding import NEAREST, Noise, step_key
@@ -167,7 +173,8 @@ class _StateOf:
         self.nonnegative = operand.source.key in unit.facts.nonnegative
         self.smooth = is_smooth(unit, operand.name)
         recurrence = unit.facts.recurrences.get(operand.source.key)
-        self.persistence = persistence(amplification(recurrence), rounding)
+        scalars = scalars_of(unit, template.inputs)
+        self.persistence = float(persistence(amplification(recurrence, scalars), rounding))
 
     def effect(self, width: int) -> Tensor:
         """The square of what the settled error does to the update, per element."""

@@ -21,6 +21,10 @@ octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a wid
 (2^-width) and ``predicted`` (log of the error that the law predicts)."""
 
 SIGNIFICANT_BITS = 24
+RESOLUTION = 10 * 2.0**-48
+"""Least square of an update, in squares of its parameter. The update is a difference of float32
+parameters: it comes with an error of 2^-24 of them over the root of 3, whose square is then at most
+a thirtieth of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,23 @@ def rounded(x: float) -> float:
     return math.ldexp(round(math.ldexp(mantissa, SIGNIFICANT_BITS)), exponent - SIGNIFICANT_BITS)
 
 
+def resolved(sums: Mapping[str, float]) -> bool:
+    """Whether a tensor's sums say anything about its update: a learning rate near zero, as at the
+    end of a schedule, moves a parameter by less than its last bit, and what is seen is rounding."""
+    update = sums["update"]
+    lost = RESOLUTION * sums["param"]
+    return math.isfinite(update) and update > lost and sums["count"] > 0
+
+
 def interpret(sums: Mapping[str, float], key: str, before: Measured | None) -> Measured | None:
     """Errors and factors of state ``key`` from a tensor's sums.
 
-    None if the step did not move the parameter (a learning rate of zero): there is no update to
-    compare an error with.
+    None if the step did not move the parameter visibly (`resolved`): there is no update to compare
+    an error with.
     """
-    update, count = rounded(sums["update"]), sums["count"]
-    if not (update > 0 and math.isfinite(update) and count):
+    if not resolved(sums):
         return None
+    update, count = rounded(sums["update"]), sums["count"]
     prefix = f"{key}:"
     own = {n.removeprefix(prefix): rounded(v) for n, v in sums.items() if n.startswith(prefix)}
     errors = {

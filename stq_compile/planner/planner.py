@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -145,8 +146,13 @@ class Planner:
         """Whether the next look wants direct measurements too."""
         return self.looks < CALIBRATIONS
 
-    def look(self, sums: Mapping[int, Mapping[str, float]]) -> None:
-        """Take the sums of a look, by parameter number."""
+    def look(
+        self,
+        sums: Mapping[int, Mapping[str, float]],
+        forgetting: Mapping[StateKey, float] = MappingProxyType({}),
+    ) -> None:
+        """Take the sums of a look, by parameter number, and what `Managed.forgetting` is now where
+        it changes from step to step."""
         self.looks += 1
         self.alarms.clear()
         self._corrected = None
@@ -167,8 +173,8 @@ class Planner:
             if error > 1 or grown:
                 self.alarms.add(key)
             elif before is not None and self.looks > CALIBRATIONS:
-                forgotten = self.managed[key].forgetting ** self.options.interval
-                kept = 1.0 if key[0] in drifted else forgotten
+                a_step = forgetting.get(key, self.managed[key].forgetting)
+                kept = 1.0 if key[0] in drifted else a_step**self.options.interval
                 self.measured[key] = found.after(before, kept)
 
     def compare(self, direct: Mapping[StateKey, Mapping[int, float]], step: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,8 +20,10 @@ from stq_compile.backend import session_of
 from stq_compile.passes.measure import (
     HORIZON,
     LADDER,
+    LONGEST,
     SUMS,
     amplification,
+    forgetting,
     formats_of,
     is_smooth,
     measure,
@@ -33,7 +36,7 @@ from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
 from stq_compile.pytest_plugin import Golden
-from stq_compile.step_graph import Recurrence, StepGraph
+from stq_compile.step_graph import Operand, Recurrence, StepGraph
 from zoo import ADAM_FACTS, EPS, LR, adagrad, adam, adamax, amsgrad, descend, lion, rmsprop, sgd
 
 Doubles = NDArray[np.float64]
@@ -54,12 +57,14 @@ def analysed(unit: StepGraph) -> StepGraph:
     return only(find_recurrences(find_normalizers(find_ranges(program(sized)))))
 
 
-def captured(name: str, **options: Any) -> StepGraph:
-    """The functional template of an optimizer of torch, with its facts."""
+def captured(name: str, *changes: dict[str, Any], **options: Any) -> StepGraph:
+    """The functional template of an optimizer of torch, with its facts; what ``changes`` between
+    its steps are inputs of it."""
     p = torch.nn.Parameter(torch.randn(NUMEL))
     optimizer = getattr(torch.optim, name)([p], **options)
     stq.compile(optimizer, precision=32)
-    for _ in range(2):
+    for change in changes or ({}, {}):
+        optimizer.param_groups[0].update(change)
         p.grad = torch.randn(NUMEL)
         optimizer.step()
     session = session_of(optimizer)
@@ -163,9 +168,9 @@ def sums_of(unit: StepGraph, values: Values, rounding: str = "stochastic") -> di
 
 
 def law_of(unit: StepGraph, key: str, width: int, old: Doubles, new: Mapping[str, Doubles],
-           rounding: str = "stochastic") -> Doubles:  # fmt: skip
+           rounding: str = "stochastic", decay: float | None = None) -> Doubles:  # fmt: skip
     """The settled error, with the persistence put in by hand; `error_law` has its own tests."""
-    decay = unit.facts.recurrences[key].value
+    decay = unit.facts.recurrences[key].value if decay is None else decay
     assert decay is not None
     kept = (1 + 1 / (1 - decay**2)) / 2 if decay < 1 else math.inf
     if rounding == "nearest" and decay < 1:
@@ -191,7 +196,7 @@ def test_sums_of_squares_against_derivations_by_hand(name: str) -> None:
     found = sums_of(unit, values)
     assert found["count"] == NUMEL
     assert found["update"] == pytest.approx(float((update**2).sum()), rel=2e-5)
-    assert found["grad"] == pytest.approx(float((numbers["grad"] ** 2).sum()), rel=1e-6)
+    assert found["param"] == pytest.approx(float((numbers["param"] ** 2).sum()), rel=1e-6)
     assert {o.source.key for o in measured_states(unit)} == set(slopes)
     for key, slope in slopes.items():
         for width in LADDER:
@@ -199,6 +204,35 @@ def test_sums_of_squares_against_derivations_by_hand(name: str) -> None:
             expected = float(((slope * error) ** 2).sum())
             assert expected > 0
             assert found[f"{key}:error_{width}"] == pytest.approx(expected, rel=2e-4), (key, width)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_decays_are_those_of_the_look_and_not_of_the_capture(rounding: str) -> None:
+    schedule = [{"betas": (0.95 - i / 10, 0.99 - i / 100)} for i in range(3)]
+    unit = captured("AdamW", *schedule, **ADAMW)
+    values = inputs_of(unit)
+    recurrences = unit.facts.recurrences
+    betas = [recurrences[key].scalars[0] for key in ("exp_avg", "exp_avg_sq")]
+    assert [recurrences[key].kind for key in recurrences] == ["average", "average"]
+    for name, present in zip(betas, (0.8, 0.95), strict=True):  # as `adamw_by_hand` has them
+        assert values[name] != present
+        values[name] = torch.tensor(present, dtype=torch.float64)
+    numbers = numbers_of(unit, values)
+    _, slopes, new = adamw_by_hand(numbers)
+    found = sums_of(unit, values, rounding)
+    for key, decay in (("exp_avg", 0.8), ("exp_avg_sq", 0.95)):
+        for width in LADDER:
+            error = law_of(unit, key, width, numbers[key], new, rounding, decay)
+            expected = float(((slopes[key] * error) ** 2).sum())
+            assert found[f"{key}:error_{width}"] == pytest.approx(expected, rel=2e-4), (key, width)
+
+    def live(operand: Operand) -> Tensor:
+        return values[operand.name]
+
+    shares = forgetting(program(unit), live)
+    assert shares == {
+        (0, "exp_avg"): pytest.approx(0.8**2), (0, "exp_avg_sq"): pytest.approx(0.95**2)
+    }  # fmt: skip
 
 
 def test_nearest_rounding_adds_up() -> None:
@@ -376,12 +410,20 @@ def test_formats_follow_from_the_facts() -> None:
 
 def test_how_long_an_error_persists() -> None:
     found = analysed(adam()).facts.recurrences
-    assert amplification(found["exp_avg"]) == pytest.approx(1 / 0.19)
-    assert amplification(found["exp_avg_sq"]) == pytest.approx(1 / (1 - 0.99**2))
-    assert amplification(analysed(adagrad()).facts.recurrences["sum"]) == math.inf
-    assert amplification(None) == HORIZON
-    assert amplification(Recurrence("unknown")) == HORIZON
-    assert amplification(analysed(amsgrad()).facts.recurrences["max_exp_avg_sq"]) == HORIZON
+    assert amplification(found["exp_avg"], {}) == pytest.approx(1 / 0.19)
+    assert amplification(found["exp_avg_sq"], {}) == pytest.approx(1 / (1 - 0.99**2))
+    assert amplification(analysed(adagrad()).facts.recurrences["sum"], {}) == math.inf
+    assert amplification(None, {}) == HORIZON
+    assert amplification(Recurrence("unknown"), {}) == HORIZON
+    assert amplification(analysed(amsgrad()).facts.recurrences["max_exp_avg_sq"], {}) == HORIZON
+    step = sympy.Symbol("step")
+    factored = Recurrence("average", 1 - step ** sympy.Rational(-4, 5), 0.0)  # as of Adafactor
+    for now in (1.0, 100.0):
+        decay = 1 - now**-0.8
+        assert float(amplification(factored, {"step": torch.tensor(now)})) == pytest.approx(
+            1 / (1 - decay**2), rel=1e-5
+        )
+    assert float(amplification(factored, {"step": torch.tensor(1e30)})) == pytest.approx(LONGEST)
 
 
 # The graph. -----------------------------------------------------------------------------------
@@ -389,7 +431,7 @@ def test_how_long_an_error_persists() -> None:
 
 def test_the_slots_are_named_in_order() -> None:
     unit = only(measure(program(analysed(adam())), "stochastic"))
-    expected = ["count", "update", "grad"]
+    expected = ["count", "update", "param"]
     for key in ("exp_avg", "exp_avg_sq"):
         expected += [f"{key}:error_{w}" for w in LADDER]
         expected += [f"{key}:{f}" for f in error_law.FACTORS]

@@ -46,7 +46,7 @@ def sums_of(old: Tensor, new: Tensor, grad: Tensor) -> Sums:
     found = {f"s:{name}": v for name, v in zip(error_law.FACTORS, values, strict=True)}
     errors = {f"s:error_{w}": 0.5**w * float(new.double().square().sum()) for w in LADDER}
     update = float((grad.double() ** 2).sum())
-    return found | errors | {"count": float(len(new)), "update": update}
+    return found | errors | {"count": float(len(new)), "update": update, "param": update}
 
 
 def measured(sums: Mapping[str, float], before: Measured | None = None) -> Measured:
@@ -117,6 +117,9 @@ def test_a_step_without_an_update_measures_nothing() -> None:
     sums = sums_of(*tensors())
     for update in (0.0, float("nan"), float("inf")):
         assert interpret({**sums, "update": update}, "s", None) is None
+    least = (2.0**-24) ** 2 * sums["param"]  # half of a last bit of every element
+    assert interpret({**sums, "update": 5 * least}, "s", None) is None
+    assert interpret({**sums, "update": 20 * least}, "s", None) is not None
     assert interpret({**sums, "count": 0.0}, "s", None) is None
 
 

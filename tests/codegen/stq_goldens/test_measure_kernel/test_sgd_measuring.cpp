@@ -100,7 +100,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v sub_1 = param_0_1 - mul_1_1;  // sub
       const stq::f32v sub_1_1 = sub_1 - param_0_1;  // sub_1
       const stq::f32v mul_2_1 = sub_1_1 * sub_1_1;  // mul_2
-      const stq::f32v mul_3_1 = grad_0_1 * grad_0_1;  // mul_3
+      const stq::f32v mul_3_1 = param_0_1 * param_0_1;  // mul_3
       const stq::i32v bits_of = stq::bits_of(add_1);  // settled_error
       const stq::i32v int_and = bits_of & 2147483647;  // settled_error
       const stq::i32v int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), int_and, stq::all(0));  // settled_error
