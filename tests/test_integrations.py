@@ -66,9 +66,10 @@ def packed(optimizer: torch.optim.Optimizer) -> int:
 
 
 def lightning_run(
-    folder: Path, options: dict[str, Any] | None, epochs: int
+    folder: Path, options: dict[str, Any] | None, epochs: int, load: Path | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Fit for some epochs; the model and its optimizer."""
+    """Fit until some epochs are done, from a checkpoint if there is one, and leave another one in
+    ``folder``; the model and its optimizer."""
     lightning = pytest.importorskip("lightning.pytorch", reason="needs the extra: integrations")
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -92,7 +93,8 @@ def lightning_run(
         gradient_clip_val=1.0, accumulate_grad_batches=2,
     )  # fmt: skip
     data = DataLoader(Data(), batch_size=8)
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=None if load is None else str(load / "last.ckpt"))
+    trainer.save_checkpoint(str(folder / "last.ckpt"))
     return module.model, trainer.optimizers[0]
 
 
@@ -102,6 +104,15 @@ def test_lightning(tmp_path: Path) -> None:
     assert_near(wide, stock)
     assert stq.report(optimizer).compiles <= 2
     assert not stq.report(optimizer).note
+
+
+def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
+    through, optimizer = lightning_run(tmp_path / "through", PACKED, 4)
+    assert packed(optimizer) == 6
+    lightning_run(tmp_path / "half", PACKED, 2)
+    resumed, optimizer = lightning_run(tmp_path / "rest", PACKED, 4, load=tmp_path / "half")
+    assert packed(optimizer) == 6
+    assert_same_bits(resumed, through)
 
 
 # Accelerate. ----------------------------------------------------------------------------------
