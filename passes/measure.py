@@ -181,7 +181,8 @@ def forgetting(program: Program, live: Callable[[Operand], Any]) -> dict[tuple[i
                     dtype=torch.float64,
                 )
                 for node, operand in rows
-                if operand.role is Role.SCALAR or (operand.role is Role.STATE and operand.shape == ())
+                if operand.role is Role.SCALAR
+                or (operand.role is Role.STATE and operand.shape == ())
             }
             for key, recurrence in varying.items():
                 found[(instance.param.source.param, key)] = forgotten(recurrence, scalars)

@@ -55,7 +55,9 @@ def sums_of(planner: Planner, seed: int, scale: float = 1.0) -> Sums:
     rng = random.Random(seed)
     found: Sums = {}
     for number, key in planner.managed:
-        row = found.setdefault(number, {"count": 1000.0, "update": rng.uniform(0.5, 1.0), "param": 1.0})
+        row = found.setdefault(
+            number, {"count": 1000.0, "update": rng.uniform(0.5, 1.0), "param": 1.0}
+        )
         size = scale * math.exp(rng.gauss(0, 0.3))
         row |= {f"{key}:error_{w}": size * e * row["update"] for w, e in PRIORS[key].items()}
         row |= {f"{key}:{name}": rng.uniform(100, 900) for name in FACTORS}
