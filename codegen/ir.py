@@ -82,7 +82,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "from_bits": ((I,), F),
     "to_float": ((I,), F),
     "to_int": ((F,), I),  # towards zero
-    "lookup": ((F, I), F),  # (table, code)
+    "lookup": ((F, I), F),  # (table, code), of which the low 4 bits count
 }
 """Pure operations: argument types and result type."""
 

@@ -33,7 +33,14 @@ def tabulate(kernel: Kernel) -> Kernel:
     owner = {id(v): root for root in roots for v in dependents[id(root)]}
     tables: dict[int, Value] = {}
     outside = _used_outside(kernel, {k: id(r) for k, r in owner.items()})
+    masked = {id(r): r for r in roots if r.opcode == "int_and"}
+    for v in kernel.body:  # a lookup takes the low 4 bits by itself
+        for a in v.args:
+            if id(a) in masked and owner.get(id(v)) is not a:
+                del masked[id(a)]
     for v in kernel.body:
+        if id(v) in masked:
+            continue
         args = tuple(replaced.get(id(a), a) if isinstance(a, Value) else a for a in v.args)
         root = owner.get(id(v))
         if root is None:
@@ -58,7 +65,7 @@ def tabulate(kernel: Kernel) -> Kernel:
         tables[id(v)] = table
         body.append(table)
         if id(v) in outside:
-            code = replaced[id(root)]
+            code = replaced[id(root.args[0] if id(root) in masked else root)]
             found = Value(v.name, "lookup", (table, code), Space.ELEMENT, v.type, origin=v.origin)
             replaced[id(v)] = found
             body.append(found)

@@ -196,7 +196,7 @@ MUTATIONS = (
        "    if version not in READABLE:\n", "    if version is None:\n", BROKEN),
     _m("writes are not counted", "stq_compile/saved_state.py",
        "    storage.eager_writes = saved.eager_writes\n", "",
-       "test_birth.py::test_state_dict_of_packed_states_loads_again", RESUME),
+       "test_eager_steps.py::test_a_resumed_run_has_the_same_bits"),
     _m("names are markup", "stq_compile/reporting/page.py",
        "jinja2.Environment(autoescape=True,", "jinja2.Environment(autoescape=False,",
        "test_run_report.py::test_the_page_needs_nothing_and_escapes_everything"),

@@ -121,6 +121,22 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     return float(sum((p - q).detach().square().sum() for p, q in pairs)) ** 0.5
 
 
+def test_a_resumed_run_has_the_same_bits() -> None:
+    """What is written outside of kernels draws its random numbers by how often it was written."""
+    options = {"precision": 4, "min_numel": 64}
+    model, optimizer = run(Breaking, 2, **options)
+    weights, saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = make_model(1)
+    resumed = stq.compile(Breaking(other.parameters()), **options)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    for m, o in ((model, optimizer), (other, resumed)):
+        for step in range(2, 5):
+            backward(m, step)
+            o.step()
+    assert equal(model.parameters(), other.parameters())
+
+
 def test_it_is_said_once_with_the_line() -> None:
     model = make_model()
     optimizer = stq.compile(Breaking(model.parameters()), **PACKED)

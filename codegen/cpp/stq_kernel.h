@@ -31,12 +31,12 @@ typedef uint8_t u8v __attribute__((vector_size(16)));
 typedef uint16_t u16v __attribute__((vector_size(32)));
 
 // Broadcasts.
-STQ_INLINE f32v all(float x) { return f32v{} + x; }
+STQ_INLINE f32v all(float x) { return x - f32v{}; }  // keeps the sign of zero: no operation
 STQ_INLINE i32v all(int x) { return i32v{} + x; }
 STQ_INLINE i32v all(bool x) { return i32v{} - static_cast<int>(x); }
 STQ_INLINE f32v all(f32v x) { return x; }
 STQ_INLINE i32v all(i32v x) { return x; }
-STQ_INLINE f32b each(float x) { return f32b{} + x; }
+STQ_INLINE f32b each(float x) { return x - f32b{}; }
 STQ_INLINE i32b each(int x) { return i32b{} + x; }
 STQ_INLINE i32b each(bool x) { return i32b{} - static_cast<int>(x); }
 

@@ -6,7 +6,7 @@ import pytest
 
 from graphs import Sketch, aten
 from kernels import Rig, compiled, differing, kernel_of, quantized
-from stq_compile.codegen.ir import Kernel, Space
+from stq_compile.codegen.ir import Kernel, Space, Value
 from stq_compile.codegen.lower import lower
 from stq_compile.codegen.tabulate import MAX_WIDTH, tabulate
 from stq_compile.codegen.verify import verify_kernel
@@ -82,6 +82,15 @@ def test_wide_codes_are_left_alone(width: int) -> None:
     assert width > MAX_WIDTH
     kernel = lower(quantized(sgd(), momentum(f"softsign{width}"), "nearest"))
     assert str(tabulate(kernel)) == str(kernel)
+
+
+def test_the_low_bits_of_a_wide_code_are_looked_up_without_a_mask() -> None:
+    kernel = kernel_of(quantized(adam(ADAM_FACTS), moments("midrise8", "adaptive_log8"), "nearest"))
+    verify_kernel(kernel)
+    looked_up = [v.args[1] for v in kernel.body if v.opcode == "lookup"]
+    assert {v.opcode for v in looked_up if isinstance(v, Value)} >= {"unpack", "shift_right"}
+    assert not any(v.opcode == "int_and" and 15 in v.args and v.space is Space.ELEMENT
+                   for v in kernel.body)  # fmt: skip
 
 
 def test_the_argument_is_not_changed() -> None:
