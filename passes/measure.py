@@ -173,17 +173,13 @@ def forgetting(program: Program, live: Callable[[Operand], Any]) -> dict[tuple[i
     found = {}
     for unit in program.units:
         varying = {k: r for k, r in unit.facts.recurrences.items() if r.scalars}
+        needed = {name for recurrence in varying.values() for name in recurrence.scalars}
         for instance in unit.instances if varying else ():
-            rows = zip(unit.placeholders, instance.operands, strict=True)
-            scalars = {
-                node.name: torch.scalar_tensor(
-                    float(live(operand) if operand.value is None else operand.value),
-                    dtype=torch.float64,
-                )
-                for node, operand in rows
-                if operand.role is Role.SCALAR
-                or (operand.role is Role.STATE and operand.shape == ())
-            }
+            scalars = {}
+            for node, operand in zip(unit.placeholders, instance.operands, strict=True):
+                if node.name in needed:
+                    number = live(operand) if operand.value is None else operand.value
+                    scalars[node.name] = torch.tensor(float(number), dtype=torch.float64)
             for key, recurrence in varying.items():
                 found[(instance.param.source.param, key)] = forgotten(recurrence, scalars)
     return found
