@@ -33,8 +33,14 @@ def managed_states(unit: StepGraph, options: Options) -> Iterator[Managed]:
 
 
 def _candidates(unit: StepGraph, key: str, options: Options) -> dict[int, Format]:
-    """The formats that the planner may choose for a state: those on the ladder that last."""
-    formats = {**formats_of(unit, key), 32: FLOAT32}
+    """The formats that the planner may choose for a state: those on the ladder that last.
+
+    What another state is stored in units of stays packed: in float32 it would be a unit no longer,
+    and the other one's format, and with it all that was measured, another one.
+    """
+    formats = {**formats_of(unit, key), FLOAT32.width: FLOAT32}
     on_ladder = {w: f for w, f in formats.items() if w in options.ladder}
+    if key in unit.facts.normalizers.values() and len(on_ladder) > 1:
+        on_ladder.pop(FLOAT32.width, None)
     lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
     return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
