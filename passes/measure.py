@@ -266,7 +266,7 @@ class _Tracer:
     def __init__(self, unit: StepGraph, rounding: Rounding) -> None:
         self.unit = unit
         self.rounding = rounding
-        self.module = Differentiable(fx.GraphModule({}, unit.graph))
+        self.module = Differentiable(unit.graph)
         names = [n.name for n in unit.placeholders]
         writes = unit.writes or ()
         param = unit.instances[0].param.name

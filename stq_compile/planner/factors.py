@@ -125,8 +125,9 @@ def _lost(own: Mapping[str, float], update: float) -> float:
     if ratio >= 1:
         return 0.0
     power = math.sqrt(own["end_effect"] / seen)
-    due = seen * (own["end_old"] / stored / ratio) ** (2 * power)  # if they were what they should
-    return due * (1 - ratio**power) ** 2 / (update - seen + due)
+    moved: float = ratio**power
+    due: float = seen * (own["end_old"] / stored / ratio) ** (2 * power)
+    return due * (1 - moved) ** 2 / (update - seen + due)
 
 
 def _deviation(mean: float, square: float) -> float:
