@@ -53,8 +53,9 @@ class _Emitter:
         self.note = Notes()
         gathering = [v for v in kernel.body if v.opcode == "pack" or v.opcode in REDUCTIONS]
         arguments = [a for v in gathering for a in v.args if isinstance(a, Value)]
-        crossing = [v for v in kernel.body if id(v) in self.schedule.crossing]
-        self.planar = {id(v) for v in (*crossing, *arguments) if v.space is Space.ELEMENT}
+        self.groups = groups(self.schedule)
+        leaving = [v for group in self.groups for v in group.leaving]
+        self.planar = {id(v) for v in (*leaving, *arguments) if v.space is Space.ELEMENT}
         """Element values that are kept as a tuple of planes."""
         self.words = Expressions(self.planar)
 
@@ -89,12 +90,11 @@ class _Emitter:
             "present = local * 128 < count",
             *read_slots(self.slots, self.note),
         ]
-        indent = ""
-        for number, group in enumerate(groups(self.schedule)):
-            if number:
-                lines.append(f"{indent}if (borders & {1 << (number - 1)}) != 0:")
-                indent += "    "
-            lines += [indent + line for line in self._group(group)]
+        for number, group in enumerate(self.groups):
+            lines.append(f"# {group.title}")
+            lines += [f"{python_name(v.name)} = {self._nothing(v)}" for v in group.leaving]
+            lines.append(f"if (borders & {1 << number}) != 0:")
+            lines += [f"    {line}" for line in self._group(group)]
         constants = [f"{n}: tl.constexpr" for n in ("BLOCKS", "VECTOR", "ALIGNMENT")]
         arguments = ("row", "slot", "first", "count", "borders", *constants)
         return function("tile", arguments, "The blocks from ``first`` on, of one tensor.", lines)
@@ -129,7 +129,7 @@ class _Emitter:
         return f"{python_name(o.name)} = {base} + {place}"
 
     def _group(self, group: Group) -> list[str]:
-        lines = [f"# {group.title}", *self._operands(group)]
+        lines = self._operands(group)
         lines += [f"{self._uniform(v)}{self.note(v)}" for v in group.uniform]
         for v in group.planes:
             if v.opcode == "unpack":
@@ -143,6 +143,11 @@ class _Emitter:
             lines += [f"    {self._plane(v)}{self.note(v)}" for v in body]
         after = [v for v in group.after if v.opcode != "pack"]
         return lines + [f"{self._after(v)}{self.note(v)}" for v in after]
+
+    def _nothing(self, v: Value) -> str:
+        """What stands for a value if its group does not run, which never happens."""
+        dtype = {Type.FLOAT: "tl.float32", Type.INT: "tl.int32", Type.BOOL: "tl.int1"}[v.type]
+        return f"planes_of(BLOCKS, {dtype})" if id(v) in self.planar else f"tl.zeros([BLOCKS, 1], {dtype})"
 
     def _uniform(self, v: Value) -> str:
         name, operand = python_name(v.name), python_name(v.operand)

@@ -22,6 +22,12 @@ class Group:
     uniform: list[Value] = field(default_factory=list)
     planes: list[Value] = field(default_factory=list)
     after: list[Value] = field(default_factory=list)
+    leaving: list[Value] = field(default_factory=list)
+    """What later groups use of it."""
+
+    @property
+    def body(self) -> list[Value]:
+        return [*self.uniform, *self.planes, *self.after]
 
 
 def groups(schedule: Schedule) -> list[Group]:
@@ -33,6 +39,9 @@ def groups(schedule: Schedule) -> list[Group]:
         for i, part in enumerate(parts):
             part.title = f"Phase {number}" + (f", part {i + 1}." if len(parts) > 1 else ".")
         found += parts
+    for i, group in enumerate(found):
+        used = {id(a) for later in found[i + 1 :] for v in later.body for a in v.args}
+        group.leaving = [v for v in group.body if id(v) in used]
     return found
 
 
@@ -63,4 +72,27 @@ def _split(phase: Phase) -> list[Group]:
     for v in phase.after:
         anchor = id(v) if v.opcode in REDUCTIONS else id(v.args[0])
         parts[root(anchor) if anchor in parent else first].after.append(v)
-    return list(parts.values())
+    return [half for part in parts.values() for half in _cut(part)]
+
+
+def _cut(group: Group) -> list[Group]:
+    """What is made of a code that the group packs, as a group behind it: the code is stored first.
+
+    So the second moment's bytes have left when the first is brought to its units.
+    """
+    packed = {id(v.args[0]) for v in group.after if v.opcode == "pack"}
+    made = set[int]()
+    for v in group.planes:
+        if any(id(a) in packed or id(a) in made for a in v.args):
+            made.add(id(v))
+    if not made:
+        return [group]
+    behind = [v for v in group.after if any(id(a) in made for a in v.args)]
+    return [
+        Group(
+            "",
+            planes=[v for v in group.planes if id(v) not in made],
+            after=[v for v in group.after if v not in behind],
+        ),
+        Group("", planes=[v for v in group.planes if id(v) in made], after=behind),
+    ]

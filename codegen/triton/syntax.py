@@ -115,6 +115,7 @@ LIBRARY = (
     "maximum",
     "minimum",
     "plane",
+    "planes_of",
     "pointer",
     "power",
     "quotient",
