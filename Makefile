@@ -45,7 +45,7 @@ bench-gpu: $(STAMP)  ## packed steps beside torch's, torchao's and bitsandbytes'
 	$(BIN)/stq bench --device cuda --peers
 
 nightly: $(STAMP)  ## every property test with ten times as many examples, over 10,000 in all
-	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'hypothesis and not gpu' -n auto
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'hypothesis and not gpu' -n auto --timeout 7200
 
 soak: $(STAMP)  ## 20,000 steps with widths that change: nothing grows, the loss does not drift
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py

@@ -406,6 +406,11 @@ def _settled_error(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return measure.settled_error(b, old, new, normalizer, FORMATS[format], persistence, rounding)
 
 
+@lowers(torch.ops.stq.range_end.default)
+def _range_end(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return measure.range_end(b, args[0])
+
+
 @lowers(FACTORS)
 def _factors(b: Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return measure.factors(b, *args)

@@ -23,8 +23,11 @@ from stq_compile.error_law import (
     BFLOAT16_SPACING,
     FARTHEST,
     LARGEST,
+    LARGEST_STEP,
     LOWEST_OCTAVE,
+    NEAR_END,
     TINY,
+    WIDEST_RANGE,
 )
 from stq_compile.formats import MIDRISE_CLIP, Format
 from stq_compile.reference import LOWEST_BITS
@@ -123,6 +126,18 @@ def _midrise(
     clipped = b.op("max", b.op("sub", size, b.op("mul", step, half)), 0.0)
     variance = b.op("fma", clipped, clipped, law.variance(step, moved, size))
     return b.op("mul", unit, b.op("sqrt", variance))
+
+
+def range_end(b: Builder, old: Value) -> Value:
+    """`error_law.range_end`."""
+    word = scale_up(b, absmax(b, old), 20)
+    scale = b.op("from_bits", b.op("shift_left", word, 20))
+    below = b.op("int_sub", magnitude_bits(b, old), b.op("bits_of", scale))
+    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS))
+    end = b.op("mul", scale, 2.0**-WIDEST_RANGE)
+    near = b.op("le", old, b.op("mul", end, NEAR_END))
+    there = b.op("and", near, b.op("ge", step, LARGEST_STEP))
+    return b.op("select", there, end, 0.0)
 
 
 def factors(b: Builder, old: Value, new: Value, grad: Value) -> list[Value]:

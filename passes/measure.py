@@ -64,6 +64,11 @@ step and never decays. If the largest element of a block stands at the top level
 that are rounded at random does where levels are coarser than scales, the next step raises the scale
 by one of its steps, for ever: exponential growth (design/0008)."""
 
+RANGE_SUMS = ("end_update", "end_effect", "end_stored", "end_old", "end_fed")
+"""Of a non-negative average, sums over the elements at the end of their block's range, or below:
+squares of the update, and of what a relative error of 1 does to it; what they are stored as at 8
+bits or fewer, what they are, and what they are averages of."""
+
 SUMS = "sums"
 
 
@@ -173,17 +178,13 @@ def forgetting(program: Program, live: Callable[[Operand], Any]) -> dict[tuple[i
     found = {}
     for unit in program.units:
         varying = {k: r for k, r in unit.facts.recurrences.items() if r.scalars}
+        needed = {name for recurrence in varying.values() for name in recurrence.scalars}
         for instance in unit.instances if varying else ():
-            rows = zip(unit.placeholders, instance.operands, strict=True)
-            scalars = {
-                node.name: torch.scalar_tensor(
-                    float(live(operand) if operand.value is None else operand.value),
-                    dtype=torch.float64,
-                )
-                for node, operand in rows
-                if operand.role is Role.SCALAR
-                or (operand.role is Role.STATE and operand.shape == ())
-            }
+            scalars = {}
+            for node, operand in zip(unit.placeholders, instance.operands, strict=True):
+                if node.name in needed:
+                    number = live(operand) if operand.value is None else operand.value
+                    scalars[node.name] = torch.tensor(float(number), dtype=torch.float64)
             for key, recurrence in varying.items():
                 found[(instance.param.source.param, key)] = forgotten(recurrence, scalars)
     return found
@@ -265,7 +266,7 @@ class _Tracer:
     def __init__(self, unit: StepGraph, rounding: Rounding) -> None:
         self.unit = unit
         self.rounding = rounding
-        self.module = Differentiable(fx.GraphModule({}, unit.graph))
+        self.module = Differentiable(unit.graph)
         names = [n.name for n in unit.placeholders]
         writes = unit.writes or ()
         param = unit.instances[0].param.name
@@ -310,9 +311,39 @@ class _Tracer:
                 old, new, divisor, format.name, kept, self.rounding
             )  # fmt: skip
             named[f"{state.key}:error_{width}"] = squared(error)
+        averages = recurrence is not None and recurrence.kind == "average"
+        if averages and state.key in self.unit.facts.nonnegative:
+            named |= self._at_the_end(state.key, old, new, update, squared, scalars)
         values = torch.ops.stq.factors(old, new, args[self.grad])
         named |= {f"{state.key}:{n}": v for n, v in zip(FACTORS, values, strict=True)}
         return named
+
+    def _at_the_end(
+        self,
+        key: str,
+        old: Tensor,
+        new: Tensor,
+        update: Tensor,
+        squared: Callable[[Tensor], Tensor],
+        scalars: Scalars,
+    ) -> dict[str, Tensor]:
+        """Sums over the elements at the end of their block's range, or below (`RANGE_SUMS`)."""
+        end = torch.ops.stq.range_end(old)
+        there, nothing = end > 0, torch.zeros_like(old)
+        recurrence = self.unit.facts.recurrences[key]
+        decay: float | Tensor = recurrence.value or 0.0
+        fresh: float | Tensor = 1 - decay
+        if recurrence.scalars:
+            decay = recurrence.decay_at(scalars)
+            fresh = (1 - decay).clamp_min(1 / LONGEST)
+        values = (
+            torch.where(there, update * update, nothing),
+            squared(torch.where(there, old, nothing)),
+            end,
+            torch.where(there, old, nothing),
+            torch.where(there, (new - decay * old) / fresh, nothing),
+        )
+        return {f"{key}:{name}": v for name, v in zip(RANGE_SUMS, values, strict=True)}
 
     def _output(self, key: str) -> int:
         name = next(o.name for o in self.unit.operands if o.source.key == key)

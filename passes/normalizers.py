@@ -26,7 +26,14 @@ TOLERANCE = 0.02
 
 
 class Differentiable(fx.Interpreter):
-    """Runs ``prims.fma``, which has no derivative in torch, as a product and a sum."""
+    """Runs ``prims.fma``, which has no derivative in torch, as a product and a sum.
+
+    By the graph alone: a `fx.GraphModule` makes Python code of it, which is kept for ever, and a
+    planner runs a template at every look.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is inductor_prims.fma:
@@ -72,7 +79,7 @@ def _sensitivity(unit: StepGraph, state: str, scaled: str | None) -> Tensor:
     if param not in (unit.writes or ()):
         return torch.zeros(PROBES)
     output = (unit.writes or ()).index(param)
-    module = Differentiable(fx.GraphModule({}, unit.graph))
+    module = Differentiable(unit.graph)
 
     def update(x: Tensor) -> Tensor:
         row = [*inputs[:position], x, *inputs[position + 1 :]]

@@ -211,13 +211,9 @@ def _mul(a: Interval, b: Interval) -> Interval:
 
 
 def _div(a: Interval, b: Interval) -> Interval:
-    if b[0] < 0 < b[1]:
-        return ANY
-    inverse = (
-        1 / b[1] if b[1] not in (0.0, INF, -INF) else (0.0 if b[1] else -INF),
-        1 / b[0] if b[0] not in (0.0, INF, -INF) else (0.0 if b[0] else INF),
-    )
-    return _mul(a, inverse)
+    if b[0] <= 0 <= b[1]:
+        return ANY  # a zero may have either sign, and what is divided by it an infinity of that
+    return _mul(a, (1 / b[1], 1 / b[0]))
 
 
 def _add(a: Interval, b: Interval) -> Interval:

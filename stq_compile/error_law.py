@@ -52,6 +52,11 @@ FARTHEST = 16.0
 TINY = 2.0**-120
 LARGEST = 2.0**120
 """What is not below it is not summed, so that the float32 sum of a block stays finite."""
+LARGEST_STEP = 31.0
+WIDEST_RANGE = (LARGEST_STEP + 1) * RANGE_STEP
+"""Octaves that a block of a second moment can span."""
+NEAR_END = 1.03
+"""What is at the end of the range, or a rounding above."""
 LOWEST_OCTAVE = -24.0
 """log2 of a magnitude relative to its block is cut off here, in the factors."""
 
@@ -172,6 +177,22 @@ def _midrise(
     clipped = (value.abs() - half * step).clamp_min(0.0)
     variance = law.variance(step, moved, value.abs()) + clipped.square()
     return unit * variance.sqrt()
+
+
+def range_end(old: Tensor) -> Tensor:
+    """The least value of its block, for elements that are there or below; 0 for all others.
+
+    Of blocks whose elements are so far apart that ``adaptive_log`` gives them its widest range:
+    what lies below that is stored as its end. ``old`` is a state before the step, ``[numel]``, as
+    it was stored or not.
+    """
+    x, valid = _blocks(old), _blocks(torch.ones_like(old)) > 0
+    scale = _scale(x, 20)
+    distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
+    step = reference.adaptive_range(distance.clamp_min(reference.LOWEST_BITS), valid)
+    end = scale * 2.0**-WIDEST_RANGE
+    there = valid & (step == LARGEST_STEP) & (x <= NEAR_END * end)
+    return torch.where(there, end, 0.0).view(-1)[: old.numel()]
 
 
 def factors(old: Tensor, new: Tensor, grad: Tensor) -> list[Tensor]:

@@ -144,6 +144,17 @@ def _(
     return torch.empty_like(new)
 
 
+@torch.library.custom_op("stq::range_end", mutates_args=())
+def range_end(old: Tensor) -> Tensor:
+    """The end of its block's range, for elements that are there or below; 0 for all others."""
+    return error_law.range_end(memory_order(old)).clone().as_strided(old.size(), old.stride())
+
+
+@range_end.register_fake
+def _(old: Tensor) -> Tensor:
+    return torch.empty_like(old)
+
+
 @torch.library.custom_op("stq::factors", mutates_args=())
 def factors(old: Tensor, new: Tensor, grad: Tensor) -> list[Tensor]:
     """What the planner wants to know about a state, element by element."""

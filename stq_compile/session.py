@@ -46,16 +46,10 @@ from stq_compile.half_params import new_error, uncompensated
 from stq_compile.nonfinite import Watch, find_reached
 from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
-from stq_compile.passes.measure import (
-    forgotten,
-    formats_of,
-    measured_states,
-    sustained,
-    with_packed_normalizers,
-)
+from stq_compile.passes.measure import with_packed_normalizers
 from stq_compile.passes.runner import Stage
-from stq_compile.planner.planner import Managed, Planner, StateKey
-from stq_compile.planner.prior import prior_errors
+from stq_compile.planner.managed import managed_states
+from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
@@ -260,7 +254,7 @@ class Session:
         """
         if self.planner is None:
             return {}
-        found = [m for unit in program.units for m in self._managed(unit)]
+        found = [m for unit in program.units for m in managed_states(unit, self.options)]
         managed = self.planner.managed.keys() | {m.key for m in found}
         widest = self.options.unplanned_width
         for width in sorted((w for w in self.options.ladder if w <= widest), reverse=True):
@@ -277,35 +271,6 @@ class Session:
         """Give the states of an analysed program the widths that a first step would give them."""
         seen = with_packed_normalizers(program, self.options.pins_wide)
         self.plan.update(self.enroll(seen))
-
-    def _managed(self, unit: StepGraph) -> Iterator[Managed]:
-        """The states of a unit whose width is the planner's to choose."""
-        if unit.instances[0].param.name not in (unit.writes or ()):
-            return
-        for state in measured_states(unit):
-            key = state.source.key
-            formats = self._candidates(unit, key)
-            prior = prior_errors(unit, key)
-            recurrence = unit.facts.recurrences.get(key)
-            varies = recurrence is not None and bool(recurrence.scalars)
-            forgetting = 0.0 if varies else forgotten(recurrence, {})  # each look gives what varies
-            for instance in unit.instances:
-                source = instance.param.source
-                numel = instance.param.numel
-                pinned = self.options.width_of(source.name, key) is not None
-                if pinned or numel < self.options.min_numel or self.options.excludes(source.name):
-                    continue
-                nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
-                yield Managed(
-                    (source.param, key), source.name, key, numel, nbytes, prior, forgetting
-                )
-
-    def _candidates(self, unit: StepGraph, key: str) -> dict[int, Format]:
-        """The formats that the planner may choose for a state: those on the ladder that last."""
-        formats = {**formats_of(unit, key), 32: FLOAT32}
-        on_ladder = {w: f for w, f in formats.items() if w in self.options.ladder}
-        lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
-        return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
 
     def _sizes(
         self, managed: Collection[StateKey], program: Program | None = None

@@ -242,7 +242,7 @@ class StepGraph:
 
     def run(self, *inputs: Any) -> Any:
         """Run the graph eagerly, inputs in placeholder order."""
-        return fx.Interpreter(fx.GraphModule({}, self.graph)).run(*inputs)
+        return fx.Interpreter(torch.nn.Module(), graph=self.graph).run(*inputs)
 
     def replace(self, **changes: Any) -> StepGraph:
         return dataclasses.replace(self, **changes)

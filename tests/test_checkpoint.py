@@ -208,6 +208,7 @@ BROKEN_PLANNERS = {
     "measured": edit(*P, "measured", 0, 2, "4", to=float("nan")),
     "measured factors": edit(*P, "measured", 0, 3, "range", to="wide"),
     "measured level": edit(*P, "measured", 0, 4, to=None),
+    "measured lost": edit(*P, "measured", 0, 5, to=-1.0),
     "observations": edit(*P, "observations", to=3),
     "calibration": edit(*P, "calibration", to=None),
     "calibration.names": edit(*P, "calibration", "names", to=["weather"]),

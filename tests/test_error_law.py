@@ -29,7 +29,14 @@ import torch
 from torch import Tensor
 
 from simulation import Outcome, simulate
-from stq_compile.error_law import FACTORS, factors, persistence, settled_error, sums
+from stq_compile.error_law import (
+    FACTORS,
+    factors,
+    persistence,
+    range_end,
+    settled_error,
+    sums,
+)
 from stq_compile.formats import CONSTANT, FLOAT32, FORMATS, Format
 from stq_compile.reference import decode, encode
 from stq_compile.rounding import NEAREST, Noise
@@ -238,6 +245,27 @@ def test_what_lies_below_the_range_is_lifted_and_bounded() -> None:
     lifted = 2.0 ** (-steps * 14 / 32) - floor * 0.7
     assert lifted > 0
     assert float(again[5]) == pytest.approx(min(lifted, 1.4 * floor) ** 2, rel=1e-3)
+
+
+def test_the_end_of_the_widest_range_is_where_eight_bits_store_what_lies_below() -> None:
+    """A block with one giant; one of a few octaves; one that is empty, with a giant's tail."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(3 * 128 + 40, generator=generator) + 0.5
+    x[17] = 2.0**27
+    x[[256, 300]] = torch.tensor([2.0**9, 2.0**-7])
+    x[257:300] = x[301:384] = 0.0
+    format = FORMATS["adaptive_log8"]
+    codes, scales = encode(x, format, NEAREST, None)
+    stored = decode(codes, scales, format, x.numel())
+    widest = (scales & 31).long().repeat_interleave(128)[: x.numel()] == 31
+    below = widest & (x < stored * 0.97)
+    assert below.any()
+    found = range_end(x)
+    assert torch.equal(found > 0, below)
+    torch.testing.assert_close(found[below], stored[below], rtol=1e-5, atol=0.0)
+    again = range_end(stored)  # what was stored there is seen to be there
+    assert torch.equal(again > 0, below)
+    torch.testing.assert_close(again[below], stored[below], rtol=1e-5, atol=0.0)
 
 
 def test_what_the_clip_of_midrise_cuts_off() -> None:

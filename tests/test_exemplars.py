@@ -188,9 +188,10 @@ def test_what_happens_between_steps_is_seen(events: list[tuple[str, int]]) -> No
     """Dynamo's guards do not watch the parameters that it was not shown.
 
     Results may differ by roundings: a hyperparameter is a number in one graph and an input of the
-    other if it changed before the one was captured.
+    other if it changed before the one was captured. Where one of the two has been captured too
+    often and steps eagerly, its states draw other random numbers, and differ by those of 8 bits.
     """
-    outcomes = []
+    outcomes, notes = [], []
     for may in (lambda _: True, lambda _: False):
         params = parameters([(24, 40)] * 4 + [(40,)] * 2)
         with pytest.MonkeyPatch.context() as patch:
@@ -206,8 +207,10 @@ def test_what_happens_between_steps_is_seen(events: list[tuple[str, int]]) -> No
             EVENTS[event](optimizer, params, i)
             optimizer.step()
         outcomes.append(everything(optimizer))
+        notes.append(stq.report(optimizer).note)
+    near = 1e-3 if notes == ["", ""] else 2e-2
     for a, b in zip(*outcomes, strict=True):
-        assert float((a - b).norm()) <= 1e-3 * float(b.norm())
+        assert float((a - b).norm()) <= near * float(b.norm())
 
 
 @pytest.mark.slow

@@ -119,6 +119,35 @@ def test_gradients_that_change_character_raise_a_width(change: str) -> None:
     assert (param - exact).norm() <= 0.2 * exact.norm()
 
 
+def test_neighbours_of_a_giant_are_given_the_range_that_they_need() -> None:
+    """One element in each block has gradients 10,000 times as large. At 8 bits and fewer the others
+    would be stored 12 octaves too large, and stand still."""
+    torch.manual_seed(0)
+    size = torch.ones(64, 128)
+    size[:, 5] = 1e4
+    ours, exact = (nn.Parameter(torch.zeros(64, 128, dtype=d)) for d in (None, torch.float64))
+    options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    optimizer = stq.compile(torch.optim.AdamW([ours], **options), interval=INTERVAL)
+    stock = torch.optim.AdamW([exact], **options)
+    pinned = nn.Parameter(torch.zeros(64, 128))
+    narrow = stq.compile(torch.optim.AdamW([pinned], **options), precision=8)
+    for _ in range(250):
+        grad = (torch.randn(64, 128) + 0.3) * size
+        ours.grad, exact.grad, pinned.grad = grad, grad.double(), grad.clone()
+        for each in (optimizer, stock, narrow):
+            each.step()
+    assert planner(optimizer).widths[0, "exp_avg_sq"] > 8
+    history = stq.history(optimizer)
+    reasons = [c.reason for r in history for c in r.changes if c.state == "exp_avg_sq"]
+    assert any("below their block's range" in reason for reason in reasons)
+
+    def drift(param: nn.Parameter) -> float:
+        return float(((param - exact).norm() / exact.norm()).detach())
+
+    assert drift(pinned) > 0.9
+    assert drift(ours) < 0.7  # what was stored too large before the first look fades by 0.95 a step
+
+
 def test_gradients_that_stay_as_they_are_raise_none() -> None:
     _, history = run("none", range(65, 85), tolerance=USED_UP)
     assert raised(history, 65) == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx.graph_module import _loader
 
 import stq_compile as stq
 from models import backward, equal, make_model
@@ -122,6 +123,17 @@ def test_a_budget_holds_after_every_step(make: str) -> None:
         scheduler.step()
         bits.append(stq.report(optimizer).bits_per_element)
     assert max(bits) <= target
+
+
+def test_looks_leave_no_python_code_behind() -> None:
+    """What torch.fx generates stays in its cache of sources for the life of the process."""
+    model = make_model()
+    optimizer = adamw(model, interval=2)
+    train(model, optimizer.step, range(12))
+    before = len(_loader.eval_cache)
+    train(model, optimizer.step, range(12, 20))
+    assert planner(optimizer).looks == 10
+    assert len(_loader.eval_cache) == before
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-10])

@@ -132,7 +132,7 @@ class _Template:
 
     def __init__(self, unit: StepGraph, inputs: list[Any]) -> None:
         self.inputs = inputs
-        self.module = Differentiable(fx.GraphModule({}, unit.graph))
+        self.module = Differentiable(unit.graph)
         self.names = [n.name for n in unit.placeholders]
         self.writes = list(unit.writes or ())
         self.param = self.names.index(unit.instances[0].param.name)

@@ -20,6 +20,9 @@ gradient's: the gradient's signal against its noise), ``scale_spread`` (of the b
 octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a width: ``narrowness``
 (2^-width) and ``predicted`` (log of the error that the law predicts)."""
 
+BOUNDED = 8
+"""Widest width at which a block of a non-negative state spans a bounded range."""
+LEAST_RATIO = 2.0**-60
 SIGNIFICANT_BITS = 24
 RESOLUTION = 10 * 2.0**-48
 """Least square of an update, in squares of its parameter. The update is a difference of float32
@@ -36,6 +39,9 @@ class Measured:
     squared and summed, over the sum of the update's squares."""
     factors: dict[str, float]
     level: float  # mean log2 of the blocks' scales
+    lost: float = 0.0
+    """Share of the update, in squares, that is lost at `BOUNDED` bits and fewer: elements that lie
+    below their block's range are stored as its end, and divided by that they hardly move."""
 
     def after(self, before: Measured, kept: float) -> Measured:
         """With each error the geometric mean of this look's and the last one's: a look is a
@@ -102,7 +108,26 @@ def interpret(sums: Mapping[str, float], key: str, before: Measured | None) -> M
         "scale_spread": _deviation(level, mean["scale_squared"]),
         "scale_drift": 0.0 if before is None else level - before.level,
     }
-    return Measured(errors, factors, level)
+    return Measured(errors, factors, level, _lost(own, update))
+
+
+def _lost(own: Mapping[str, float], update: float) -> float:
+    """`Measured.lost`, from sums over the elements at the end of their block's range.
+
+    With ``r`` the mean of what they are averages of over what they are stored as, and an update
+    that goes with the state to the power of ``-k``, such an element moves ``r^k`` times as far as
+    it should.
+    """
+    seen, stored = own.get("end_update", 0.0), own.get("end_stored", 0.0)
+    if not (seen > 0 and stored > 0):
+        return 0.0
+    ratio = max(own["end_fed"] / stored, LEAST_RATIO)
+    if ratio >= 1:
+        return 0.0
+    power = math.sqrt(own["end_effect"] / seen)
+    moved: float = ratio**power
+    due: float = seen * (own["end_old"] / stored / ratio) ** (2 * power)
+    return due * (1 - moved) ** 2 / (update - seen + due)
 
 
 def _deviation(mean: float, square: float) -> float:

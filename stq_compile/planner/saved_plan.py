@@ -64,11 +64,14 @@ def _list(inner: Check) -> Check:
     return check
 
 
-def _row(*inner: Check) -> Check:
+def _row(*inner: Check, since: int = 0) -> Check:
+    """A list of these values, of which the last ``since`` were not there at first."""
+
     def check(value: Any, entry: str) -> None:
-        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
+        least = len(inner) - since
+        if not isinstance(value, (list, tuple)) or not least <= len(value) <= len(inner):
             _fail(entry, repr(value)[:80], f"a list of {len(inner)} values")
-        for item, one in zip(value, inner, strict=True):
+        for item, one in zip(value, inner, strict=False):
             one(item, entry)
 
     return check
@@ -153,7 +156,11 @@ _PLANNER = _dict(
     widths=_list(_row(*_STATE, _WIDTH)),
     waited=_list(_row(*_STATE, _WHOLE)),
     measured=_list(
-        _row(*_STATE, _dict(**{str(w): _ERROR for w in LADDER}), _dict(**_FACTORS), _FINITE)
+        _row(
+            *(*_STATE, _dict(**{str(w): _ERROR for w in LADDER}), _dict(**_FACTORS)),
+            *(_FINITE, _ERROR),  # level, lost
+            since=1,
+        )
     ),
     observations=_list(_row(_row(*[_FINITE] * len(FACTOR_NAMES)), _FINITE)),
     calibration=_calibration,

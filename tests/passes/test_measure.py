@@ -21,6 +21,7 @@ from stq_compile.passes.measure import (
     HORIZON,
     LADDER,
     LONGEST,
+    RANGE_SUMS,
     SUMS,
     amplification,
     forgetting,
@@ -235,6 +236,28 @@ def test_decays_are_those_of_the_look_and_not_of_the_capture(rounding: str) -> N
     }  # fmt: skip
 
 
+def test_what_lies_below_the_range_against_a_derivation_by_hand() -> None:
+    unit = analysed(adam())
+    values = inputs_of(unit)
+    values["exp_avg_sq_0"][::128] = 2.0**30  # the scale of each block; all others lie below
+    numbers = numbers_of(unit, values)
+    update, slopes, _ = adam_by_hand(numbers)
+    found = sums_of(unit, values)
+    old = numbers["exp_avg_sq"]
+    below = np.arange(NUMEL) % 128 != 0
+    expected = {
+        "end_update": (update**2)[below].sum(),
+        "end_effect": ((slopes["exp_avg_sq"] * old) ** 2)[below].sum(),
+        "end_stored": below.sum() * 2.0**16,  # 14 octaves down
+        "end_old": old[below].sum(),
+        "end_fed": (numbers["grad"] ** 2)[below].sum(),
+    }
+    assert list(expected) == list(RANGE_SUMS)
+    for name, value in expected.items():
+        assert found[f"exp_avg_sq:{name}"] == pytest.approx(float(value), rel=2e-4), name
+    assert not any(f"exp_avg:{name}" in found for name in RANGE_SUMS)
+
+
 def test_nearest_rounding_adds_up() -> None:
     unit = analysed(sgd())
     values = inputs_of(unit)
@@ -434,6 +457,7 @@ def test_the_slots_are_named_in_order() -> None:
     expected = ["count", "update", "param"]
     for key in ("exp_avg", "exp_avg_sq"):
         expected += [f"{key}:error_{w}" for w in LADDER]
+        expected += [f"{key}:{n}" for n in RANGE_SUMS if key == "exp_avg_sq"]
         expected += [f"{key}:{f}" for f in error_law.FACTORS]
     assert list(slots_of(unit)) == expected
     assert unit.writes == (SUMS,)

@@ -178,6 +178,18 @@ def test_a_state_that_is_claimed_nonnegative_stays_so(case: Expression, seed: in
         inputs["state_0"] = torch.nan_to_num(new, posinf=1e300).expand(SAMPLES).clone()
 
 
+def test_what_is_divided_by_a_zero_may_have_either_sign() -> None:
+    """-0 is not below 0, and 1 / -0 is: found by the nightly run."""
+    s = Sketch(shape=(SAMPLES,))
+    p, g, state = s.param(), s.grad(), s.state("state")
+    least = s.call(aten.neg.default, s.call(aten.clamp.default, g, 0.0))  # at most 0, and -0
+    upper = s.call(aten.neg.default, least)
+    inverse = s.call(aten.reciprocal.default, s.call(aten.mul.Tensor, upper, -1.0))
+    new = s.call(aten.maximum.default, s.call(aten.neg.default, inverse), g)
+    unit = s.functional({state: new, p: s.call(aten.sub.Tensor, p, g)})
+    assert "state" not in only(find_ranges(program(unit))).facts.nonnegative
+
+
 KEYWORDS: list[tuple[Any, tuple[Any, ...], dict[str, float]]] = [
     (aten.clamp.default, (), {"max": -1.0}),
     (aten.clamp.default, (), {"min": -3.0, "max": -2.0}),

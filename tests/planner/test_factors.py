@@ -17,7 +17,7 @@ from graphs import only, program, with_sizes
 from stq_compile import error_law
 from stq_compile.formats import BLOCK, WIDTHS, choose_format
 from stq_compile.options import Options
-from stq_compile.passes.measure import LADDER, measure, slots_of
+from stq_compile.passes.measure import LADDER, RANGE_SUMS, measure, slots_of
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
 from stq_compile.passes.recurrences import find_recurrences
@@ -123,6 +123,23 @@ def test_a_step_without_an_update_measures_nothing() -> None:
     assert interpret({**sums, "count": 0.0}, "s", None) is None
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_is_lost_to_elements_below_the_range(stored: bool) -> None:
+    """Adam's update of 1 in 100 elements is due, squares of 90 of them are at 2^-6 of where their
+    block's range ends; whether they were stored there, and so move 1/8 as far, or not."""
+    sums = sums_of(*tensors())
+    seen = 90.0 / 64 if stored else 90.0
+    ends = {
+        "end_update": seen, "end_effect": seen / 4, "end_stored": 90.0 * 64,
+        "end_old": 90.0 * 64 if stored else 90.0, "end_fed": 90.0,
+    }  # fmt: skip
+    row = sums | {"update": 10 + seen} | {f"s:{name}": v for name, v in ends.items()}
+    assert measured(row).lost == pytest.approx(0.9 * (1 - 1 / 8) ** 2)
+    assert measured(row | {"s:end_fed": 90.0 * 64}).lost == 0  # they are where they belong
+    assert measured(row | {"s:end_update": 0.0}).lost == 0  # and these do not move
+    assert measured(sums).lost == 0
+
+
 def test_a_look_is_averaged_with_the_last_one_and_falls_no_faster_than_noise_fades() -> None:
     first = measured(sums_of(*tensors()))
     for factor, kept, expected in (
@@ -145,7 +162,8 @@ def test_numbers_per_state_do_not_depend_on_its_size() -> None:
         )
         slots.append(slots_of(only(measure(analysed, "stochastic"))))
     assert slots[0] == slots[1]
-    assert len(slots[0]) == 3 + 2 * (len(LADDER) + len(error_law.FACTORS))
+    per_state = len(LADDER) + len(error_law.FACTORS)
+    assert len(slots[0]) == 3 + 2 * per_state + len(RANGE_SUMS)
 
     def kept(numel: int) -> int:
         planner = Planner(Options.from_dict({}))

@@ -174,6 +174,31 @@ def test_one_rung_at_a_time_after_a_wait_and_alarms_at_once() -> None:
     assert max(WIDTHS.index(c.after) - WIDTHS.index(c.before or 2) for c in jumps) > 1
 
 
+@pytest.mark.parametrize("goal", [{"tolerance": 0.1}, {"target_bits": 6.0}])
+def test_a_width_at_which_updates_are_lost_is_left_at_once(goal: dict[str, float]) -> None:
+    planner = made(5, **goal)
+    run(planner, range(3))
+    sums = sums_of(planner, 1)
+    row = sums[2]
+    row |= {  # nearly all of what is due
+        "exp_avg_sq:end_update": row["update"], "exp_avg_sq:end_effect": row["update"] / 4,
+        "exp_avg_sq:end_stored": 1e6, "exp_avg_sq:end_old": 1e6, "exp_avg_sq:end_fed": 1.0,
+    }  # fmt: skip
+    planner.look(sums)
+    planner.decide(3, 0, elements(planner))
+    assert planner.widths[2, "exp_avg_sq"] > 8
+    (change,) = (c for c in planner.history.records[-1].changes if c.after > 8)
+    assert "below their block's range" in change.reason
+    saved = planner.state_dict()
+    assert [row[5] for row in saved["measured"] if row[:2] == [2, "exp_avg_sq"]] > [0.5]
+    older = made(5, **goal)
+    older.load_state_dict({**saved, "measured": [row[:5] for row in saved["measured"]]})
+    assert older.measured[2, "exp_avg_sq"].lost == 0
+    for step in range(4, 9):  # and the width comes down when they no longer are
+        run(planner, [step])
+    assert planner.widths[2, "exp_avg_sq"] <= 8
+
+
 def test_small_noise_moves_nothing() -> None:
     planner = made(10, target_bits=4.0, hysteresis=0.2)
     exact = sums_of(planner, 1)

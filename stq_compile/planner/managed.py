@@ -1,0 +1,46 @@
+"""Which states of a template a planner chooses widths for, and between which widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stq_compile.formats import FLOAT32, Format
+from stq_compile.options import Options
+from stq_compile.passes.measure import forgotten, formats_of, measured_states, sustained
+from stq_compile.planner.planner import Managed
+from stq_compile.planner.prior import prior_errors
+from stq_compile.step_graph import StepGraph
+
+
+def managed_states(unit: StepGraph, options: Options) -> Iterator[Managed]:
+    """The states of a template that can be measured and that no option pins, one by one."""
+    if unit.instances[0].param.name not in (unit.writes or ()):
+        return
+    for state in measured_states(unit):
+        key = state.source.key
+        formats = _candidates(unit, key, options)
+        prior = prior_errors(unit, key)
+        recurrence = unit.facts.recurrences.get(key)
+        varies = recurrence is not None and bool(recurrence.scalars)
+        forgetting = 0.0 if varies else forgotten(recurrence, {})  # each look gives what varies
+        for instance in unit.instances:
+            source, numel = instance.param.source, instance.param.numel
+            pinned = options.width_of(source.name, key) is not None
+            if pinned or numel < options.min_numel or options.excludes(source.name):
+                continue
+            nbytes = {width: format.nbytes(numel) for width, format in formats.items()}
+            yield Managed((source.param, key), source.name, key, numel, nbytes, prior, forgetting)
+
+
+def _candidates(unit: StepGraph, key: str, options: Options) -> dict[int, Format]:
+    """The formats that the planner may choose for a state: those on the ladder that last.
+
+    What another state is stored in units of stays packed: in float32 it would be a unit no longer,
+    and the other one's format, and with it all that was measured, another one.
+    """
+    formats = {**formats_of(unit, key), FLOAT32.width: FLOAT32}
+    on_ladder = {w: f for w, f in formats.items() if w in options.ladder}
+    if key in unit.facts.normalizers.values() and len(on_ladder) > 1:
+        on_ladder.pop(FLOAT32.width, None)
+    lasting = {w: f for w, f in on_ladder.items() if sustained(unit, key, f)}
+    return lasting or {max(on_ladder): on_ladder[max(on_ladder)]}
