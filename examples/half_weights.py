@@ -2,6 +2,7 @@
 
 python examples/half_weights.py                # 2 seeds, 800 steps
 python examples/half_weights.py --seeds 5 --steps 1200
+python examples/half_weights.py --quick        # a GPT of 0.2 M parameters, minutes on one core
 
 Forward and backward compute in fp32 on the 16-bit weights, so that nothing differs from the run
 with fp32 weights but what is stored between steps, and the gradients' rounding. The loss at the end
@@ -22,11 +23,12 @@ import commandline as cli
 from comparison import Comparison, Schedule, Settings, compare
 from optimizers import choose_optimizer
 from presentation import markdown_table, results_table
-from tinygpt import TinyGPT, load_text
+from tinygpt import GPTConfig, TinyGPT, load_text
 from train_gpt import EVIDENCE_ADAMW_LR, EVIDENCE_BATCH, EVIDENCE_CONFIG, GPTTask
 from variants import FP32, Variant
 
 STEPS = 800
+QUICK_CONFIG = GPTConfig(layers=2, width=64, context=64)
 STATES = 8  # bits: far from what is compared
 
 
@@ -76,6 +78,7 @@ def main(
     seeds: cli.Seeds = 2,
     first_seed: cli.FirstSeed = 0,
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
+    quick: Annotated[bool, typer.Option(help="A smaller model.")] = False,
     threads: cli.Threads = 1,
     out: cli.Out = Path("out"),
     resume: cli.Resume = False,
@@ -87,7 +90,7 @@ def main(
     choice = choose_optimizer("adamw", EVIDENCE_ADAMW_LR)
     settings = Settings(steps, evaluations=4)
     packed = Variant(f"fp32 weights, states {STATES} bits", {"precision": STATES})
-    arguments = (text, EVIDENCE_CONFIG, EVIDENCE_BATCH)
+    arguments = (text, QUICK_CONFIG if quick else EVIDENCE_CONFIG, EVIDENCE_BATCH)
     full = compare(GPTTask(*arguments), choice, [FP32, packed], settings, schedule, console)
     half = compare(HalfTask(*arguments), choice, VARIANTS, settings, schedule, console)
     rows = [*full.rows, *half.rows]

@@ -25,6 +25,7 @@ from torch._dynamo import exc as dynamo_exc
 from torch.optim import Optimizer
 
 from stq_compile import interrupts
+from stq_compile.attributes import set_at
 from stq_compile.backend import close_session
 from stq_compile.birth import forget, init_states
 from stq_compile.closures import calls_closure_first
@@ -33,6 +34,7 @@ from stq_compile.errors import (
     ChangedTensorError,
     GraphBreakError,
     InternalError,
+    LostAttributeError,
     ShardedEagerStepError,
     StepMemoryError,
     StqError,
@@ -199,7 +201,7 @@ class Driver:
         memory = next((e for e in causes(error) if is_out_of_memory(e)), None)
         if untouched and memory is not None:
             raise StepMemoryError(optimizer=name, reason=first_line(memory)) from error
-        known = translated(error, name)
+        known = translated(error, type(optimizer))
         if untouched and isinstance(known, UncompiledStepError) and not self.session.sharded:
             return self._fall_back(optimizer, known)
         if session.compiles == 0:
@@ -352,12 +354,18 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
 
 
-def translated(error: BaseException, optimizer: str) -> StqError | None:
+def translated(error: BaseException, cls: type[Optimizer]) -> StqError | None:
     """Our own error out of Dynamo's wrapping; a graph break as an error of ours."""
+    optimizer = cls.__name__
     known = next((e for e in causes(error) if isinstance(e, StqError)), None)
     if known is not None:
         return known
     if isinstance(error, dynamo_exc.Unsupported):
+        *_, last = error.real_stack or [None]
+        setting = None if last is None else set_at(cls, last.filename, last.lineno or 0)
+        if setting is not None:
+            name = setting.attribute
+            return LostAttributeError(optimizer=optimizer, attributes=name, places=setting)
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     if isinstance(error, dynamo_exc.BackendCompilerFailed):
         inner = error.inner_exception

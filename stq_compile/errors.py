@@ -198,9 +198,10 @@ class SharedScalarError(UncompiledStepError):
 class LostAttributeError(UncompiledStepError):
     why = (
         "{optimizer}: its step sets {attributes} of the optimizer itself, which torch.compile "
-        "would forget"
+        "cannot carry over; kept in `state` or in a parameter group, it would be compiled:\n"
+        "  {places}"
     )
-    message = why + LEFT_AS_IT_WAS + "; keep what changes in `state` or in a parameter group."
+    message = why + LEFT_AS_IT_WAS + "."
 
 
 class SharedMemoryError(UncompiledStepError):

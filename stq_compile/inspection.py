@@ -258,7 +258,7 @@ def _capture(optimizer: Optimizer, sources: Mapping[int, Source]) -> Captured:
     except _Stop:
         return found[0]
     except Exception as error:
-        known = translated(error, type(optimizer).__name__)
+        known = translated(error, type(optimizer))
         if known is None:
             raise
         raise known from error

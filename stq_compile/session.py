@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stq_compile import interrupts
+from stq_compile.attributes import places
 from stq_compile.capture import Argument, Captured, capture, param_sources, params_of
 from stq_compile.checks import check_memory, check_program
 from stq_compile.codec import CompiledCodec
@@ -115,8 +116,9 @@ class Session:
         start = time.perf_counter()
         lost = lost_attributes()
         if lost:
+            cls = type(self.optimizer)
             raise LostAttributeError(
-                optimizer=type(self.optimizer).__name__, attributes=", ".join(lost)
+                optimizer=cls.__name__, attributes=", ".join(lost), places=places(cls, lost)
             )
         captured = capture(gm, self.optimizer)
         with reporting_defects(self, captured.program):

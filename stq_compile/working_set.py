@@ -6,6 +6,12 @@ states of one parameter; when the step turns to the states of another parameter,
 what was written is encoded, once. So a state is rounded once a step, as in a compiled step, and no
 more than one parameter's states are in float32 at a time (all of them in a ``foreach`` optimizer,
 whose every operator takes all of them).
+
+A step may go over its parameters twice, and hand values from the first time to the second in a
+state (AdaHessian's Hutchinson estimates, whose squares it then averages and divides by). Such a
+state carries nothing from step to step: it is new, or overwritten before it is read. If it has
+values of either sign, few bits would turn many of them into zeros before they are used. It is held
+in bfloat16 until the step ends, and gets its own format then.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from stq_compile import interrupts
 from stq_compile.birth import newborn
-from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
+from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, Format, choose_format
 from stq_compile.halves import FLOAT_DTYPES
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
 from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
@@ -29,6 +35,13 @@ from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replac
 Owners = Callable[[], Mapping[int, tuple[int, int]]]
 """For every packed state that the optimizer holds, by ``id`` of its storage: the number of its
 parameter, and the width that it is to be kept at. Asked again when an unknown one is met."""
+
+aten = torch.ops.aten
+OVERWRITES = {
+    aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.copy_.default,
+    aten._foreach_zero_.default, aten._foreach_copy_.default,
+}  # fmt: skip
+"""Operators after which nothing of the former values of their first argument is left."""
 
 
 class WorkingSet(TorchDispatchMode):
@@ -45,6 +58,8 @@ class WorkingSet(TorchDispatchMode):
         self._owners = owners()
         self._decoded: set[PackedStorage] = set()
         self._written: set[PackedStorage] = set()
+        self._met: dict[PackedStorage, bool] = {}  # whether nothing of before the step is in it
+        self._held: dict[PackedStorage, Format] = {}  # in bfloat16, and in what before
 
     def __torch_dispatch__(
         self,
@@ -62,6 +77,7 @@ class WorkingSet(TorchDispatchMode):
         if not packed or is_view(func) or torch.Tag.inplace_view in func.tags:
             return func(*args, **kwargs)
         self._turn_to({self._owner(state.packed) for state in packed} - {None})
+        self._meet(packed, tree_leaves(args[0]) if func in OVERWRITES else [])
         return run_dense(func, args, kwargs, self._read, self._write)
 
     def __exit__(self, kind: Any, *error: Any) -> None:
@@ -70,10 +86,20 @@ class WorkingSet(TorchDispatchMode):
         super().__exit__(kind, *error)  # type: ignore[no-untyped-call]  # torch's
         try:
             if kind is None:
-                self._turn_to(set())
+                self._turn_to(set(), ended=True)
         finally:
             for storage in self._decoded:
                 storage.working = None
+            self._let_go()
+
+    def _meet(self, states: Iterable[PackedState], overwritten: Iterable[Any]) -> None:
+        """Note of states that the step comes to whether it makes them anew."""
+        whole = {id(x) for x in overwritten if isinstance(x, Tensor)}
+        for state in states:
+            storage = state.packed
+            if storage not in self._met:
+                all_of_it = id(state) in whole and state.numel() == storage.numel
+                self._met[storage] = storage.newborn or all_of_it
 
     def _owner(self, storage: PackedStorage) -> int | None:
         if id(storage) not in self._owners and storage.format == CONSTANT:
@@ -100,14 +126,21 @@ class WorkingSet(TorchDispatchMode):
         else:
             storage.write(values, self._codec)
 
-    def _turn_to(self, owners: set[int | None]) -> None:
-        """Encode and forget the decoded states of all other owners; normalizers first."""
+    def _turn_to(self, owners: set[int | None], *, ended: bool = False) -> None:
+        """Encode and forget the decoded states of all other owners; normalizers first.
+
+        ``ended``: the step will not come back to any of them.
+        """
         done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
         made: list[Replacement] = []
         for storage in sorted(done, key=lambda s: s.format.normalized):
             values = storage.working
             assert values is not None
             if storage in self._written:
+                if not ended and self._is_to_be_held(storage, values):
+                    self._held.setdefault(storage, storage.format)
+                    made.append(storage.encoded(values, BFLOAT16, codec=self._codec))
+                    continue
                 width = self._owners[id(storage)][1]
                 encoded = encoded_as(storage, values, width, made, codec=self._codec)
                 made += [] if encoded is None else [encoded]
@@ -119,6 +152,20 @@ class WorkingSet(TorchDispatchMode):
             self._written.difference_update(done)
             for replacement in made:
                 PackedStorage.replace(replacement)
+
+    def _is_to_be_held(self, storage: PackedStorage, values: Tensor) -> bool:
+        narrow = min(storage.format.width, self._owners[id(storage)][1]) < BFLOAT16.width
+        return narrow and self._met[storage] and bool((values < 0).any())
+
+    def _let_go(self) -> None:
+        """Give the states that were held in bfloat16 their own formats, one after the other."""
+        for storage, former in self._held.items():
+            values = storage.read(self._codec)
+            if former == CONSTANT or former.normalized or not former.signed:
+                width = self._owners[id(storage)][1] if former == CONSTANT else former.width
+                former = format_for(values, width)
+            PackedStorage.replace(storage.encoded(values, former, codec=self._codec))
+        self._held.clear()
 
 
 def encoded_as(

@@ -15,7 +15,7 @@ from models import backward, equal, make_model
 from stq_compile import PackedState, codec
 from stq_compile.backend import session_of
 from stq_compile.errors import EagerStepWarning
-from stq_compile.formats import CONSTANT
+from stq_compile.formats import BFLOAT16, CONSTANT
 from stq_compile.session import MOST_GRAPHS
 from stq_compile.state_tree import leaves
 from stq_compile.working_set import WorkingSet
@@ -190,6 +190,24 @@ def test_a_state_that_turns_negative_gets_a_signed_format() -> None:
             state.add_(change)
         assert state.format.kind == kind
     torch.testing.assert_close(state.dequantize(), torch.full((128,), 3.0), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_one_pass_hands_to_the_next_is_not_rounded_to_zeros(overwrite: bool) -> None:
+    states = [PackedState.zeros_like(torch.empty(256), CONSTANT) for _ in range(2)]
+    owners = {id(state.packed): (i, 8) for i, state in enumerate(states)}
+    small = torch.where(torch.arange(256) % 2 == 0, -1.0, 2.0**-12)
+    for step in range(2):
+        with WorkingSet(lambda: owners, None):
+            for state in states:  # turns from the one to the other
+                if step and overwrite:
+                    state.zero_()
+                state.add_(small)
+            assert (states[0].format == BFLOAT16) == (step == 0 or overwrite)
+            exact = torch.equal(states[0] * 1, small)
+            assert exact == (step == 0 or overwrite)
+        assert [state.format.name for state in states] == ["softsign8"] * 2
+        assert all(state.packed.working is None for state in states)
 
 
 class Twice(Base):

@@ -291,9 +291,32 @@ class TwoSteps(Base):
         return loss
 
 
+class TwoPasses(Base):
+    """Estimates of either sign for all parameters first, in a state; then their squares divide."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        params = self.param_groups[0]["params"]
+        for p in params:
+            if "estimate" in self.state[p]:
+                self.state[p]["estimate"].zero_()
+            else:
+                self.state[p]["estimate"] = torch.zeros_like(p)
+        for p in params:
+            scales = torch.exp2(torch.randint(-8, 1, p.shape))
+            self.state[p]["estimate"].addcmul_(scales, torch.randn_like(p).sign())
+        for p in params:
+            s = self.state[p]
+            if "m" not in s:
+                s.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+            s["m"].lerp_(p.grad, 0.1)
+            s["v"].mul_(0.9).addcmul_(s["estimate"], s["estimate"], value=0.1)
+            p.addcdiv_(s["m"], s["v"].sqrt().add_(1e-16), value=-1e-3)
+
+
 OPTIMIZERS = [
     NeedsClosure, LateStates, InContainers, PythonNumbers, Centralized, Branches, Aliases, SetsData,
-    OtherDtypes, Spectral, Foreach, Outside, Wrapper, Noisy, Every, TwoSteps,
+    OtherDtypes, Spectral, Foreach, Outside, Wrapper, Noisy, Every, TwoSteps, TwoPasses,
 ]  # fmt: skip
 CLOSURE = (NeedsClosure, TwoSteps)
 

@@ -15,7 +15,7 @@ import pytest
 # subpackage that no other line names. Modules of one layer may import each other without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "printable"),
-    ("architectures", "dump", "dynamo", "interrupts"),
+    ("architectures", "attributes", "dump", "dynamo", "interrupts"),
     ("formats", "halves", "layout", "rounding", "reference"),
     ("options",),
     ("storage",),

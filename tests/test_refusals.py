@@ -114,7 +114,7 @@ def test_attributes_of_the_optimizer() -> None:
     p = nn.Parameter(torch.randn(8, 6))
     p.grad = torch.ones_like(p)
     optimizer = stq.compile(Remembering([p]))
-    not_compiled(optimizer, "sets last of the optimizer itself")
+    not_compiled(optimizer, r"sets last of the optimizer itself(.|\n)*\.py:\d+: self\.last = ")
     assert torch.equal(optimizer.last, p.grad)
 
 
@@ -127,6 +127,32 @@ def test_attributes_of_the_optimizer_through_the_backend() -> None:
     with pytest.raises(Exception, match="sets last of the optimizer itself"):
         step()
     assert session_of(optimizer) is None
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in an attribute, in a method of its own."""
+
+    calls = 0
+
+    def count(self) -> None:
+        self.calls += 1
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        self.count()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=1 / self.calls)
+
+
+def test_a_number_of_the_optimizer_that_the_step_counts_up() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    p.grad = torch.ones_like(p)
+    optimizer = stq.compile(Counting([p]))
+    not_compiled(optimizer, r"sets calls of the optimizer itself")
+    line = Counting.count.__code__.co_firstlineno + 1
+    note = stq.report(optimizer).note
+    assert f"kept in `state` or in a parameter group, it would be compiled:\n  {__file__}" in note
+    assert f":{line}: self.calls += 1" in note
 
 
 class Viewing(torch.optim.SGD):
