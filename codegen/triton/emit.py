@@ -19,11 +19,12 @@ from stq_compile.codegen.ir import (
     Value,
 )
 from stq_compile.codegen.schedule import Schedule
-from stq_compile.codegen.triton.expressions import Expressions
+from stq_compile.codegen.triton.expressions import Expressions, plane_name
 from stq_compile.codegen.triton.groups import Group, groups
 from stq_compile.codegen.triton.measuring import emit_measuring
 from stq_compile.codegen.triton.scalars import Slots, emit_scalars, read_slots
 from stq_compile.codegen.triton.syntax import (
+    DTYPES,
     ELEMENT_TYPES,
     POINTEES,
     python_name,
@@ -53,8 +54,9 @@ class _Emitter:
         self.note = Notes()
         gathering = [v for v in kernel.body if v.opcode == "pack" or v.opcode in REDUCTIONS]
         arguments = [a for v in gathering for a in v.args if isinstance(a, Value)]
-        crossing = [v for v in kernel.body if id(v) in self.schedule.crossing]
-        self.planar = {id(v) for v in (*crossing, *arguments) if v.space is Space.ELEMENT}
+        self.groups = groups(self.schedule)
+        leaving = [v for group in self.groups for v in group.leaving]
+        self.planar = {id(v) for v in (*leaving, *arguments) if v.space is Space.ELEMENT}
         """Element values that are kept as a tuple of planes."""
         self.words = Expressions(self.planar)
 
@@ -89,12 +91,11 @@ class _Emitter:
             "present = local * 128 < count",
             *read_slots(self.slots, self.note),
         ]
-        indent = ""
-        for number, group in enumerate(groups(self.schedule)):
-            if number:
-                lines.append(f"{indent}if (borders & {1 << (number - 1)}) != 0:")
-                indent += "    "
-            lines += [indent + line for line in self._group(group)]
+        for number, group in enumerate(self.groups):
+            lines.append(f"# {group.title}")
+            lines += [f"{python_name(v.name)} = {self._nothing(v)}" for v in group.leaving]
+            lines.append(f"if (borders & {1 << number}) != 0:")
+            lines += [f"    {line}" for line in self._group(group)]
         constants = [f"{n}: tl.constexpr" for n in ("BLOCKS", "VECTOR", "ALIGNMENT")]
         arguments = ("row", "slot", "first", "count", "borders", *constants)
         return function("tile", arguments, "The blocks from ``first`` on, of one tensor.", lines)
@@ -129,20 +130,43 @@ class _Emitter:
         return f"{python_name(o.name)} = {base} + {place}"
 
     def _group(self, group: Group) -> list[str]:
-        lines = [f"# {group.title}", *self._operands(group)]
+        lines = self._operands(group)
         lines += [f"{self._uniform(v)}{self.note(v)}" for v in group.uniform]
         for v in group.planes:
             if v.opcode == "unpack":
                 name = python_name(v.operand)
                 lines.append(f"{name}_bytes = load_codes({name}, present, {v.width})")
         lines += [f"{python_name(v.name)} = ()" for v in group.planes if id(v) in self.planar]
-        body = [*group.planes, *(v for v in group.after if v.opcode == "pack")]
-        if body:
+        packs = [v for v in group.after if v.opcode == "pack"]
+        if group.planes or packs:
+            if group.split:
+                body = self._split(group)
+            else:
+                body = [f"{self._plane(v)}{self.note(v)}" for v in group.planes]
+            body += [f"{self._plane(v)}{self.note(v)}" for v in packs]
             lines.append("for i in tl.static_range(8):")
             lines.append("    inside = group + 16 * plane(i) < count")
-            lines += [f"    {self._plane(v)}{self.note(v)}" for v in body]
+            lines += [f"    {line}" for line in body]
         after = [v for v in group.after if v.opcode != "pack"]
         return lines + [f"{self._after(v)}{self.note(v)}" for v in after]
+
+    def _split(self, group: Group) -> list[str]:
+        """A plane behind a branch of its own; its values join their tuples after that."""
+        kept = [v for v in group.planes if id(v) in self.planar]
+        before = [f"{plane_name(v)} = tl.zeros([BLOCKS, 16], {DTYPES[v.type]})" for v in kept]
+        self.words.split = {id(v) for v in kept}
+        body = [f"    {self._plane(v)}{self.note(v)}" for v in group.planes]
+        self.words.split = set()
+        names = [(python_name(v.name), plane_name(v)) for v in kept]
+        after = [f"{name} = {name} + ({plane},)" for name, plane in names]
+        return [*before, "if (borders & (65536 << i)) != 0:", *body, *after]
+
+    def _nothing(self, v: Value) -> str:
+        """What stands for a value if its group does not run, which never happens."""
+        dtype = DTYPES[v.type]
+        if id(v) in self.planar:
+            return f"planes_of(BLOCKS, {dtype})"
+        return f"tl.zeros([BLOCKS, 1], {dtype})"
 
     def _uniform(self, v: Value) -> str:
         name, operand = python_name(v.name), python_name(v.operand)
@@ -173,6 +197,8 @@ class _Emitter:
             expression = f"{v.opcode}({operand}, lane, plane(i))"
         else:
             expression = self.words.expression(v)
+        if id(v) in self.words.split:
+            return f"{plane_name(v)} = {expression}"
         name = python_name(v.name)
         if id(v) in self.planar:
             return f"{name} = {name} + ({expression},)"

@@ -13,10 +13,14 @@ from stq_compile.codegen.triton.syntax import (
 
 
 class Expressions:
-    """``planar``: the values (by ``id``) that are a tuple of planes, of which ``i`` is meant."""
+    """``planar``: the values (by ``id``) that are a tuple of planes, of which ``i`` is meant.
+
+    ``split``: those of them whose plane is a variable of its own for now.
+    """
 
     def __init__(self, planar: set[int]) -> None:
         self.planar = planar
+        self.split = set[int]()
 
     def expression(self, v: Value) -> str:
         types = OPCODES[v.opcode][0]
@@ -35,5 +39,12 @@ class Expressions:
             return float_literal(a) if t is Type.FLOAT else str(int(a))
         if a.opcode == "valid":
             return "inside"
+        if id(a) in self.split:
+            return plane_name(a)
         name = python_name(a.name)
         return f"{name}[i]" if id(a) in self.planar else name
+
+
+def plane_name(v: Value) -> str:
+    """One plane of a value, named beside the tuple of its planes."""
+    return f"PLANE_{v.name}"

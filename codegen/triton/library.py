@@ -167,6 +167,15 @@ def store_codes(place, codes, present, borders, WIDTH: tl.constexpr, i: tl.const
         store_field(place, codes, present, borders, 0, WIDTH, 0, i)
 
 
+@triton.jit
+def planes_of(BLOCKS: tl.constexpr, type: tl.constexpr):
+    """Zeros for an element value that a group will make."""
+    planes = ()
+    for _ in tl.static_range(8):
+        planes = planes + (tl.zeros([BLOCKS, 16], type),)  # noqa: RUF005
+    return planes
+
+
 # Reductions, in the order of `reference.block_sum`: planes in order, then lanes by halves. -------
 @triton.jit
 def halves(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):

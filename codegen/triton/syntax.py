@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from stq_compile.codegen.ir import OperandKind
+from stq_compile.codegen.ir import OperandKind, Type
 
 _OPERATORS: dict[str, str] = {
     "add": "{0} + {1}",
@@ -94,6 +94,9 @@ ELEMENT_TYPES = {
 }
 """The element types of operands in memory; kernels compute in float32."""
 
+DTYPES = {Type.FLOAT: "tl.float32", Type.INT: "tl.int32", Type.BOOL: "tl.int1"}
+"""The types of values."""
+
 POINTEES = {
     OperandKind.HALVES: "tl.uint16",
     OperandKind.BYTES: "tl.int8",
@@ -115,6 +118,7 @@ LIBRARY = (
     "maximum",
     "minimum",
     "plane",
+    "planes_of",
     "pointer",
     "power",
     "quotient",

@@ -30,7 +30,7 @@ from stq_compile.packed_state import PackedState
 from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import insert_quantize
 from stq_compile.step_graph import StepGraph
-from zoo import sgd
+from zoo import ADAM_FACTS, adam, sgd
 
 
 def kernel() -> Kernel:
@@ -47,6 +47,15 @@ def test_every_line_of_the_graph_is_named_once() -> None:
 
 def test_the_same_kernel_gives_the_same_bytes() -> None:
     assert emit(kernel()) == emit(kernel())
+
+
+def test_codes_are_stored_before_they_are_decoded() -> None:
+    """What waits for a stored code keeps no register of the quantizer's."""
+    formats = {"exp_avg": FORMATS["midrise4"], "exp_avg_sq": FORMATS["adaptive_log4"]}
+    source = emit(lower(quantized(adam(ADAM_FACTS), formats, "stochastic"))).source
+    stored = source.index("store_codes(exp_avg_sq_0_codes")
+    decoded = source.index("exp_avg_sq_0_stored_int_sub =")
+    assert stored < decoded
 
 
 def test_the_source_does_not_depend_on_the_tensors() -> None:
