@@ -76,7 +76,7 @@ def test_new_values_and_sensitivities(name: str) -> None:
     unit = template(name)
     formulas = formulas_of(unit)
     values = point(unit)
-    module = Differentiable(torch.fx.GraphModule({}, unit.graph))
+    module = Differentiable(unit.graph)
     inputs = list(values.values())
 
     def outputs(*args: torch.Tensor) -> dict[str, torch.Tensor]:
