@@ -27,9 +27,8 @@ from stq_compile.error_law import (
     LOWEST_OCTAVE,
     NEAR_END,
     TINY,
-    WIDEST_RANGE,
 )
-from stq_compile.formats import MIDRISE_CLIP, Format
+from stq_compile.formats import MAX_RANGE, MIDRISE_CLIP, Format
 from stq_compile.reference import LOWEST_BITS
 
 
@@ -134,7 +133,7 @@ def range_end(b: Builder, old: Value) -> Value:
     scale = b.op("from_bits", b.op("shift_left", word, 20))
     below = b.op("int_sub", magnitude_bits(b, old), b.op("bits_of", scale))
     step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS))
-    end = b.op("mul", scale, 2.0**-WIDEST_RANGE)
+    end = b.op("mul", scale, 2.0**-MAX_RANGE)
     near = b.op("le", old, b.op("mul", end, NEAR_END))
     there = b.op("and", near, b.op("ge", step, LARGEST_STEP))
     return b.op("select", there, end, 0.0)

@@ -286,20 +286,25 @@ class _Tracer:
             "update": update * update,
             "param": args[self.param] * args[self.param],
         }
+        scalars = scalars_of(self.unit, args)
         for state in self.states.values():
-            named |= self._state(args, results, update, state)
+            named |= self._state(args, results, update, scalars, state)
         total: Tensor = torch.ops.stq.sums(list(named.values()), " ".join(named))
         return total
 
     def _state(
-        self, args: tuple[Any, ...], results: Any, update: Tensor, state: _State
+        self,
+        args: tuple[Any, ...],
+        results: Any,
+        update: Tensor,
+        scalars: Scalars,
+        state: _State,
     ) -> dict[str, Tensor]:
         old, new = args[state.position], results[state.output]
         squared = self._effect(args, update, state)
         normalizer = self.unit.facts.normalizers.get(state.key)
         named: dict[str, Tensor] = {}
         recurrence = self.unit.facts.recurrences.get(state.key)
-        scalars = scalars_of(self.unit, args)
         kept = persistence(amplification(recurrence, scalars), self.rounding)
         if not isinstance(kept, Tensor):
             kept = torch.scalar_tensor(kept, dtype=torch.float64)

@@ -40,6 +40,7 @@ from torch import Tensor
 from stq_compile import reference
 from stq_compile.formats import (
     BLOCK,
+    MAX_RANGE,
     MIDRISE_CLIP,
     RANGE_STEP,
     Format,
@@ -52,9 +53,8 @@ FARTHEST = 16.0
 TINY = 2.0**-120
 LARGEST = 2.0**120
 """What is not below it is not summed, so that the float32 sum of a block stays finite."""
-LARGEST_STEP = 31.0
-WIDEST_RANGE = (LARGEST_STEP + 1) * RANGE_STEP
-"""Octaves that a block of a second moment can span."""
+LARGEST_STEP = MAX_RANGE / RANGE_STEP - 1
+"""What `reference.adaptive_range` says of a block with the widest range."""
 NEAR_END = 1.03
 """What is at the end of the range, or a rounding above."""
 LOWEST_OCTAVE = -24.0
@@ -190,7 +190,7 @@ def range_end(old: Tensor) -> Tensor:
     scale = _scale(x, 20)
     distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
     step = reference.adaptive_range(distance.clamp_min(reference.LOWEST_BITS), valid)
-    end = scale * 2.0**-WIDEST_RANGE
+    end = scale * 2.0**-MAX_RANGE
     there = valid & (step == LARGEST_STEP) & (x <= NEAR_END * end)
     return torch.where(there, end, 0.0).view(-1)[: old.numel()]
 

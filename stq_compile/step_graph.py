@@ -130,9 +130,8 @@ class Instance:
 
 
 @cache
-def _function(formula: sympy.Expr) -> Callable[..., Tensor]:
-    """A formula as a function of its symbols, in the order of their names."""
-    names = sorted(s.name for s in formula.free_symbols)
+def _function(formula: sympy.Expr, names: tuple[str, ...]) -> Callable[..., Tensor]:
+    """A formula as a function of its symbols, in this order."""
     function: Callable[..., Tensor] = sympy.lambdify(names, formula, [{"sqrt": torch.sqrt}])
     return function
 
@@ -156,8 +155,8 @@ class Recurrence:
 
     def decay_at(self, values: Mapping[str, Tensor]) -> Tensor:
         """The decay, 0-dim, at other values of its `scalars`."""
-        decay: Tensor = _function(self.decay)(*(values[name] for name in self.scalars))
-        return decay
+        names = tuple(self.scalars)
+        return _function(self.decay, names)(*(values[name] for name in names))
 
     @property
     def amplification(self) -> float:

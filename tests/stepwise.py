@@ -15,7 +15,7 @@ class Stepwise(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     def update(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change ``p`` by its gradient; ``state`` is empty at first."""
+        """Change ``p`` by its gradient; ``state`` is empty at first. Each test's has its own."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -172,7 +172,7 @@ def planes_of(BLOCKS: tl.constexpr, type: tl.constexpr):
     """Zeros for an element value that a group will make."""
     planes = ()
     for _ in tl.static_range(8):
-        planes = planes + (tl.zeros([BLOCKS, 16], type),)  # noqa: RUF005
+        planes = planes + (tl.zeros([BLOCKS, 16], type),)  # noqa: RUF005  Triton unpacks no tuples
     return planes
 
 

@@ -132,6 +132,7 @@ class _Template:
 
     def __init__(self, unit: StepGraph, inputs: list[Any]) -> None:
         self.inputs = inputs
+        self.scalars = scalars_of(unit, inputs)
         self.module = Differentiable(unit.graph)
         self.names = [n.name for n in unit.placeholders]
         self.writes = list(unit.writes or ())
@@ -173,8 +174,8 @@ class _StateOf:
         self.nonnegative = operand.source.key in unit.facts.nonnegative
         self.smooth = is_smooth(unit, operand.name)
         recurrence = unit.facts.recurrences.get(operand.source.key)
-        scalars = scalars_of(unit, template.inputs)
-        self.persistence = float(persistence(amplification(recurrence, scalars), rounding))
+        persistent = persistence(amplification(recurrence, template.scalars), rounding)
+        self.persistence = float(persistent)
 
     def effect(self, width: int) -> Tensor:
         """The square of what the settled error does to the update, per element."""

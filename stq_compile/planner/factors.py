@@ -22,6 +22,8 @@ octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a wid
 
 BOUNDED = 8
 """Widest width at which a block of a non-negative state spans a bounded range."""
+LOST = 0.1
+"""Share of a tensor's update, in squares; a width at which more would be lost is forbidden."""
 LEAST_RATIO = 2.0**-60
 SIGNIFICANT_BITS = 24
 RESOLUTION = 10 * 2.0**-48
@@ -55,6 +57,10 @@ class Measured:
             last = before.errors.get(width, error)
             errors[width] = max(math.sqrt(error * last), kept * last)
         return replace(self, errors=errors)
+
+    def loses(self, width: int) -> bool:
+        """Whether too much of the update is lost at a width."""
+        return width <= BOUNDED and self.lost > LOST
 
     def at(self, width: int) -> dict[str, float]:
         """All factors for one width."""

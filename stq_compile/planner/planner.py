@@ -28,7 +28,7 @@ from stq_compile.errors import InfeasibleBudgetError
 from stq_compile.options import Options
 from stq_compile.planner.costs import Choice, Decision, Rules, StateCosts
 from stq_compile.planner.decision import decide_budget, decide_tolerance
-from stq_compile.planner.factors import BOUNDED, FACTOR_NAMES, Measured, interpret
+from stq_compile.planner.factors import FACTOR_NAMES, Measured, interpret
 from stq_compile.planner.history import Change, Comparison, History, Record
 from stq_compile.planner.selection import IDENTITY, REACH, Calibration, calibrate
 
@@ -41,8 +41,6 @@ CALIBRATIONS = 3
 """Looks with direct measurements."""
 COMPARISONS = 4000
 """Comparisons that are kept; the oldest go first."""
-LOST = 0.1
-"""Share of a tensor's update, in squares; a width at which more would be lost is forbidden."""
 DRIFT = 1.0
 """Octaves by which the scales of a tensor's states may move between two looks; beyond that its
 gradients changed character, and errors that fall are not believed before the next look."""
@@ -172,7 +170,7 @@ class Planner:
             width = self.widths[key]
             error = found.errors.get(width, 0.0)
             grown = before is not None and error > self.options.alarm * before.errors.get(width, 0)
-            if error > 1 or grown or (found.lost > LOST and width <= BOUNDED):
+            if error > 1 or grown or found.loses(width):
                 self.alarms.add(key)
             elif before is not None and self.looks > CALIBRATIONS:
                 a_step = forgetting.get(key, self.managed[key].forgetting)
@@ -243,21 +241,23 @@ class Planner:
     def _costs(self, state: Managed) -> StateCosts:
         share, nbytes, errors = self._share(state), state.nbytes, self._errors(state)
         widths = tuple([w for w in self.options.ladder if w in nbytes])
+        measured = self.measured.get(state.key)
+
+        def weighted(width: int) -> float:
+            """An error of infinity forbids a width."""
+            if measured is not None and measured.loses(width):
+                return math.inf
+            return 0.0 if width == 32 else share * errors[width]
+
         return StateCosts(
             key=state.key,
             widths=widths,
             nbytes=tuple([nbytes[w] for w in widths]),
-            error=tuple([self._weighted(state, w, share * errors.get(w, 0.0)) for w in widths]),
+            error=tuple([weighted(w) for w in widths]),
             current=self.widths.get(state.key),
             waited=self.waited.get(state.key, 1 << 30),
             alarm=state.key in self.alarms,
         )
-
-    def _weighted(self, state: Managed, width: int, error: float) -> float:
-        """An error that forbids a width at which too much of the update would be lost."""
-        measured = self.measured.get(state.key)
-        lost = measured is not None and measured.lost > LOST and width <= BOUNDED
-        return math.inf if lost else error
 
     def _decide(self, costs: Sequence[StateCosts], fixed_bytes: int, elements: int) -> Decision:
         target = self.options.target_bits
@@ -300,7 +300,7 @@ class Planner:
         else:
             now = self.error_of(choice.key, before)
             alarm = "alarm: the error grew; " if choice.key in self.alarms else ""
-            if measured.lost > LOST and before <= BOUNDED:
+            if measured.loses(before):
                 alarm = f"alarm: elements below their block's range lose {measured.lost:.0%}; "
             worth = "error falls" if choice.width > before else "bytes are worth more"
             reason = f"{alarm}{worth}: {now:.3g} -> {errors[choice.width]:.3g}"
