@@ -162,9 +162,7 @@ def true_errors(change: str, steps: range) -> tuple[list[float], History]:
     problem, zeros = Noisy(64, 64), torch.Generator().manual_seed(2)
     packed = nn.Parameter(problem.param.detach().clone())
     stock = torch.optim.AdamW([problem.param], lr=1e-3)
-    optimizer = stq.compile(
-        torch.optim.AdamW([packed], lr=1e-3), interval=50, tolerance=TOLERANCE
-    )
+    optimizer = stq.compile(torch.optim.AdamW([packed], lr=1e-3), interval=50, tolerance=TOLERANCE)
     errors = []
     for step in range(1, steps.stop):
         grad = problem.gradient()

@@ -186,7 +186,7 @@ def losing(sums: Sums, number: int) -> Sums:
 
 def test_what_a_small_tensor_loses_is_an_error_like_others() -> None:
     """2% of all elements: their loss counts, and need not be mended at any price."""
-    planners = [made(5, tolerance=0.2) for _ in range(2)]
+    planners = [made(5, tolerance=1.0) for _ in range(2)]
     totals = []
     for planner, lost in zip(planners, (False, True), strict=True):
         run(planner, range(3))
@@ -199,7 +199,7 @@ def test_what_a_small_tensor_loses_is_an_error_like_others() -> None:
         by_width = dict(zip(costs.widths, costs.error, strict=True))
         totals.append([by_width[w] for w in (4, 8, 16)])
         planner.decide(3, 0, elements(planner))
-        assert planner.history.records[-1].error <= 0.2
+        assert planner.history.records[-1].error <= 1
     without, with_loss = totals
     expected = share * planners[1].measured[3, "exp_avg_sq"].lost
     assert expected > 0.9 * share
