@@ -214,7 +214,7 @@ def _encode_adaptive_log(
     top = scale_up(b, absmax(b, x), 20)
     scale_bits = b.op("shift_left", top, 20)
     distance = b.op("int_max", b.op("int_sub", magnitude, scale_bits), LOWEST_BITS)
-    step = adaptive_range(b, distance)
+    step = adaptive_range(b, distance, format.width)
     octave_range = octave_range_of(b, step)
     ratio = b.op("div", levels, octave_range)
     below = octaves(b, magnitude, distance, scale_bits)
@@ -230,14 +230,14 @@ def _encode_adaptive_log(
     return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
 
 
-def adaptive_range(b: Builder, distance: Value) -> Value:
+def adaptive_range(b: Builder, distance: Value, width: int) -> Value:
     """`reference.adaptive_range`."""
     counted = b.op("to_float", b.op("int_select", b.read("valid"), distance, 0))
     share = b.op("div", 1.0, b.read("valid_count"))
     mean = b.op("mul", b.reduce("block_sum", counted), share)
     square = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
     variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
-    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS, b.op("neg", mean))
+    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS[width], b.op("neg", mean))
     step = b.op("sub", b.op("ceil", b.op("mul", spread, OCTAVE / RANGE_STEP)), 1.0)
     return b.op("min", b.op("max", step, 0.0), 31.0)
 

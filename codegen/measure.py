@@ -21,6 +21,7 @@ from stq_compile.codegen.expand import (
 from stq_compile.codegen.ir import Argument, Builder, Value
 from stq_compile.error_law import (
     BFLOAT16_SPACING,
+    BOUNDED,
     FARTHEST,
     LARGEST,
     LARGEST_STEP,
@@ -93,7 +94,8 @@ def _softsign(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> 
 def _adaptive_log(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:
     scale, magnitude, increment = _relative(b, new, old, 20)
     below = b.op("int_sub", magnitude_bits(b, new), b.op("bits_of", scale))
-    octave_range = octave_range_of(b, adaptive_range(b, b.op("int_max", below, LOWEST_BITS)))
+    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS), format.width)
+    octave_range = octave_range_of(b, step)
     moved = b.op("div", increment, b.op("max", magnitude, TINY))
     distance = b.op("mul", octave_range, math.log(2) / format.top_code)
     variance = law.variance(distance, b.op("min", moved, FARTHEST), 1.0)
@@ -132,7 +134,7 @@ def range_end(b: Builder, old: Value) -> Value:
     word = scale_up(b, absmax(b, old), 20)
     scale = b.op("from_bits", b.op("shift_left", word, 20))
     below = b.op("int_sub", magnitude_bits(b, old), b.op("bits_of", scale))
-    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS))
+    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS), BOUNDED)
     end = b.op("mul", scale, 2.0**-MAX_RANGE)
     near = b.op("le", old, b.op("mul", end, NEAR_END))
     there = b.op("and", near, b.op("ge", step, LARGEST_STEP))

@@ -55,6 +55,8 @@ LARGEST = 2.0**120
 """What is not below it is not summed, so that the float32 sum of a block stays finite."""
 LARGEST_STEP = MAX_RANGE / RANGE_STEP - 1
 """What `reference.adaptive_range` says of a block with the widest range."""
+BOUNDED = 8
+"""Widest width at which a block of a non-negative state spans a bounded range."""
 NEAR_END = 1.03
 """What is at the end of the range, or a rounding above."""
 LOWEST_OCTAVE = -24.0
@@ -148,7 +150,8 @@ def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law:
     scale = _scale(x, 20)
     magnitude, increment = _relative(x, before, scale)
     distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
-    step = reference.adaptive_range(distance.clamp_min(reference.LOWEST_BITS), valid)
+    distance = distance.clamp_min(reference.LOWEST_BITS)
+    step = reference.adaptive_range(distance, valid, format.width)
     octave_range = (step + 1) * RANGE_STEP
     moved = (increment / magnitude.clamp_min(TINY)).clamp_max(FARTHEST)
     distance = (octave_range * (math.log(2) / format.top_code)).expand_as(x)
@@ -189,7 +192,8 @@ def range_end(old: Tensor) -> Tensor:
     x, valid = _blocks(old), _blocks(torch.ones_like(old)) > 0
     scale = _scale(x, 20)
     distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
-    step = reference.adaptive_range(distance.clamp_min(reference.LOWEST_BITS), valid)
+    distance = distance.clamp_min(reference.LOWEST_BITS)
+    step = reference.adaptive_range(distance, valid, BOUNDED)
     end = scale * 2.0**-MAX_RANGE
     there = valid & (step == LARGEST_STEP) & (x <= NEAR_END * end)
     return torch.where(there, end, 0.0).view(-1)[: old.numel()]

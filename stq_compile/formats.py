@@ -43,9 +43,11 @@ WIDTHS = (2, 3, 4, 5, 6, 8, 16, 32)
 # adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
 MAX_RANGE = 14.0
 RANGE_STEP = MAX_RANGE / 32
-TAIL_DEVIATIONS = 1.2815515
-"""How many standard deviations below the mean of log2 the range ends: the 10th percentile of
-a normal distribution, since a true percentile needs a sort."""
+TAIL_DEVIATIONS = {2: 1.2815515, 3: 1.2815515, 4: 1.2815515, 5: 1.6, 6: 2.0, 8: 2.5}
+"""How many standard deviations below the mean of log2 the range ends, by width. What lies below is
+raised to its end, and moves too little for good; what lies within has levels that are the closer
+the shorter the range is. Up to 4 bits the range ends at the 10th percentile of a normal
+distribution; more levels reach farther (design/0008)."""
 
 MEAN_PULL = 1.0 / 6.0
 """How much stochastic rounding of ``adaptive_log`` leans down, per octave between two levels: up

@@ -293,7 +293,7 @@ def _encode_adaptive_log(
     top = block_scale(x, 20)
     bits, scale_bits = magnitude_bits(x), top << 20
     distance = torch.maximum(bits - scale_bits, torch.tensor(LOWEST_BITS, dtype=torch.int32))
-    step = adaptive_range(distance, valid)
+    step = adaptive_range(distance, valid, format.width)
     octave_range = (step + 1.0) * RANGE_STEP
     ratio = torch.full_like(octave_range, levels) / octave_range
     bounded = torch.maximum(octaves(bits, distance, scale_bits), -octave_range)
@@ -308,8 +308,8 @@ def _encode_adaptive_log(
     return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
 
 
-def adaptive_range(distance: Tensor, valid: Tensor) -> Tensor:
-    """The range of each block in steps - 1, ``[blocks, 1]``.
+def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
+    """The range of each block at a width in steps - 1, ``[blocks, 1]``.
 
     ``distance`` is how far the elements' bit patterns lie below the scale's, `LOWEST_BITS` at most:
     mean and deviation need no exact logarithm, and this one is off by 0.09 octaves at most.
@@ -318,7 +318,7 @@ def adaptive_range(distance: Tensor, valid: Tensor) -> Tensor:
     share = _reciprocal(valid.sum(1, keepdim=True).float())
     mean = block_sum(counted) * share
     variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
-    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS), -mean)
+    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS[width]), -mean)
     step = torch.ceil(spread * (OCTAVE / RANGE_STEP)) - 1.0
     return step.clamp(0.0, 31.0)
 

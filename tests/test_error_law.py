@@ -37,7 +37,7 @@ from stq_compile.error_law import (
     settled_error,
     sums,
 )
-from stq_compile.formats import CONSTANT, FLOAT32, FORMATS, Format
+from stq_compile.formats import CONSTANT, FLOAT32, FORMATS, TAIL_DEVIATIONS, Format
 from stq_compile.reference import decode, encode
 from stq_compile.rounding import NEAREST, Noise
 
@@ -99,7 +99,7 @@ def test_slow_averages(name: str) -> None:
         ("adaptive_log3", 0.25, 0.4),
         ("adaptive_log4", 0.9, 1.25),
         ("adaptive_log5", 1.0, 1.5),
-        ("adaptive_log8", 0.2, 0.4),
+        ("adaptive_log8", 0.5, 0.9),
         ("bfloat16", 0.75, 1.0),
     ],
 )
@@ -108,12 +108,12 @@ def test_second_moments(name: str, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "low", "high"), [("adaptive_log5", 0.18, 0.3), ("adaptive_log8", 0.012, 0.03)]
+    ("name", "low", "high"), [("adaptive_log4", 0.18, 0.35), ("adaptive_log5", 0.18, 0.35)]
 )
 def test_the_law_does_not_see_what_the_range_has_lifted_before(
     name: str, low: float, high: float
 ) -> None:
-    """Elements of sizes one octave apart (in squares): a tenth of them lies below the range."""
+    """Elements of sizes one octave apart (in squares): some of them lie below the range."""
     assert_within(simulate(name, 0.99, squares=True, spread=0.5), low, high)
 
 
@@ -121,9 +121,9 @@ def test_the_law_does_not_see_what_the_range_has_lifted_before(
     ("name", "low", "high"),
     [
         ("adaptive_log4", 0.8, 1.6),
-        ("adaptive_log5", 1.3, 2.5),
-        ("adaptive_log6", 1.5, 2.9),
-        ("adaptive_log8", 0.35, 0.6),
+        ("adaptive_log5", 1.0, 2.0),
+        ("adaptive_log6", 1.5, 3.0),
+        ("adaptive_log8", 2.3, 4.5),
     ],
 )
 def test_sums_of_squares(name: str, low: float, high: float) -> None:
@@ -221,7 +221,7 @@ def test_levels_of_a_logarithm() -> None:
     x[0] = 1.0
     old = x * 0.999
     octaves = np.log2(x.double().numpy())
-    wanted = 1.2815515 * octaves.std() - octaves.mean()
+    wanted = TAIL_DEVIATIONS[4] * octaves.std() - octaves.mean()
     spacing = math.ceil(wanted / (14 / 32)) * (14 / 32) * math.log(2) / 15
     d = (x - old).double() / x.double()
     expected = (x.double() ** 2) * d * (spacing - d)
@@ -233,7 +233,7 @@ def test_what_lies_below_the_range_is_lifted_and_bounded() -> None:
     x = torch.ones(128)
     x[5] = 2.0**-12
     octaves = np.log2(x.double().numpy())
-    steps = math.ceil((1.2815515 * octaves.std() - octaves.mean()) / (14 / 32))
+    steps = math.ceil((TAIL_DEVIATIONS[4] * octaves.std() - octaves.mean()) / (14 / 32))
     floor = 2.0 ** (-steps * 14 / 32)
     assert floor > 3 * 2.0**-12
     found = law(x, x, "adaptive_log4")
@@ -241,7 +241,7 @@ def test_what_lies_below_the_range_is_lifted_and_bounded() -> None:
     x[5] = floor * 0.7
     again = law(x, x, "adaptive_log4")
     octaves = np.log2(x.double().numpy())
-    steps = math.ceil((1.2815515 * octaves.std() - octaves.mean()) / (14 / 32))
+    steps = math.ceil((TAIL_DEVIATIONS[4] * octaves.std() - octaves.mean()) / (14 / 32))
     lifted = 2.0 ** (-steps * 14 / 32) - floor * 0.7
     assert lifted > 0
     assert float(again[5]) == pytest.approx(min(lifted, 1.4 * floor) ** 2, rel=1e-3)

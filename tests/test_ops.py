@@ -65,7 +65,7 @@ def test_dequantize_gives_the_values_back_with_their_strides(
     assert torch.equal(memory_order(y), reference.decode(codes, scales, format, x.numel(), unit))
     if format.width >= 8:
         x = x.clamp(-0.5, 127 / 256) if format.kind == "ulp" else x
-        assert torch.allclose(y, x, rtol=0.03, atol=0.15)  # the lowest tenth is raised
+        assert torch.allclose(y, x, rtol=0.03, atol=0.15)  # the lowest are raised
 
 
 def test_a_constant_is_dequantized_to_its_value() -> None:

@@ -24,6 +24,7 @@ from stq_compile.formats import (
     EXP2_COEFFICIENTS,
     FLOAT32,
     FORMATS,
+    TAIL_DEVIATIONS,
     Format,
 )
 from stq_compile.layout import pack, unpack
@@ -278,7 +279,7 @@ def test_the_range_follows_mean_and_deviation_of_log2(format: Format, tail: int)
     for block in range(65):
         part = x[128 * block : 128 * (block + 1)].double().numpy()
         octaves = np.maximum(straight_log2(part) - straight_log2(top[block]), -15.0)
-        wanted = (1.2815515 * octaves.std() - octaves.mean()) / (14 / 32)
+        wanted = (TAIL_DEVIATIONS[format.width] * octaves.std() - octaves.mean()) / (14 / 32)
         near = {np.clip(math.ceil(wanted + e) - 1, 0, 31) for e in (-1e-4, 1e-4)}
         assert top[block] == 0 or step[block] in near
 

@@ -97,7 +97,7 @@ def test_a_new_storage_holds_zeros(format: Format) -> None:
 def test_written_values_come_back_within_one_gap(format: Format, rounding: Rounding) -> None:
     storage = filled(format, rounding)
     read, written = torch.split(storage.read(), 128), torch.split(between_one_and_two(), 128)
-    if format.kind == "adaptive_log":  # whose range leaves out the lowest tenth
+    if format.kind == "adaptive_log":  # whose range leaves out the lowest
         written = tuple(x.clamp(min=y.min()) for x, y in zip(written, read, strict=True))
     error = (torch.cat(read) - torch.cat(written)).abs().max()
     assert error <= one_gap(format) * (0.51 if rounding == "nearest" else 1)

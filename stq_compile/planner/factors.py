@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from stq_compile.error_law import BOUNDED
+
 FACTOR_NAMES = (
     "range", "crest", "kurtosis", "zeros", "increment", "swamped", "agreement",
     "scale_spread", "scale_drift", "narrowness", "predicted",
@@ -20,8 +22,6 @@ gradient's: the gradient's signal against its noise), ``scale_spread`` (of the b
 octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a width: ``narrowness``
 (2^-width) and ``predicted`` (log of the error that the law predicts)."""
 
-BOUNDED = 8
-"""Widest width at which a block of a non-negative state spans a bounded range."""
 LOST = 0.1
 """Share of a tensor's update, in squares; more of it lost is an alarm."""
 LEAST_RATIO = 2.0**-60

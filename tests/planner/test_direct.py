@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphs import only, program, with_sizes
 from stq_compile.error_law import persistence
-from stq_compile.formats import BLOCK, FORMATS
+from stq_compile.formats import BLOCK, FORMATS, TAIL_DEVIATIONS
 from stq_compile.packed_state import PackedState
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.ranges import find_ranges
@@ -99,7 +99,7 @@ def log_levels(x: Floats, width: int) -> Floats:
         return exponent + 2 * mantissa
 
     octaves = np.maximum(linear(x) - linear(rounded_up(x.max(1, keepdims=True), 4)), -15)
-    wanted = 1.2815515 * octaves.std(1, keepdims=True) - octaves.mean(1, keepdims=True)
+    wanted = TAIL_DEVIATIONS[width] * octaves.std(1, keepdims=True) - octaves.mean(1, keepdims=True)
     steps = np.clip(np.ceil(wanted / (14 / 32)), 1, 32)
     return -steps * 14 / 32 * (1 - np.arange(2**width) / (2**width - 1))
 
