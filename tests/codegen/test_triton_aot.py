@@ -139,6 +139,42 @@ def test_the_count_of_instructions_agrees_with_the_kernels(
     assert found["counted_bytes_per_param"] == pytest.approx(found["bytes_per_param"], abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("target", "machine", "bandwidth", "instructions", "registers", "lanes", "most_warps"),
+    [
+        ("cuda:80", "A100", 2039e9, 19.5e12 / 2, 65536, 32, 64),
+        ("cuda:90", "H100", 3.35e12, 67e12 / 2, 65536, 32, 64),
+        ("hip:gfx942", "MI300X", 5.3e12, 163.4e12 / 4, 131072, 64, 32),
+    ],
+)
+def test_predictions_follow_from_published_figures(
+    target: str,
+    machine: str,
+    bandwidth: float,
+    instructions: float,
+    registers: int,
+    lanes: int,
+    most_warps: int,
+    reports: dict[tuple[str, str], Report],
+) -> None:
+    """Nanoseconds per parameter by bytes and by instructions; warps by registers, in fours."""
+    found = reports["adamw 4+3", target]
+    moved = {"memory_time": found["bytes_per_param"], "fused_float32_time": 28.0}
+    for name, size in moved.items():
+        assert found[name] == {machine: pytest.approx(size / bandwidth * 1e9, rel=0.01)}
+    time = found["instructions_per_param"] / instructions * 1e9
+    assert found["instruction_time"] == {machine: pytest.approx(time, rel=0.01)}
+    warps = registers // (-(-found["registers"] // 8) * 8 * lanes) // 4 * 4
+    assert found["occupancy_limit"] == min(warps, most_warps) / most_warps
+
+
+def test_nothing_is_predicted_of_a_gpu_without_figures(
+    reports: dict[tuple[str, str], Report],
+) -> None:
+    found = reports["adamw 4+3", "cuda:100"]
+    assert (found["memory_time"], found["occupancy_limit"]) == ({}, None)
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_static_report(
     name: str, reports: dict[tuple[str, str], Report], stq_golden: Golden
