@@ -136,6 +136,7 @@ class CompiledStep:
         self.stages = stages
         self.program = stages[-1].program
         self.buckets: list[Bucket] = []
+        self.recorded: list[list[Bucket]] = []  # those whose tables a CUDA graph may hold
         self.regions: list[Region] = []
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
@@ -291,6 +292,8 @@ class CompiledStep:
         put(state)
 
     def _build_buckets(self, units: list[Unit]) -> None:
+        if self.session.recorded:
+            self.recorded = [*self.recorded, self.buckets]
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
             Region(
@@ -370,7 +373,8 @@ class CompiledStep:
 
         Every bucket counts them all, by a clock of its own.
         """
-        return max((bucket.replayed() for bucket in self.buckets), default=0)
+        found = [[bucket.replayed() for bucket in each] for each in (*self.recorded, self.buckets)]
+        return sum(max(counts, default=0) for counts in found)
 
     def _launch_regions(self) -> None:
         """One parameter after the other, each of them whole or not at all."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 import stq_compile as stq
 from stq_compile import session as session_module
 from stq_compile.backend import session_of
+from stq_compile.codegen.cpp.build import CompiledRun
 from stq_compile.codegen.lower import lower
 from stq_compile.errors import StepCaptureError
 from stq_compile.step_graph import Role, StepGraph
@@ -103,6 +104,31 @@ def test_nothing_is_looked_at_during_a_capture_or_planned_after_it(
     optimizer.step()
     assert waits
     assert session.planner.looks == looks
+
+
+def test_what_a_graph_holds_stays_and_is_counted(
+    capturing: Capturing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though kernels were built anew since; and nothing is kept where nothing was captured."""
+    optimizer = compiled(torch.optim.AdamW, precision=4)
+    optimizer.step()
+    session = session_of(optimizer)
+    assert session is not None
+    (step,) = session.compiled
+    (first,) = step.buckets
+    session.change_widths({(0, "exp_avg"): 5, (1, "exp_avg"): 5})
+    assert step.recorded == []
+    capturing(True)
+    optimizer.step()
+    capturing(False)
+    (held,) = step.buckets
+    assert held is not first
+    session.change_widths({(0, "exp_avg"): 6, (1, "exp_avg"): 6})
+    assert step.recorded == [[held]]
+    replays = {id(held.run): 3}  # beyond its capture
+    monkeypatch.setattr(CompiledRun, "replayed", lambda run: replays.pop(id(run), 0))
+    for _ in range(2):
+        assert optimizer.state_dict()["stq"]["steps"] == 2 + 3
 
 
 # Hyperparameters that are tensors on the device. ----------------------------------------------
