@@ -145,7 +145,7 @@ class Import:
     def apply(self, session: Session) -> None:
         """Let the session continue where the checkpoint was made."""
         session.reencoded = tuple(self.reencoded)
-        session.count_replays()  # clocks of the device that ran on are set again, then
+        session.count_replays()  # what was replayed until now is not to be counted later
         session.load_errors(self.errors)
         if self.seed is None:
             return

@@ -128,7 +128,11 @@ def test_what_a_graph_holds_stays_and_is_counted(
     replays = {id(held.run): 3}  # beyond its capture
     monkeypatch.setattr(CompiledRun, "replayed", lambda run: replays.pop(id(run), 0))
     for _ in range(2):
-        assert optimizer.state_dict()["stq"]["steps"] == 2 + 3
+        saved = optimizer.state_dict()
+        assert saved["stq"]["steps"] == 2 + 3
+    replays[id(held.run)] = 1
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["stq"]["steps"] == 2 + 3
 
 
 # Hyperparameters that are tensors on the device. ----------------------------------------------
