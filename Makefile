@@ -37,11 +37,12 @@ test: $(STAMP)  ## the tests, without the slow ones and those that need a GPU
 test-slow: $(STAMP)  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA GPU (with a TORCH that knows it)
+test-gpu: $(STAMP)  ## the tests that need a CUDA GPU (with a TORCH that knows it), and their peers
+	$(BIN)/python -m pip install '$(TORCH)' -e '.[bench]'
 	$(BIN)/python -m pytest -m gpu -s
 
 bench-gpu: $(STAMP)  ## packed steps beside torch's, torchao's and bitsandbytes' on a CUDA GPU
-	$(BIN)/python -m pip install -e '.[bench]'
+	$(BIN)/python -m pip install '$(TORCH)' -e '.[bench]'
 	$(BIN)/stq bench --device cuda --peers
 
 nightly: $(STAMP)  ## every property test with ten times as many examples, over 10,000 in all

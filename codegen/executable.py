@@ -22,6 +22,10 @@ class Run(Protocol):
         """Takes the mixed step (`rounding.mixed_step`). It does not wait for a device, but for the
         sums of a measuring kernel."""
 
+    def replayed(self) -> int:
+        """How many steps the device has made since the last call of this, or of a step, that the
+        host did not: replays of a captured step, less its capture. It waits for the device."""
+
 
 class Executable(Protocol):
     """A compiled kernel."""

@@ -133,7 +133,8 @@ class OperandKind(enum.StrEnum):
 class KernelOperand:
     """A field of the kernel's table of tensors.
 
-    ``dtype`` is the type in memory of an operand of ``FLOATS``; kernels compute in float32.
+    ``dtype`` is the type in memory of an operand of ``FLOATS`` or ``SCALAR``; kernels compute in
+    float32, and with scalars in float64.
     """
 
     name: str

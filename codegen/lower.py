@@ -45,6 +45,8 @@ Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Any]
 aten = torch.ops.aten
 FACTORS = torch.ops.stq.factors.default
 LOWERINGS: dict[Any, Lowering] = {}
+RESIDENT_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+"""Of a scalar that a kernel reads where it lies."""
 
 
 def lowers(*targets: Any) -> Callable[[Lowering], Lowering]:
@@ -76,16 +78,22 @@ def why_not(node: fx.Node) -> str:
     return ""
 
 
-def lower(unit: StepGraph) -> Kernel:
-    """Lower a functional, quantized, partitioned unit to a verified kernel."""
+def lower(unit: StepGraph, *, resident: bool = False) -> Kernel:
+    """Lower a functional, quantized, partitioned unit to a verified kernel.
+
+    ``resident``: hyperparameters that are tensors on the parameters' device are read by the kernel;
+    otherwise the host reads them and passes numbers.
+    """
     elements = element_nodes(unit)
-    operands = _operands(unit, elements)
+    there = _resident(unit) if resident else set()
+    operands = _operands(unit, elements, there)
     b = Builder(unit.name, operands)
     env: dict[fx.Node, Any] = {}
     states = _stored(unit)
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         b.origin = f"{node.name}  {operand.role}"
-        env[node] = _read(b, node, operand, node in elements)
+        passed = operand.role is Role.SCALAR and node.name not in there
+        env[node] = _read(b, node, operand, node in elements, passed)
     for node in unit.calls:
         where = location_of(node)
         b.origin = f"{node.name}  {where}" if where else node.name
@@ -101,7 +109,20 @@ def lower(unit: StepGraph) -> Kernel:
     return kernel
 
 
-def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
+def _resident(unit: StepGraph) -> set[str]:
+    """The scalars that are tensors beside the parameters, of one type in all instances."""
+    found = set()
+    columns = zip(*(instance.operands for instance in unit.instances), strict=True)
+    for node, column in zip(unit.placeholders, columns, strict=True):
+        tensors = all(o.role is Role.SCALAR and not o.number and o.value is None for o in column)
+        there = all(o.shape == () and o.device == unit.device for o in column)
+        dtypes = {o.dtype for o in column}
+        if tensors and there and len(dtypes) == 1 and dtypes <= RESIDENT_DTYPES:
+            found.add(node.name)
+    return found
+
+
+def _operands(unit: StepGraph, elements: set[fx.Node], resident: set[str]) -> list[KernelOperand]:
     kinds = {
         Role.SCALAR: OperandKind.NUMBER,
         Role.KEY: OperandKind.KEY,
@@ -112,13 +133,13 @@ def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
     operands = []
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         default = OperandKind.FLOATS if node in elements else OperandKind.SCALAR
-        kind = kinds.get(operand.role, default)
+        kind = default if node.name in resident else kinds.get(operand.role, default)
         width = 0
         if kind is OperandKind.CODES:
             width = unit.formats[node.name].width
             kind = code_kind(unit.formats[node.name])
         dtype = "float32"
-        if kind is OperandKind.FLOATS:
+        if kind is OperandKind.FLOATS or node.name in resident:
             dtype = operand.dtype_name
         written = node.name in (unit.writes or ())
         operands.append(KernelOperand(node.name, kind, written, width, dtype))
@@ -136,10 +157,12 @@ def _stored(unit: StepGraph) -> dict[str, Stored]:
     return stored
 
 
-def _read(b: Builder, node: fx.Node, operand: Operand, elementwise: bool) -> Value | None:
+def _read(
+    b: Builder, node: fx.Node, operand: Operand, elementwise: bool, passed: bool
+) -> Value | None:
     if operand.role in (Role.CODES, Role.SCALES, Role.KEY, Role.SUMS):
         return None
-    if operand.role is Role.SCALAR:
+    if passed:
         return b.read("argument", node.name)
     return b.read("load" if elementwise else "load_scalar", node.name)
 

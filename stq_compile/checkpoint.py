@@ -90,6 +90,7 @@ def export(session: Session, state_dict: dict[str, Any], format: StateFormat) ->
         index: _export_entries(entries, format) for index, entries in state_dict["state"].items()
     }
     if format == "packed":
+        session.count_replays()
         for number, error in session.errors.items():
             out["state"].setdefault(number, {})[PARAM_ERROR] = saved_state.save(error, None)
         header = {
@@ -144,6 +145,7 @@ class Import:
     def apply(self, session: Session) -> None:
         """Let the session continue where the checkpoint was made."""
         session.reencoded = tuple(self.reencoded)
+        session.count_replays()  # what was replayed until now is not to be counted later
         session.load_errors(self.errors)
         if self.seed is None:
             return

@@ -136,6 +136,7 @@ class CompiledStep:
         self.stages = stages
         self.program = stages[-1].program
         self.buckets: list[Bucket] = []
+        self.recorded: list[list[Bucket]] = []  # those whose tables a CUDA graph may hold
         self.regions: list[Region] = []
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
@@ -291,6 +292,8 @@ class CompiledStep:
         put(state)
 
     def _build_buckets(self, units: list[Unit]) -> None:
+        if self.session.recorded:
+            self.recorded = [*self.recorded, self.buckets]
         self.buckets = [Bucket(unit, self._resolve) for unit in units]
         self.regions = [
             Region(
@@ -364,6 +367,14 @@ class CompiledStep:
         if not session.driven:
             session.decide()
         return returned
+
+    def replayed(self) -> int:
+        """Steps that replayed CUDA graphs made, beyond what the host has counted.
+
+        Every bucket counts them all, by a clock of its own.
+        """
+        found = [[bucket.replayed() for bucket in each] for each in (*self.recorded, self.buckets)]
+        return sum(max(counts, default=0) for counts in found)
 
     def _launch_regions(self) -> None:
         """One parameter after the other, each of them whole or not at all."""

@@ -145,7 +145,7 @@ def compile_kernels(
 
 def lower_kernel(graph: StepGraph, target: Target = CPU) -> Kernel:
     """The verified kernel of a quantized and partitioned unit."""
-    return for_target(lower(graph), target)
+    return for_target(lower(graph, resident=target.is_gpu), target)
 
 
 def for_target(kernel: Kernel, target: Target) -> Kernel:

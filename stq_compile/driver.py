@@ -36,6 +36,7 @@ from stq_compile.errors import (
     InternalError,
     LostAttributeError,
     ShardedEagerStepError,
+    StepCaptureError,
     StepMemoryError,
     StqError,
     TooManyGraphsError,
@@ -46,6 +47,7 @@ from stq_compile.errors import (
 from stq_compile.exemplars import Exemplars, NotExemplaryError, may_have_exemplars
 from stq_compile.nonfinite import admits_step
 from stq_compile.passes.runner import TRACING
+from stq_compile.runtime import recording
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.state_tree import Leaf
 from stq_compile.symbolic_math import symbolic_math
@@ -166,8 +168,10 @@ class Driver:
 
     def _one_step(self, optimizer: Optimizer) -> Any:
         session = self.session
-        if self.for_good:
+        if self.for_good and not recording():
             return self._eagerly(optimizer)
+        if recording():
+            self._check_capture(optimizer)
         if not admits_step(session):
             return None
         before, session.changing = session.steps, False
@@ -187,6 +191,23 @@ class Driver:
             if not isinstance(error, Exception):
                 raise
             return self._failed(optimizer, error, untouched, loaded)
+
+    def _check_capture(self, optimizer: Optimizer) -> None:
+        """Raises `StepCaptureError` where a CUDA graph cannot hold the step."""
+        session = self.session
+        served = not self.exemplary or any(c.serves(optimizer) for c in self.captures)
+        if self.for_good or any(step.regions for step in session.compiled):
+            reason = "it runs operator by operator, with random numbers that the host chooses"
+            remedy = "Call step() outside of the graph."
+        elif session.options.on_nonfinite != "propagate":
+            reason = f"on_nonfinite={session.options.on_nonfinite!r} looks at every gradient first"
+            remedy = "Call step() outside of the graph, or compile with on_nonfinite='propagate'."
+        elif session.loaded or not session.compiles or not served:
+            reason = "it is not compiled yet for its parameters, gradients and states"
+            remedy = "Call step() once before the capture."
+        else:
+            return
+        raise StepCaptureError(what=type(optimizer).__name__, reason=reason, remedy=remedy)
 
     def _failed(
         self,

@@ -306,6 +306,13 @@ class StepMemoryError(StqError, MemoryError):
     )
 
 
+class StepCaptureError(StqError):
+    message = (
+        "{what}: the step cannot be captured in a CUDA graph: {reason}. Nothing was changed.\n"
+        "{remedy}"
+    )
+
+
 class EagerStepMemoryError(StqError, MemoryError):
     message = (
         "{optimizer}: out of memory in its step, which runs eagerly ({reason}). As with the stock "

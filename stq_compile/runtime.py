@@ -155,6 +155,10 @@ class Bucket:
         self.release()
         return [t for t in written if not t.is_inference()]
 
+    def replayed(self) -> int:
+        """Steps that were made without the host (`Run.replayed`); it may wait for the device."""
+        return self.run.replayed()
+
     def release(self) -> None:
         """Hold no gradient longer than the step: it is the caller's to free."""
         self.copies = []

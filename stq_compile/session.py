@@ -54,6 +54,7 @@ from stq_compile.planner.planner import Planner, StateKey
 from stq_compile.reporting.recording import Recording
 from stq_compile.reporting.snapshot import run_of
 from stq_compile.rounding import stream_id
+from stq_compile.runtime import recording
 from stq_compile.shards import Region, is_sharded, local, region_of, wrap
 from stq_compile.state_tree import Leaf, leaves
 from stq_compile.step_graph import PARAM_ERROR, Operand, Program, Role, Source, StepGraph
@@ -315,11 +316,21 @@ class Session:
             self.errors.update(errors)
             raise
 
+    def count_replays(self) -> None:
+        """Count the steps that replayed CUDA graphs made, which the device alone has counted.
+
+        It waits for the device; a captured step that was not replayed yet was counted and is none.
+        """
+        if self.recorded and not recording():
+            self.steps += sum(step.replayed() for step in self.compiled)
+
     def decide(self) -> None:
         """Do what a step has made due; the step is made, whatever becomes of it.
 
         A look is followed by a decision; and now and then it is seen what is not finite any more.
         """
+        if recording():  # what follows waits for the device
+            return
         if self.steps % self.options.interval == 0 and self.steps != self.watch.looked_at:
             find_reached(self)
         if not self.decision_due:

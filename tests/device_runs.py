@@ -150,30 +150,67 @@ def train(case: Case, device: str, *, steps: int = STEPS, check: bool = True) ->
     )
 
 
-def replayed(device: str, replay: Callable[[Callable[[], object], int], None]) -> list[str]:
-    """What differs between steps that the host makes and a step that is replayed.
+Step = Callable[[], object]
+Replay = Callable[[Step, int, Callable[[int], None]], Step]
+"""Given a step, makes it some times without the host, and calls something before each; returns what
+makes it once more."""
 
-    ``replay`` is given a step and how often it is to happen without the host.
+
+def replayed(device: str, replay: Replay) -> list[str]:
+    """What differs between steps that the host makes and a step that is replayed; and between what
+    their checkpoints hold, and what becomes of runs that are resumed from those.
+
+    The learning rate is a tensor beside the parameters that changes from step to step.
     """
     results = []
     for on_host in (True, False):
-        params = make_params(device, torch.float32)
-        optimizer = stq.compile(
-            torch.optim.AdamW(params, lr=1e-2), min_numel=MIN_NUMEL, precision=4
-        )
+        lr = torch.tensor(1e-2, device=device)
+        params, optimizer = _small_adamw(device, lr)
         give_gradients(params, 0)
         optimizer.step()
+
+        def turn(step: int, lr: Tensor = lr) -> None:
+            lr.fill_(1e-2 / (step + 1))
+
+        once_more: Step = optimizer.step
         if on_host:
-            for _ in range(STEPS):
+            for step in range(STEPS):
+                turn(step)
                 optimizer.step()
         else:
-            replay(optimizer.step, STEPS)
-        found = {f"{i}": p.detach().cpu() for i, p in enumerate(params)}
-        for i, _, key, state in packed(optimizer):
-            found[f"{i} {key}"] = state.packed.codes.cpu()
-        counters = [optimizer.state[p]["step"].cpu() for p in params]
-        results.append(found | {f"{i} step": c for i, c in enumerate(counters)})
+            once_more = replay(optimizer.step, STEPS, turn)
+        saved = copy.deepcopy(optimizer.state_dict())
+        found = _what_it_holds(params, optimizer)
+        found["steps"] = torch.tensor(saved["stq"]["steps"])
+        once_more()
+        for name, again in (("resumed", None), ("loaded", optimizer)):
+            if again is None:
+                twins, again = _small_adamw(device, lr)
+                for p, q in zip(params, twins, strict=True):
+                    q.data.copy_(p.detach())
+            else:
+                twins = params
+            again.load_state_dict(copy.deepcopy(saved))
+            give_gradients(twins, 1)
+            again.step()
+            found |= {f"{name} {k}": v for k, v in _what_it_holds(twins, again).items()}
+        results.append(found)
     return [key for key, value in results[0].items() if not torch.equal(value, results[1][key])]
+
+
+def _small_adamw(device: str, lr: Tensor) -> tuple[list[Parameter], Optimizer]:
+    params = make_params(device, torch.float32)
+    optimizer = torch.optim.AdamW(params, lr=lr, capturable=device != "cpu")
+    return params, stq.compile(optimizer, min_numel=MIN_NUMEL, precision=4)
+
+
+def _what_it_holds(params: list[Parameter], optimizer: Optimizer) -> Bits:
+    """Parameters, codes and step counters, on the CPU."""
+    found = {f"{i}": p.detach().cpu().clone() for i, p in enumerate(params)}
+    for i, _, key, state in packed(optimizer):
+        found[f"{i} {key}"] = state.packed.codes.cpu().clone()
+    counters = [optimizer.state[p]["step"].cpu().clone() for p in params]
+    return found | {f"{i} step": c for i, c in enumerate(counters)}
 
 
 def packed(optimizer: Optimizer) -> list[tuple[int, Tensor, str, PackedState]]:

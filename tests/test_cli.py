@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from schemas import SCHEMAS, check
@@ -317,6 +318,13 @@ def test_bench_names_what_there_is(arguments: tuple[str, str]) -> None:
     code, _, errors = run("bench", *arguments)
     assert code == 2
     assert "it is none of" in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_says_that_there_is_no_gpu() -> None:
+    code, _, errors = run("bench", "--device", "cuda", "--peers")
+    assert code == 2
+    assert "torch finds no GPU on this machine" in errors
 
 
 def test_doctor_says_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,10 @@ fails.
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from torch._dynamo.variables.optimizer import OptimizerVariable
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
+from device_runs import CASES
 from stq_compile import PackedState, reference, rounding
 from stq_compile.codegen import backend
 from stq_compile.codegen.backend import BACKENDS, check_device
@@ -96,6 +101,23 @@ def test_a_packed_state_is_on_the_device_of_its_storage() -> None:
     _, context = state.__tensor_flatten__()
     stand_in = PackedState.__tensor_unflatten__({"_anchor": state._anchor}, context, None, None)
     assert stand_in.device == META
+
+
+# What runs on a GPU alone is ready. ------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_tests_are_found_and_say_why_they_are_skipped() -> None:
+    """Each with its reason: nothing fails where there is no GPU, down to the imports."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("test_gpu.py"))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    reasons = re.findall(r"SKIPPED \[(\d+)\] \S+: needs a CUDA GPU", done.stdout)
+    skipped = sum(map(int, reasons))
+    assert re.match(rf"{skipped} skipped in", done.stdout.splitlines()[-1])
+    assert skipped > len(CASES) + 49  # runs, pairs of widths, and more
 
 
 # What is refused. -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the device's codec.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,10 +19,13 @@ from torch.nn import Parameter
 import stq_compile as stq
 from device_runs import CASES, Trained, replayed, train
 from interpreter import interpreter_as_cpu, submit
-from stq_compile import codec, runtime
+from stq_compile import codec, compiled_step, runtime
 from stq_compile.architectures import MODELS
+from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.triton import run
+from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.kernel import TritonKernel, tile_map
+from stq_compile.codegen.triton.text import Emitted
 from stq_compile.rounding import signed64, stream_key
 from stq_compile.step_graph import Role
 
@@ -73,7 +77,9 @@ def test_a_run_has_the_bits_of_the_cpp_kernels(name: str) -> None:
 # A step that is replayed by a CUDA graph. -----------------------------------------------------
 
 
-def replay_launches(step: Callable[[], object], times: int) -> None:
+def replay_launches(
+    step: Callable[[], object], times: int, before: Callable[[int], None]
+) -> Callable[[], None]:
     """What replaying a captured graph does: the launches of one step, again and again."""
     steps: list[run.DeviceStep] = []
     call = run.DeviceStep.__call__
@@ -82,12 +88,19 @@ def replay_launches(step: Callable[[], object], times: int) -> None:
         steps.append(self)
         call(self, number)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.DeviceStep, "__call__", noted)
-        step()
-    for _ in range(times - 1):
+    def again() -> None:
         for one in steps:
             one.launch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.DeviceStep, "__call__", noted)
+        patch.setattr(compiled_step, "recording", lambda: True)
+        before(0)
+        step()
+    for number in range(1, times):
+        before(number)
+        again()
+    return again
 
 
 def interpreted_replay() -> list[str]:
@@ -97,7 +110,8 @@ def interpreted_replay() -> list[str]:
 
 @pytest.mark.slow
 def test_a_replayed_step_is_the_next_step() -> None:
-    """Step counters, bias corrections and random numbers move on without the host."""
+    """Step counters, bias corrections and random numbers move on without the host, and so does a
+    learning rate that is a tensor; a checkpoint counts the replays."""
     assert not submit(interpreted_replay).result()
 
 
@@ -144,17 +158,38 @@ def shifted_tiles(numels: Any, blocks: int) -> Any:
 
 
 class Elsewhere:
-    """Scale words that are read and written beside the state's own."""
+    """Codes or scale words that are read and written beside the state's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, role: Role) -> None:
+        self.role = role
         self.kept: list[Tensor] = []
         self.buffer = runtime._buffer
 
     def __call__(self, storage: Any, role: Role) -> Tensor:
-        if role is Role.SCALES:
-            self.kept.append(storage.scales.clone())
+        found = self.buffer(storage, role)
+        if role is self.role:
+            self.kept.append(found.clone())
             return self.kept[-1]
-        return self.buffer(storage, role)
+        return found
+
+
+def sent_once(self: run.DeviceTable) -> bool:
+    """The first table for ever, though gradients have other addresses."""
+    if self.last is not None:
+        return False
+    self.last = self.host.copy()
+    self.device.copy_(torch.from_numpy(self.last))
+    return True
+
+
+def misread(old: str, new: str) -> Callable[[], Any]:
+    """Kernels that read otherwise than they should."""
+
+    def changed(kernel: Kernel) -> Emitted:
+        right = emit(kernel)
+        return replace(right, source=right.source.replace(old, new))
+
+    return lambda: changed
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
@@ -162,14 +197,18 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "the clock": (run, "signed64", lambda: lambda step: signed64(step) + 1),
     "the random stream": (runtime, "stream_key", lambda: lambda s: stream_key(s + 1)),
     "the random counter": (runtime, "_first_block", lambda: lambda param: 1),
-    "the scales": (runtime, "_buffer", Elsewhere),
+    "the scales": (runtime, "_buffer", lambda: Elsewhere(Role.SCALES)),
+    "the codes": (runtime, "_buffer", lambda: Elsewhere(Role.CODES)),
+    "a table that is old": (run.DeviceTable, "send", lambda: sent_once),
+    "the packing order": (run, "emit", misread("_bytes, 4, plane(i))", "_bytes, 4, plane(i ^ 1))")),
+    "the value of a scale": (run, "emit", misread("exp_avg_0_word << 16", "exp_avg_0_word << 15")),
 }
 """Module, name, and what makes that which takes its place."""
 
 
 def faulty_run(fault: str) -> str:
     """What the comparison with the eager optimizer says of two steps."""
-    module, name, make = FAULTS[fault]
+    module, name, make = FAULTS.get(fault, (run, "emit", lambda: emit))
     with pytest.MonkeyPatch.context() as patch, interpreter_as_cpu():
         patch.setattr(module, name, make())
         try:
@@ -181,6 +220,7 @@ def faulty_run(fault: str) -> str:
 
 @pytest.mark.slow
 def test_the_comparison_sees_faults_in_the_tables() -> None:
-    started = {fault: submit(faulty_run, fault) for fault in FAULTS}
+    started = {fault: submit(faulty_run, fault) for fault in ("", *FAULTS)}
     seen = {fault: future.result() for fault, future in started.items()}
+    assert not seen.pop("")
     assert all(seen.values()), seen

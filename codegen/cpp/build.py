@@ -84,6 +84,10 @@ class CompiledRun:
             self.prepare()
         self.kernel.run(self.table, step, self.threads, self.scratch)
 
+    def replayed(self) -> int:
+        """None: nothing runs but by the host."""
+        return 0
+
 
 class _Team:
     """The threads of the kernels' OpenMP. A forked process has inherited the belief that they are

@@ -14,6 +14,7 @@ from typing import Any
 from stq_compile.codegen.target import Target
 from stq_compile.codegen.triton.kernel import (
     CUDA_OPTIONS,
+    MEASURE_OPTIONS,
     MEASURED_BLOCKS,
     OPTIONS,
     SCALAR_ROWS,
@@ -58,22 +59,24 @@ def compile_for(
     gpu = triton.backends.compiler.GPUTarget(
         backend, int(arch) if backend == "cuda" else arch, target.lanes
     )
+    options = OPTIONS
     if function == "scalars":
         signature, constants = SCALARS, {"ROWS": SCALAR_ROWS, "CHUNKS": 1}
     elif function == "measure":
         signature, constants = MEASURE, {"BLOCKS": MEASURED_BLOCKS}
+        options = MEASURE_OPTIONS
     else:
         blocks = target.blocks_per_warp * WARPS
         alignment = 16 if vector == 4 else 1
         signature = UPDATE
         constants = {"BLOCKS": blocks, "VECTOR": vector, "ALIGNMENT": alignment}
+        options = CUDA_OPTIONS if backend == "cuda" else OPTIONS
     source = triton.compiler.ASTSource(
         fn=getattr(module, function),
         signature={**signature, **dict.fromkeys(constants, CONSTANT)},
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
     )
-    options = CUDA_OPTIONS if backend == "cuda" and function == "update" else OPTIONS
     start = _processor_seconds()
     try:
         compiled = triton.compile(source, target=gpu, options=options)

@@ -20,7 +20,7 @@ from stq_compile.codegen.ir import (
 )
 from stq_compile.codegen.schedule import Schedule
 from stq_compile.codegen.triton.expressions import Expressions, plane_name
-from stq_compile.codegen.triton.groups import Group, groups
+from stq_compile.codegen.triton.groups import Group, border, groups
 from stq_compile.codegen.triton.measuring import emit_measuring
 from stq_compile.codegen.triton.scalars import Slots, emit_scalars, read_slots
 from stq_compile.codegen.triton.syntax import (
@@ -94,7 +94,7 @@ class _Emitter:
         for number, group in enumerate(self.groups):
             lines.append(f"# {group.title}")
             lines += [f"{python_name(v.name)} = {self._nothing(v)}" for v in group.leaving]
-            lines.append(f"if (borders & {1 << number}) != 0:")
+            lines.append(f"if {border(number)}:")
             lines += [f"    {line}" for line in self._group(group)]
         constants = [f"{n}: tl.constexpr" for n in ("BLOCKS", "VECTOR", "ALIGNMENT")]
         arguments = ("row", "slot", "first", "count", "borders", *constants)

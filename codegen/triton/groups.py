@@ -3,8 +3,9 @@
 LLVM schedules a basic block as a whole, and ptxas too: with a tile in one block, the random numbers
 of all planes and states are made at its beginning and kept in registers until they are needed (255
 registers for AdamW). So the quantizer of each state is a group, and each group stands in a branch
-that is always taken, on a bit of the argument ``borders`` (-1). Of these bits groups have 0 to 7,
-stores of packed bytes 8 to 15, and planes that are split 16 to 23.
+that is always taken, on the argument ``borders`` (-1), and no two on the same condition: LLVM
+would join them. Groups have its bits 0 to 7, stores of packed bytes 8 to 15, and planes that are
+split 16 to 23; groups beyond the eighth are on what it is not equal to.
 
 What a group hands on are results of its branch, and not simply variables from an outer scope.
 Triton's coalescing pass looks, for every access, at everything that is connected with it, and
@@ -36,6 +37,11 @@ class Group:
     @property
     def body(self) -> list[Value]:
         return [*self.uniform, *self.planes, *self.after]
+
+
+def border(number: int) -> str:
+    """The condition of a group, always true; each group's is its own."""
+    return f"(borders & {1 << number}) != 0" if number < 8 else f"borders != {number}"
 
 
 def groups(schedule: Schedule) -> list[Group]:

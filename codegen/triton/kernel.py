@@ -17,14 +17,18 @@ from stq_compile.formats import block_count
 WARPS = 4
 BLOCKS = 8 * WARPS
 """Blocks of a tile: 8 a warp, so that a thread's 4 lanes of a plane are one 128-bit access."""
-MEASURED_BLOCKS = 4
-"""Blocks of a measuring kernel's tile: one a warp, 4 elements a thread."""
+MEASURED_BLOCKS = 1
+"""Blocks of a measuring kernel's tile, which is one warp's: 4 elements a thread. With several warps
+every sum would go through shared memory, with barriers."""
+MEASURED_TILES = 1 << 16
+"""Tiles of one launch of a measuring kernel: their sums are what a look takes of memory."""
 MAX_REGISTERS = 128
 SCALAR_ROWS = 128
 """Tensors that the scalars kernel takes at a time."""
 BORDERS = -1
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 CUDA_OPTIONS = {**OPTIONS, "maxnreg": MAX_REGISTERS}
+MEASURE_OPTIONS = {**OPTIONS, "num_warps": MEASURED_BLOCKS}
 
 Tiles = np.ndarray[Any, np.dtype[np.int64]]
 """``[tiles, 2]``: the row and the first block of every tile."""
@@ -113,7 +117,7 @@ class TritonKernel:
         )
         with _on(table.device):
             self.module.measure[(tiles.shape[0],)](
-                table, slots, tiles, sums, BLOCKS=blocks, **OPTIONS
+                table, slots, tiles, sums, BLOCKS=blocks, **MEASURE_OPTIONS
             )
         return sums
 

@@ -18,11 +18,13 @@ from stq_compile.codegen.ir import Kernel
 from stq_compile.codegen.triton.emit import emit
 from stq_compile.codegen.triton.kernel import (
     MEASURED_BLOCKS,
+    MEASURED_TILES,
     TritonKernel,
     sampled_tile_map,
     tile_map,
     vectors_of,
 )
+from stq_compile.errors import StepCaptureError
 from stq_compile.rounding import MASK64, signed64
 
 
@@ -111,9 +113,27 @@ class DeviceStep:
     def __call__(self, step: int) -> None:
         self.prepare()
         if self.clock_holds != step:
-            self.clock.fill_(signed64(step))
+            self._set_clock(step)
         self.clock_holds = (step + 1) & MASK64
         self.launch()
+
+    def _set_clock(self, step: int) -> None:
+        """By the host, and not by a graph: every replay would make the same step again."""
+        if self.clock.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise StepCaptureError(
+                what=self.executable.name,
+                reason="the device does not know yet which step it is",
+                remedy="Call step() once before the capture.",
+            )
+        self.clock.fill_(signed64(step))
+
+    def replayed(self) -> int:
+        """The device's own count of steps beside the host's, which is then the same."""
+        if self.clock_holds is None:
+            return 0
+        ahead = int(self.clock) - signed64(self.clock_holds)
+        self.clock_holds = (self.clock_holds + ahead) & MASK64
+        return ahead
 
     def launch(self) -> None:
         """What a captured graph replays: the next step, on the same tensors."""
@@ -155,6 +175,10 @@ class DeviceLook:
     def prepare(self) -> None:
         """Nothing: a look takes its memory as it goes, and changes nothing if it fails."""
 
+    def replayed(self) -> int:
+        """None: looks are never captured."""
+        return 0
+
     def __call__(self, step: int) -> None:
         self.sent.send()
         numels, first_blocks, strides, offsets = self.sent.host[:, -4:].T
@@ -164,7 +188,9 @@ class DeviceLook:
         self.sums[:] = 0
         if not len(mine):
             return
-        tiles = torch.from_numpy(mine).to(self.executable.device)
         self.kernel.scalars(self.sent.device, self.sent.slots, self.clock)
-        found = self.kernel.measure(self.sent.device, self.sent.slots, tiles, blocks=blocks)
-        np.add.at(self.sums, mine[:, 0], found.cpu().numpy())
+        for begin in range(0, len(mine), MEASURED_TILES):
+            part = mine[begin : begin + MEASURED_TILES]
+            tiles = torch.from_numpy(part).to(self.executable.device)
+            found = self.kernel.measure(self.sent.device, self.sent.slots, tiles, blocks=blocks)
+            np.add.at(self.sums, part[:, 0], found.cpu().numpy())

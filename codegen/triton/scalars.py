@@ -9,9 +9,19 @@ patterns or keys.
 
 from __future__ import annotations
 
-from stq_compile.codegen.ir import OPCODES, STORES, Kernel, OperandKind, Space, Type, Value
+from stq_compile.codegen.ir import (
+    OPCODES,
+    STORES,
+    Kernel,
+    KernelOperand,
+    OperandKind,
+    Space,
+    Type,
+    Value,
+)
 from stq_compile.codegen.triton.syntax import (
     LIBRARY_ARGUMENTS,
+    SCALAR_TYPES,
     WIDE_TEMPLATES,
     double_literal,
     python_name,
@@ -50,10 +60,10 @@ def emit_scalars(kernel: Kernel, slots: Slots, note: Notes) -> str:
     ]
     tensor = [v for v in kernel.body if v.space is Space.TENSOR and v.opcode not in STORES]
     for v in tensor:
-        lines.append(f"{python_name(v.name)} = {_expression(v, field)}{note(v)}")
+        lines.append(f"{python_name(v.name)} = {_expression(v, field, kernel)}{note(v)}")
     for v in kernel.body:
         if v.opcode == "store_scalar":
-            place = _place(field[v.operand])
+            place = _place(field[v.operand], kernel.operand(v.operand))
             value = _argument(v.args[0], tensor=True)
             lines.append(f"tl.store({place}, {value}.to(tl.float32), mask=live){note(v)}")
     for v, slot in slots.values:
@@ -65,7 +75,7 @@ def emit_scalars(kernel: Kernel, slots: Slots, note: Notes) -> str:
         stored = f"{python_name(operand)}.to(tl.int64)"
         lines.append(f"tl.store(slot + {slot}, {stored}, mask=live)")
     body = ["for chunk in range(CHUNKS):", *(f"    {line}" for line in lines)]
-    if slots.keys:
+    if not kernel.slots:  # a look is no step
         body = ["step = tl.load(clock)", "tl.debug_barrier()", *body, "tl.store(clock, step + 1)"]
     summary = "Once per tensor: step counters, scalars in float64, keys of the random streams."
     constants = ("ROWS: tl.constexpr", "CHUNKS: tl.constexpr")
@@ -84,14 +94,14 @@ def read_slots(slots: Slots, note: Notes) -> list[str]:
     return lines
 
 
-def _place(field: int) -> str:
+def _place(field: int, operand: KernelOperand) -> str:
     pointer = f"tl.load(row + {field}, mask=live, other=0)"
-    return f"{pointer}.to(tl.pointer_type(tl.float32))"
+    return f"{pointer}.to(tl.pointer_type({SCALAR_TYPES[operand.dtype]}))"
 
 
-def _expression(v: Value, field: dict[str, int]) -> str:
+def _expression(v: Value, field: dict[str, int], kernel: Kernel) -> str:
     if v.opcode == "load_scalar":
-        place = _place(field[v.operand])
+        place = _place(field[v.operand], kernel.operand(v.operand))
         return f"tl.load({place}, mask=live, other=0.0).to(tl.float64)"
     if v.opcode == "argument":
         bits = f"tl.load(row + {field[v.operand]}, mask=live, other=0)"

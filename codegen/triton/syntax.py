@@ -94,6 +94,9 @@ ELEMENT_TYPES = {
 }
 """The element types of operands in memory; kernels compute in float32."""
 
+SCALAR_TYPES = {**ELEMENT_TYPES, "float64": "tl.float64"}
+"""The types of scalars in memory."""
+
 DTYPES = {Type.FLOAT: "tl.float32", Type.INT: "tl.int32", Type.BOOL: "tl.int1"}
 """The types of values."""
 

@@ -19,6 +19,7 @@ from stq_compile.codegen.ir import (
 from stq_compile.codegen.triton.syntax import (
     ELEMENT_TYPES,
     LIBRARY,
+    SCALAR_TYPES,
     TEMPLATES,
     WIDE_TEMPLATES,
 )
@@ -137,7 +138,8 @@ def check_emittable(kernel: Kernel) -> None:
                 reason=f"it has no Triton form in the {v.space.name} space",
             )
     for o in kernel.operands:
-        if o.dtype not in ELEMENT_TYPES:
+        dtypes = SCALAR_TYPES if o.kind is OperandKind.SCALAR else ELEMENT_TYPES
+        if o.dtype not in dtypes:
             raise InvalidKernelError(
                 kernel=kernel.name, op=f"operand {o.name}", reason=f"elements of {o.dtype}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_emit import MOMENTUM, PACKED, adamw
+from test_kernel_numerics import FAMILIES, momenta
 from test_triton_numerics import FEW
 
 from graphs import program, with_sizes
@@ -56,6 +58,16 @@ def test_codes_are_stored_before_they_are_decoded() -> None:
     stored = source.index("store_codes(exp_avg_sq_0_codes")
     decoded = source.index("exp_avg_sq_0_stored_int_sub =")
     assert stored < decoded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_groups_stand_on_the_same_condition(family: str) -> None:
+    """However many there are: LLVM would join them. `test_every_width_bit_for_bit` runs these."""
+    source = emit(lower(quantized(momenta(family), FAMILIES[family], "stochastic"))).source
+    groups = [line for line in source.splitlines() if line.startswith("    if ")]
+    assert len(groups) == len(set(groups)) == len(re.findall("# Phase", source))
+    assert all("borders" in line for line in groups)
+    assert (len(groups) > 8) == (family == "nonnegative")
 
 
 def test_the_source_does_not_depend_on_the_tensors() -> None:
