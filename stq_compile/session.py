@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -88,6 +89,7 @@ class Session:
         self.compiles = 0
         self.compiled_at: list[int] = []
         self.weights: set[StateKey] = set()
+        self.gradients: dict[StateKey, StorageWeakRef] = {}  # whose gradients were packed as states
         self.eager_reason = ""
         self.transitions = 0
         self.look_bytes = 0
