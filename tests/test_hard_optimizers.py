@@ -358,10 +358,21 @@ class Literals(Base):
         p.sub_(s["m"] / (1 - 0.9 ** s["t"]) / s["n"] ** 0.5, alpha=lr)
 
 
+class Copies(Base):
+    """Keeps a copy of the weights that moves by less than bfloat16 can tell (A2Grad, Ranger)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s.update(x=p.detach().clone(), m=torch.zeros_like(p))
+        s["m"].mul_(0.9).add_(p.grad, alpha=0.1)
+        s["x"].sub_(s["m"], alpha=0.4 * lr)
+        p.lerp_(s["x"], 0.5).sub_(p.grad, alpha=0.16 * lr)
+
+
 OPTIMIZERS = [
     NeedsClosure, LateStates, InContainers, PythonNumbers, Centralized, Branches, Aliases, SetsData,
     OtherDtypes, Spectral, Foreach, Outside, Wrapper, Noisy, Every, TwoSteps, TwoPasses,
-    KeepsGradient, Unmade, Literals,
+    KeepsGradient, Unmade, Literals, Copies,
 ]  # fmt: skip
 CLOSURE = (NeedsClosure, TwoSteps)
 
@@ -400,7 +411,7 @@ def vector(params: list[nn.Parameter]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in params])
 
 
-FAST = (KeepsGradient, Unmade, Literals)
+FAST = (KeepsGradient, Unmade, Literals, Copies)
 
 
 @pytest.mark.parametrize(
@@ -449,3 +460,9 @@ def test_a_kept_gradient_is_the_next_one_if_that_is_written_into_it(set_to_none:
     moved = (found[0] - vector(make_params())).norm()
     torch.testing.assert_close(found[1], found[0])
     assert (found[2] - found[0]).norm() < 0.05 * moved
+
+
+def test_a_copy_of_the_weights_has_12_bits() -> None:
+    _, optimizer = run(Copies, precision=8, min_numel=MIN_NUMEL)
+    found = {(r.state, r.width) for r in stq.report(optimizer).rows if math.prod(r.shape) >= 64}
+    assert found == {("x", 12), ("m", 8)}
