@@ -272,12 +272,13 @@ def _literal(graph: fx.Graph, value: Any, numbers: bool) -> Any:
 
 def _as_node(graph: fx.Graph, value: Any, traced: fx.Node) -> fx.Node:
     """What a step stores, of which `_literal` may have made a number."""
+    node = value
     if not isinstance(value, fx.Node):
-        value = graph.call_function(
-            aten.full.default, ([], value), {"dtype": traced.meta["val"].dtype}
-        )
-    value.meta.setdefault("val", traced.meta["val"])
-    return value
+        options = {"dtype": traced.meta["val"].dtype}
+        node = graph.call_function(aten.full.default, ([], value), options)
+    node.meta.setdefault("val", traced.meta["val"])
+    assert isinstance(node, fx.Node)
+    return node
 
 
 def _collect_writes(

@@ -164,8 +164,7 @@ def pack_states(session: Session) -> None:
             if is_like(value, leaf.owner):
                 width = session.keep_as_weights(source, width)
             if _is_gradient(value, leaf.owner):
-                memory_of = StorageWeakRef(value.untyped_storage())
-                session.gradients[source.param, leaf.key] = memory_of
+                session.gradients[source.param, leaf.key] = _memory_of(value)
             format = format_for(value, width)
             state = PackedState.pack(value, format, **session.rounding_options(source))
             state.packed.eager_writes = session.steps  # other random numbers than last time
@@ -207,8 +206,13 @@ def _give_back_gradients(session: Session) -> None:
     for leaf, source in session.leaves() if kept else ():
         memory = kept.get((source.param, leaf.key))
         grad = None if memory is None else leaf.owner.grad
-        if grad is not None and memory == StorageWeakRef(grad.untyped_storage()):
+        if grad is not None and memory == _memory_of(grad):
             leaf.put(grad.detach())
+
+
+def _memory_of(tensor: Tensor) -> StorageWeakRef:
+    """Equal for the same memory, which it does not keep; its address is not given to another."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
 
 
 def _settle(session: Session, leaf: Leaf, source: Source, state: PackedState, width: int) -> None:
