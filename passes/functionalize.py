@@ -270,6 +270,17 @@ def _literal(graph: fx.Graph, value: Any, numbers: bool) -> Any:
     return graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype})
 
 
+def _as_node(graph: fx.Graph, value: Any, traced: fx.Node) -> fx.Node:
+    """What a step stores, of which `_literal` may have made a number."""
+    node = value
+    if not isinstance(value, fx.Node):
+        options = {"dtype": traced.meta["val"].dtype}
+        node = graph.call_function(aten.full.default, ([], value), options)
+    node.meta.setdefault("val", traced.meta["val"])
+    assert isinstance(node, fx.Node)
+    return node
+
+
 def _collect_writes(
     unit: StepGraph, traced: fx.Graph, constants: dict[fx.Node, Tensor], numbers: bool
 ) -> StepGraph:
@@ -287,14 +298,14 @@ def _collect_writes(
         elif node in constants:
             env[node] = _literal(graph, constants[node], numbers)
         elif node.target is COPY and node.args[0].op == "placeholder":
-            written[env[node.args[0]].name] = env[node.args[1]]
-            env[node] = env[node.args[1]]
+            value = _as_node(graph, env[node.args[1]], node.args[1])
+            written[env[node.args[0]].name] = env[node] = value
         elif node.op == "output":
             value = node.args[0]
             returned = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
-    created = _created_states(unit, graph, [env[r] for r in returned])
+    created = _created_states(unit, graph, [_as_node(graph, env[r], r) for r in returned])
     written |= {operand.name: value for operand, value in created}
     graph.output(tuple(written.values()))
     graph.eliminate_dead_code()

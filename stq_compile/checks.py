@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
-from torch import Tag, Tensor
+from torch import Tag, Tensor, strided
 from torch._ops import OpOverload
 
 from stq_compile.capture import Argument, Captured
@@ -44,22 +45,39 @@ def _check_created(unit: StepGraph, optimizer: str) -> None:
 
 
 def check_memory(captured: Captured, params: Sequence[Tensor]) -> None:
-    """No state of a step lies in the memory of another, or of any parameter (a view, kept)."""
+    """No state of a step lies in the memory of another, of a parameter or of a gradient (a view
+    that was kept)."""
     sources = {source.param: source for role, source in captured.bindings if role is Role.PARAM}
-    tensors = [(str(sources.get(i, f"parameter {i}")), p) for i, p in enumerate(params)]
+    found = []
+    for i, param in enumerate(params):
+        name = str(sources.get(i, f"parameter {i}"))
+        found += _extent(name, param)
+        found += [] if param.grad is None else _extent(name, param.grad, gradient=True)
     for (role, source), binding in captured.bindings.items():
         value = binding.live if isinstance(binding, Argument) else binding
         if role is Role.STATE and isinstance(value, Tensor):
-            tensors.append((str(source), value))
-    found = []
-    for name, tensor in tensors:
-        value = local(tensor)
-        if not isinstance(value, PackedState) and value.numel():
-            last = sum((n - 1) * s for n, s in zip(value.size(), value.stride(), strict=True))
-            start = value.data_ptr()
-            found.append((start, start + (last + 1) * value.element_size(), name))
-    for (_, end, first), (start, _, second) in pairwise(sorted(found)):
-        if start < end:
+            found += _extent(str(source), value)
+    for one, other in pairwise(sorted(found)):
+        if other.start < one.end and not (one.gradient and other.gradient):
             raise SharedMemoryError(
-                optimizer=captured.program.optimizer, first=first, second=second
+                optimizer=captured.program.optimizer, first=one.name, second=other.name
             )
+
+
+class _Extent(NamedTuple):
+    """Where a tensor lies in memory, in bytes."""
+
+    start: int
+    end: int
+    name: str
+    gradient: bool
+
+
+def _extent(name: str, tensor: Tensor, *, gradient: bool = False) -> list[_Extent]:
+    """Of an ordinary tensor that has elements; of others nothing."""
+    value = local(tensor)
+    if isinstance(value, PackedState) or value.layout != strided or value.numel() == 0:
+        return []
+    last = sum((n - 1) * s for n, s in zip(value.size(), value.stride(), strict=True))
+    start, name = value.data_ptr(), f"the gradient of {name}" if gradient else name
+    return [_Extent(start, start + (last + 1) * value.element_size(), name, gradient)]

@@ -29,7 +29,7 @@ from stq_compile.attributes import set_at
 from stq_compile.backend import close_session
 from stq_compile.birth import forget, init_states
 from stq_compile.closures import calls_closure_first
-from stq_compile.eager import announce, run_eagerly
+from stq_compile.eager import announce, keeps_gradients, pack_states, run_eagerly
 from stq_compile.errors import (
     ChangedTensorError,
     GraphBreakError,
@@ -122,7 +122,10 @@ class Driver:
                 self._opt_called = True  # type: ignore[attr-defined]  # the schedulers' own mark
             return driver.step(self, args, kwargs)
 
-        hooked: Any = Optimizer.profile_hook_step(step)
+        hooked: Any = step
+        # A wrapper that never called Optimizer.__init__ has no hooks, and its step runs none.
+        if hasattr(self.session.optimizer, "_optimizer_step_pre_hooks"):
+            hooked = Optimizer.profile_hook_step(step)
         hooked = torch.compiler.disable(hooked)  # type: ignore[no-untyped-call]  # torch's
         if scheduled:
             hooked._wrapped_by_lr_sched = True
@@ -182,8 +185,9 @@ class Driver:
                 loaded = self._take_loaded()
             born = init_states(optimizer, session.options.min_numel)
             session.unpack_wide(born)
+            compiles = session.compiles
             with torch.no_grad():
-                return self._captured(optimizer)
+                result = self._captured(optimizer)
         except BaseException as error:
             untouched = session.steps == before and not session.changing
             if untouched:
@@ -191,6 +195,13 @@ class Driver:
             if not isinstance(error, Exception):
                 raise
             return self._failed(optimizer, error, untouched, loaded)
+        again = 0 < compiles < session.compiles
+        reason = keeps_gradients(session) if again else ""
+        if reason and not session.sharded:
+            announce(session, reason)
+            pack_states(session)
+            self.for_good = True
+        return result
 
     def _check_capture(self, optimizer: Optimizer) -> None:
         """Raises `StepCaptureError` where a CUDA graph cannot hold the step."""

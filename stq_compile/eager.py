@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stq_compile.errors import (
@@ -68,6 +69,7 @@ def _run(
 ) -> Any:
     wide = session.options.precision == FLOAT32.width
     min_numel = None if wide else max(session.options.min_numel, 1)
+    _give_back_gradients(session)
     calls = any(map(callable, (*args, *kwargs.values())))
     if not calls and not admits_step(session):
         return None
@@ -161,11 +163,56 @@ def pack_states(session: Session) -> None:
         elif width < FLOAT32.width and can_be_packed(value) and not _shares(value, memory):
             if is_like(value, leaf.owner):
                 width = session.keep_as_weights(source, width)
+            if _is_gradient(value, leaf.owner):
+                session.gradients[source.param, leaf.key] = _memory_of(value)
             format = format_for(value, width)
             state = PackedState.pack(value, format, **session.rounding_options(source))
             state.packed.eager_writes = session.steps  # other random numbers than last time
             packed[id(value)] = state
             leaf.put(state)
+
+
+def keeps_gradients(session: Session) -> str:
+    """Why steps run eagerly that keep a gradient itself as a state; empty if none does.
+
+    Such a state is another tensor after every step, and each would need another graph. One that is
+    so after the first step only is none.
+    """
+    for leaf, source in session.leaves():
+        if _is_gradient(local(leaf.value), leaf.owner):
+            kept = f"{source.name}, state {leaf.key!r}"
+            return (
+                f"{type(session.optimizer).__name__} cannot be compiled: its step keeps the "
+                f"gradient itself as a state ({kept}); with a clone of it, it would be."
+            )
+    return ""
+
+
+def _is_gradient(value: Tensor, param: Any) -> bool:
+    grad = param.grad if isinstance(param, Tensor) else None
+    if grad is None or isinstance(value, PackedState) or value.numel() == 0:
+        return False
+    here = value.shape == grad.shape and value.stride() == grad.stride()
+    return here and value.data_ptr() == grad.data_ptr()
+
+
+def _give_back_gradients(session: Session) -> None:
+    """States that are packed gradients become the gradients again where these are still there.
+
+    What keeps ``p.grad`` has the next gradient if that is written into the same memory (by
+    ``zero_grad(set_to_none=False)``, or by accumulation).
+    """
+    kept, session.gradients = session.gradients, {}
+    for leaf, source in session.leaves() if kept else ():
+        memory = kept.get((source.param, leaf.key))
+        grad = None if memory is None else leaf.owner.grad
+        if grad is not None and memory == _memory_of(grad):
+            leaf.put(grad.detach())
+
+
+def _memory_of(tensor: Tensor) -> StorageWeakRef:
+    """Equal for the same memory, which it does not keep; its address is not given to another."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
 
 
 def _settle(session: Session, leaf: Leaf, source: Source, state: PackedState, width: int) -> None:

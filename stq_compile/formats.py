@@ -35,10 +35,15 @@ FIELDS: dict[int, tuple[int, ...]] = {
     5: (4, 1),
     6: (4, 2),
     8: (8,),
+    12: (8, 4),
 }
 """Power-of-two fields, low bits first, that make up a code of each width."""
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 16, 32)
+
+WEIGHTS_WIDTH = 12
+"""The least width of a state that is a copy of its parameter, in ``softsign``, whose levels lie
+some four times as close as those of ``bfloat16``. It is no width to ask for (design/0013)."""
 
 # adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
 MAX_RANGE = 14.0
@@ -144,8 +149,8 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         *(Format("softsign", w) for w in FIELDS),
-        *(Format("midrise", w) for w in FIELDS),
-        *(Format("adaptive_log", w) for w in FIELDS),
+        *(Format("midrise", w) for w in FIELDS if w in WIDTHS),
+        *(Format("adaptive_log", w) for w in FIELDS if w in WIDTHS),
         ULP8,
         BFLOAT16,
         FLOAT32,
@@ -163,6 +168,8 @@ def choose_format(
     width: int, *, nonnegative: bool, normalizable: bool, where: str = "state"
 ) -> Format:
     """The recommended format of a width, from what the graph says about the state."""
+    if width == WEIGHTS_WIDTH:
+        return FORMATS[f"softsign{width}"]
     if width not in WIDTHS:
         raise UnsupportedWidthError(where=where, width=width, valid=WIDTHS)
     if width == 32:

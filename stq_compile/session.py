@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +43,7 @@ from stq_compile.errors import (
 )
 from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import BFLOAT16, FLOAT32, WIDTHS, Format, choose_format
+from stq_compile.formats import FLOAT32, WEIGHTS_WIDTH, WIDTHS, Format, choose_format
 from stq_compile.half_params import new_error, uncompensated
 from stq_compile.nonfinite import Watch, find_reached
 from stq_compile.options import Options
@@ -63,9 +64,6 @@ from stq_compile.working_set import can_be_packed, is_like
 MOST_GRAPHS, GRAPH_WINDOW = 4, 100
 """How many graphs `stq.compile` captures in how many steps; a step that needs yet another one
 runs eagerly, since what changes so often will change again."""
-
-WEIGHTS_WIDTH = BFLOAT16.width
-"""The least width of a state that is a copy of its parameter (`working_set.is_like`)."""
 
 LOG = logging.getLogger(__name__)
 
@@ -89,6 +87,7 @@ class Session:
         self.compiles = 0
         self.compiled_at: list[int] = []
         self.weights: set[StateKey] = set()
+        self.gradients: dict[StateKey, StorageWeakRef] = {}  # whose gradients were packed as states
         self.eager_reason = ""
         self.transitions = 0
         self.look_bytes = 0
@@ -221,7 +220,7 @@ class Session:
             if role is not Role.STATE or not isinstance(value, Tensor):
                 continue
             # A packed one was created as a copy, or loaded.
-            wide = isinstance(value, PackedState) and value.format in (BFLOAT16, FLOAT32)
+            wide = isinstance(value, PackedState) and value.format.width >= WEIGHTS_WIDTH
             if (wide or can_be_packed(value)) and is_like(value, params[source.param]):
                 self.weights.add((source.param, source.key))
 

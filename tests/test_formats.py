@@ -17,6 +17,7 @@ from stq_compile.formats import (
     FORMATS,
     LANES,
     PLANES,
+    WEIGHTS_WIDTH,
     WIDTHS,
     Format,
     block_count,
@@ -38,11 +39,12 @@ def documented_bytes(format: Format, numel: int) -> int:
 
 def test_widths_and_geometry() -> None:
     assert WIDTHS == (2, 3, 4, 5, 6, 8, 16, 32)
-    assert tuple(FIELDS) == PACKED_WIDTHS
+    assert tuple(FIELDS) == (*PACKED_WIDTHS, WEIGHTS_WIDTH)
+    assert WEIGHTS_WIDTH == 12
     assert (BLOCK, LANES, PLANES) == (128, 16, 8)
 
 
-@pytest.mark.parametrize("width", PACKED_WIDTHS)
+@pytest.mark.parametrize("width", FIELDS)
 def test_fields_are_powers_of_two_that_add_up(width: int) -> None:
     assert sum(FIELDS[width]) == width
     assert set(FIELDS[width]) <= {1, 2, 4, 8}
@@ -52,7 +54,7 @@ def test_fields_are_powers_of_two_that_add_up(width: int) -> None:
 def test_the_registry_is_complete_and_named_by_kind_and_width() -> None:
     expected = {f"softsign{w}" for w in PACKED_WIDTHS} | {f"adaptive_log{w}" for w in PACKED_WIDTHS}
     expected |= {f"midrise{w}" for w in (2, 3, 4, 5, 6, 8)}
-    expected |= {"ulp8", "bfloat16", "float32", "constant"}
+    expected |= {"softsign12", "ulp8", "bfloat16", "float32", "constant"}
     assert set(FORMATS) == expected
     assert all(FORMATS[name].name == name for name in FORMATS)
     assert len(set(FORMATS.values())) == len(FORMATS)
@@ -117,12 +119,13 @@ CHOICES = {
     (3, False, True): "midrise3",
     **{(16, s, n): "bfloat16" for s in (False, True) for n in (False, True)},
     **{(32, s, n): "float32" for s in (False, True) for n in (False, True)},
+    **{(WEIGHTS_WIDTH, s, n): "softsign12" for s in (False, True) for n in (False, True)},
 }
 
 
 def test_the_table_of_choices_covers_every_width() -> None:
-    assert {width for width, _, _ in CHOICES} == set(WIDTHS)
-    assert len(CHOICES) == 4 * len(WIDTHS)
+    assert {width for width, _, _ in CHOICES} == {*WIDTHS, WEIGHTS_WIDTH}
+    assert len(CHOICES) == 4 * (len(WIDTHS) + 1)
 
 
 @pytest.mark.parametrize(("asked", "name"), CHOICES.items())
@@ -133,7 +136,7 @@ def test_choose_format(asked: tuple[int, bool, bool], name: str) -> None:
     assert chosen.width == width
 
 
-@pytest.mark.parametrize("width", [-4, 0, 1, 7, 9, 12, 64])
+@pytest.mark.parametrize("width", [-4, 0, 1, 7, 9, 13, 64])
 @pytest.mark.parametrize("nonnegative", [False, True])
 def test_an_unknown_width_is_an_error_that_lists_the_widths(width: int, nonnegative: bool) -> None:
     with pytest.raises(UnsupportedWidthError) as caught:

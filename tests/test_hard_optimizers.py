@@ -314,9 +314,65 @@ class TwoPasses(Base):
             p.addcdiv_(s["m"], s["v"].sqrt().add_(1e-16), value=-1e-3)
 
 
+class KeepsGradient(Base):
+    """The gradient itself is the state that the next step compares with."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s.update(m=torch.zeros_like(p), last=torch.zeros_like(p))
+        s["m"].mul_(0.9).add_(p.grad / (1 + torch.exp(-(s["last"] - p.grad).abs())))
+        s["last"] = p.grad
+        p.sub_(s["m"], alpha=lr)
+
+
+class Unmade(torch.optim.Optimizer):
+    """A wrapper that never calls ``Optimizer.__init__`` and has no hooks (torch_optimizer's
+    Lookahead)."""
+
+    def __init__(self, params: Any) -> None:
+        self.inner = torch.optim.AdamW(params, lr=0.01)
+        self.param_groups, self.defaults = self.inner.param_groups, self.inner.defaults
+        self.state = defaultdict(dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.inner.step(closure)
+        for p in self.param_groups[0]["params"]:
+            slow = self.state[p].setdefault("slow", p.detach().clone())
+            slow.lerp_(p.detach(), 0.5)
+            p.data.copy_(slow)
+        return loss
+
+
+class Literals(Base):
+    """Counters made of numbers inside the step, one of them whole."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s.update(n=torch.tensor(0), t=torch.tensor(0.0), m=torch.zeros_like(p))
+        s["n"] += 1
+        s["t"] += 1
+        s["m"].lerp_(p.grad, 0.1)
+        p.sub_(s["m"] / (1 - 0.9 ** s["t"]) / s["n"] ** 0.5, alpha=lr)
+
+
+class Copies(Base):
+    """Keeps a copy of the weights that moves by less than bfloat16 can tell (A2Grad, Ranger)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s.update(x=p.detach().clone(), m=torch.zeros_like(p))
+        s["m"].mul_(0.9).add_(p.grad, alpha=0.1)
+        s["x"].sub_(s["m"], alpha=0.4 * lr)
+        p.lerp_(s["x"], 0.5).sub_(p.grad, alpha=0.16 * lr)
+
+
 OPTIMIZERS = [
     NeedsClosure, LateStates, InContainers, PythonNumbers, Centralized, Branches, Aliases, SetsData,
     OtherDtypes, Spectral, Foreach, Outside, Wrapper, Noisy, Every, TwoSteps, TwoPasses,
+    KeepsGradient, Unmade, Literals, Copies,
 ]  # fmt: skip
 CLOSURE = (NeedsClosure, TwoSteps)
 
@@ -355,8 +411,12 @@ def vector(params: list[nn.Parameter]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in params])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+FAST = (KeepsGradient, Unmade, Literals, Copies)
+
+
+@pytest.mark.parametrize(
+    "cls", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in OPTIMIZERS]
+)
 def test_it_takes_the_eager_optimizers_steps(cls: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EagerStepWarning)
@@ -372,3 +432,37 @@ def test_it_takes_the_eager_optimizers_steps(cls: Any) -> None:
         if leaf.value.dtype == torch.float32 and leaf.value.numel() >= MIN_NUMEL:
             mine = isinstance(leaf.value, PackedState)
             assert mine or leaf.value.untyped_storage().data_ptr() in memory, leaf.key
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_kept_gradient_is_the_next_one_if_that_is_written_into_it(set_to_none: bool) -> None:
+    """As in the eager step: ``zero_grad(set_to_none=False)`` and accumulation change the state."""
+    found = []
+    for options in ({}, {"precision": 32}, {"precision": 8, "min_numel": MIN_NUMEL}):
+        params = make_params()
+        optimizer = KeepsGradient(params)
+        if options:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EagerStepWarning)
+                stq.compile(optimizer, **options)
+        for step in range(4):
+            torch.manual_seed(step)
+            optimizer.zero_grad(set_to_none=set_to_none)
+            for p in params:
+                grad = torch.randn(p.shape)
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EagerStepWarning)
+                optimizer.step()
+        found.append(vector(params))
+        last = optimizer.state[params[0]]["last"]
+        assert isinstance(last, PackedState) == (options.get("precision") == 8)
+    moved = (found[0] - vector(make_params())).norm()
+    torch.testing.assert_close(found[1], found[0])
+    assert (found[2] - found[0]).norm() < 0.05 * moved
+
+
+def test_a_copy_of_the_weights_has_12_bits() -> None:
+    _, optimizer = run(Copies, precision=8, min_numel=MIN_NUMEL)
+    found = {(r.state, r.width) for r in stq.report(optimizer).rows if math.prod(r.shape) >= 64}
+    assert found == {("x", 12), ("m", 8)}

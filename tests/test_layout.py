@@ -14,7 +14,7 @@ from stq_compile.layout import pack, unpack
 from stq_compile.reference import block_sum
 
 # Written out again here, so that a change of the package's table is seen.
-FIELD_BITS = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
+FIELD_BITS = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8], 12: [8, 4]}
 WIDTHS = sorted(FIELD_BITS)
 
 

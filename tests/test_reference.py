@@ -25,6 +25,7 @@ from stq_compile.formats import (
     FLOAT32,
     FORMATS,
     TAIL_DEVIATIONS,
+    WEIGHTS_WIDTH,
     Format,
 )
 from stq_compile.layout import pack, unpack
@@ -195,9 +196,14 @@ def worst_excess(format: Format, noise: Noise, seed: int) -> float:
 TOLERANCE = {"softsign": 1e-5, "midrise": 1e-5, "adaptive_log": 3e-3}
 
 
+def tolerance(format: Format) -> float:
+    """In gaps between levels, of which float32 sees the less the more there are."""
+    return TOLERANCE[format.kind] * max(1, 2 ** (format.width - 8))
+
+
 @by_name(BLOCKED)
 def test_nearest_rounding_takes_the_nearest_of_all_codes(format: Format) -> None:
-    assert worst_excess(format, NEAREST, seed=format.width) < TOLERANCE[format.kind]
+    assert worst_excess(format, NEAREST, seed=format.width) < tolerance(format)
 
 
 @by_name(BLOCKED)
@@ -206,20 +212,29 @@ def test_the_search_sees_a_shifted_threshold(format: Format) -> None:
         def uniform(self, first_block: int, blocks: int, device: Any = None) -> float:
             return 0.48
 
-    assert worst_excess(format, Shifted(None), seed=format.width) > 2 * TOLERANCE[format.kind]
+    assert worst_excess(format, Shifted(None), seed=format.width) > 2 * tolerance(format)
 
 
 @by_name([f for f in FORMATS.values() if f.kind == "softsign"])
 def test_softsign_is_odd_and_stable(format: Format) -> None:
-    """Values that are levels already are kept, scales included (unless denormal)."""
+    """Values that are levels already are kept, scales included (unless denormal).
+
+    With more levels than scales have digits, the largest value of a block need not be the scale,
+    and rewritten it may get the next smaller one: all values stay within a level then.
+    """
     x = sample(format, 60, seed=1)[0].view(-1, 128)
     x = x[x.abs().amax(1) > 2.0**-100].view(-1)
     codes, scales = encode(x, format, NEAREST)
     values = decode(codes, scales, format, x.numel())
     assert torch.equal(decode(*encode(-x, format, NEAREST), format, x.numel()), -values)
     again = encode(values, format, NEAREST)
-    assert torch.equal(again[0], codes)
-    assert torch.equal(again[1], scales)
+    if format.width < WEIGHTS_WIDTH:
+        assert torch.equal(again[0], codes)
+        assert torch.equal(again[1], scales)
+    else:
+        moved = (decode(*again, format, x.numel()) - values).abs().view(-1, 128)
+        gap = values.view(-1, 128).abs().amax(1, keepdim=True) * (2 / (format.top_code // 2))
+        assert bool((moved <= gap).all())
 
 
 # Scale words --------------------------------------------------------------------------------

@@ -275,9 +275,12 @@ template <int width> STQ_INLINE Nibbles nibbles(const uint8_t* p) {
 STQ_INLINE i32v index(const Nibbles& codes, int plane) {
   return plane < 4 ? widen(codes.pair[plane]) : widen(codes.pair[plane - 4]) >> 4;
 }
-// Widths above 4 are a field of 4 bits, and a field of the rest after its bytes; 8 bits are one field.
+// Widths above 4 are a field of 4 bits, and a field of the rest after its bytes; 8 bits are one field,
+// and widths above that are one and the rest.
 template <int width> STQ_INLINE i32v unpack(const uint8_t* p, int plane) {
-  if constexpr (width == 8) {
+  if constexpr (width > 8) {
+    return unpack<8>(p, plane) | (unpack<width - 8>(p + 8 * kLanes, plane) << 8);
+  } else if constexpr (width == 8) {
     return widen(load_bytes(p + kLanes * plane));
   } else if constexpr (width <= 4) {
     return index(nibbles<width>(p), plane) & ((1 << width) - 1);
@@ -308,7 +311,12 @@ template <int bits> STQ_INLINE void store_field(uint8_t* p, const Nibbles& x) {
   }
 }
 template <int width> STQ_INLINE void pack(uint8_t* p, const i32v* code) {
-  if constexpr (width == 8) {
+  if constexpr (width > 8) {
+    i32v upper[kPlanes];
+    for (int i = 0; i < kPlanes; ++i) upper[i] = code[i] >> 8;
+    pack<8>(p, code);
+    pack<width - 8>(p + 8 * kLanes, upper);
+  } else if constexpr (width == 8) {
     for (int i = 0; i < kPlanes; ++i) store_bytes(p + kLanes * i, __builtin_convertvector(code[i], u8v));
   } else if constexpr (width <= 4) {
     Nibbles x = join(code, 0, -1);

@@ -90,13 +90,15 @@ def field(chunks, FIRST: tl.constexpr, BITS: tl.constexpr, p: tl.constexpr):
 
 @triton.jit
 def unpack(chunks, WIDTH: tl.constexpr, p: tl.constexpr):
-    """The codes of plane ``p``; 3, 5 and 6 bits are two fields, the low one first."""
+    """The codes of plane ``p``; 3, 5, 6 and 12 bits are two fields, the low one first."""
     if WIDTH == 3:
         return field(chunks, 0, 2, p) | (field(chunks, 2, 1, p) << 2)
     elif WIDTH == 5:
         return field(chunks, 0, 4, p) | (field(chunks, 4, 1, p) << 4)
     elif WIDTH == 6:
         return field(chunks, 0, 4, p) | (field(chunks, 4, 2, p) << 4)
+    elif WIDTH == 12:
+        return field(chunks, 0, 8, p) | (field(chunks, 8, 4, p) << 8)
     else:
         return field(chunks, 0, WIDTH, p)
 
@@ -124,6 +126,10 @@ def gather_codes(place, element, present, WIDTH: tl.constexpr):
     elif WIDTH == 6:
         return gather_field(place, element, present, 0, 4) | (
             gather_field(place, element, present, 4, 2) << 4
+        )
+    elif WIDTH == 12:
+        return gather_field(place, element, present, 0, 8) | (
+            gather_field(place, element, present, 8, 4) << 8
         )
     else:
         return gather_field(place, element, present, 0, WIDTH)
@@ -163,6 +169,9 @@ def store_codes(place, codes, present, borders, WIDTH: tl.constexpr, i: tl.const
     elif WIDTH == 6:
         store_field(place, codes, present, borders, 0, 4, 0, i)
         store_field(place, codes, present, borders, 4, 2, 4, i)
+    elif WIDTH == 12:
+        store_field(place, codes, present, borders, 0, 8, 0, i)
+        store_field(place, codes, present, borders, 8, 4, 8, i)
     else:
         store_field(place, codes, present, borders, 0, WIDTH, 0, i)
 

@@ -106,6 +106,7 @@ def _nonnegative(width: int) -> str:
 
 OPTIMIZERS = {
     "sgd": (sgd, {"momentum_buffer": "softsign4"}),
+    "12 bits": (sgd, {"momentum_buffer": "softsign12"}),
     "lion": (lion, {"exp_avg": "softsign5"}),
     "adagrad": (adagrad, {"sum": "adaptive_log4"}),
     "adamax": (adamax, {"exp_avg": "softsign4", "exp_inf": "adaptive_log3"}),
