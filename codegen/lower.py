@@ -112,6 +112,8 @@ def _operands(unit: StepGraph, elements: set[fx.Node]) -> list[KernelOperand]:
     operands = []
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         default = OperandKind.FLOATS if node in elements else OperandKind.SCALAR
+        if operand.role is Role.INTERMEDIATE and operand.number:
+            default = OperandKind.NUMBER
         kind = kinds.get(operand.role, default)
         width = 0
         if kind is OperandKind.CODES:
@@ -139,7 +141,7 @@ def _stored(unit: StepGraph) -> dict[str, Stored]:
 def _read(b: Builder, node: fx.Node, operand: Operand, elementwise: bool) -> Value | None:
     if operand.role in (Role.CODES, Role.SCALES, Role.KEY, Role.SUMS):
         return None
-    if operand.role is Role.SCALAR:
+    if operand.role is Role.SCALAR or (operand.role is Role.INTERMEDIATE and operand.number):
         return b.read("argument", node.name)
     return b.read("load" if elementwise else "load_scalar", node.name)
 
