@@ -239,7 +239,8 @@ def _samples(unit: StepGraph, live: Live, look: int, blocks: int) -> list[_Sampl
         if not len(rows):
             continue
         whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look, blocks)
-        inputs, scalars = [], []
+        inputs: list[Any] = []
+        scalars: list[float] = []
         for operand, node in zip(instance.operands, unit.placeholders, strict=True):
             if operand.returned >= 0:  # what the step makes is not read
                 inputs.append(0.0)
