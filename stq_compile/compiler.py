@@ -134,13 +134,21 @@ def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Gen
         graphs = [graph for unit in mine for graph in (unit, *unit.feeds)]
         target = backend_of(device).target(device)
         kernels = [lower_kernel(graph, target) for graph in graphs]
-        compiled = compile_kernels(kernels, device, dump)
+        distinct = {_text(kernel): kernel for kernel in reversed(kernels)}
+        built = compile_kernels(list(distinct.values()), device, dump)
+        found = dict(zip(distinct, built, strict=True))
+        compiled = [found[_text(kernel)] for kernel in kernels]
         made = iter([Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)])
         for unit in mine:
             whole = next(made)
             feeds = tuple(next(made) for _ in unit.feeds)
             units.append(dataclasses.replace(whole, feeds=feeds))
     return Generated(stages, units)
+
+
+def _text(kernel: Kernel) -> tuple[object, ...]:
+    """A kernel but for its name: those of a region that is traced for every shape may be equal."""
+    return kernel.operands, str(kernel).partition("(")[2]
 
 
 def compile_kernels(

@@ -255,7 +255,7 @@ def test_the_plan_keeps_to_a_budget_and_is_sharded() -> None:
 
 
 def test_verbs_on_muon() -> None:
-    """It has no kernel: every verb says what runs operator by operator, and why."""
+    """Two kernels for a matrix: every verb says what runs operator by operator, and why."""
     found = read("trace", *MUON)
     assert sum(i["role"] == "param" for i in found["inputs"]) == 50  # the matrices
     assert "_muon.py:" in found["graph"]
@@ -272,7 +272,8 @@ def test_verbs_on_muon() -> None:
         read(*arguments)
     for verb in ("facts", "kernels"):
         found = read(verb, *MUON)
-        assert not found[verb]
+        assert sum(row["tensors"] for row in found[verb]) == {"facts": 50, "kernels": 100}[verb]
+        assert all(region["cut"] for region in found["regions"])
         assert sum(region["tensors"] for region in found["regions"]) == 50
         assert all(region["states"] == ["momentum_buffer"] for region in found["regions"])
         code, text, _ = run(verb, *MUON)

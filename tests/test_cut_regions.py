@@ -164,6 +164,14 @@ def test_cut_at_few_bits_and_whole_at_32(cls: Any) -> None:
     assert 0 < distance(half, eager) < 0.01
 
 
+def test_shapes_share_kernels() -> None:
+    """Regions are traced for every shape; what is pointwise in them is the same."""
+    _, optimizer = train(Lamb, 3, precision=8, min_numel=64)
+    regions = last_step(optimizer).cut_regions
+    assert len(regions) == 3
+    assert len({id(bucket.unit.compiled) for r in regions for bucket in r.buckets}) == 2
+
+
 def test_states_have_the_formats_of_kernels() -> None:
     """What the update divides by a root is kept in units of that root."""
     _, optimizer = train(Lamb, precision={"m": 3, "v": 4}, min_numel=64)
