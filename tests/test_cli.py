@@ -131,7 +131,7 @@ def test_passes(target: tuple[str, ...]) -> None:
     rows = read("passes", *target)["passes"]
     names = [row["name"] for row in rows]
     assert names[0] == "expand_foreach"
-    assert names[-1] == "partition"
+    assert names[-1] == "feed"
     for row, after in itertools.pairwise(rows):
         assert row["nodes_after"] == after["nodes_before"]
         assert f" {row['name']} " in text
