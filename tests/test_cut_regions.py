@@ -141,7 +141,7 @@ def last_step(optimizer: torch.optim.Optimizer) -> CompiledStep:
     return max(session.compiled, key=lambda step: step.number)
 
 
-MAKERS = [Lamb, Clipped, Rotated, muon]
+MAKERS = [Lamb, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (Clipped, Rotated, muon))]
 
 
 @pytest.mark.parametrize("cls", MAKERS)
@@ -164,22 +164,19 @@ def test_cut_at_few_bits_and_whole_at_32(cls: Any) -> None:
     assert 0 < distance(half, eager) < 0.01
 
 
-def test_shapes_share_kernels() -> None:
-    """Regions are traced for every shape; what is pointwise in them is the same."""
-    _, optimizer = train(Lamb, 3, precision=8, min_numel=64)
+def test_states_have_the_formats_of_kernels() -> None:
+    """What the update divides by a root is kept in units of that root. Regions are traced for
+    every shape; what is pointwise in them is the same kernel."""
+    _, optimizer = train(Lamb, 3, precision={"m": 3, "v": 4}, min_numel=64)
     regions = last_step(optimizer).cut_regions
     assert len(regions) == 3
     assert len({id(bucket.unit.compiled) for r in regions for bucket in r.buckets}) == 2
-
-
-def test_states_have_the_formats_of_kernels() -> None:
-    """What the update divides by a root is kept in units of that root."""
-    _, optimizer = train(Lamb, precision={"m": 3, "v": 4}, min_numel=64)
     formats = {row.state: row.format for row in stq.report(optimizer).rows}
     assert formats["m"].startswith("midrise3")
     assert formats["v"].startswith("adaptive_log4")
 
 
+@pytest.mark.slow
 def test_the_planner_looks_at_what_numbers_cut() -> None:
     """And leaves alone what reaches the parameter by way of a product, or a mean of each row."""
     ours, optimizer = train(Lamb, 9, min_numel=64, interval=2)
@@ -197,6 +194,7 @@ def test_the_planner_looks_at_what_numbers_cut() -> None:
     assert planner.measured.keys() == {(2, "m"), (2, "v")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 def test_parameters_of_16_bits(rounding: Any) -> None:
     wide, _ = train(Lamb, 20)
@@ -288,6 +286,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_a_packed_run_that_is_resumed_ends_in_the_same_bits() -> None:
     params, optimizer = train(Lamb, 3, precision=4, min_numel=64)
     saved = copy.deepcopy(optimizer.state_dict())
