@@ -92,7 +92,8 @@ def lower(unit: StepGraph, *, resident: bool = False) -> Kernel:
     states = _stored(unit)
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         b.origin = f"{node.name}  {operand.role}"
-        passed = operand.role is Role.SCALAR and node.name not in there
+        number = operand.role is Role.INTERMEDIATE and operand.number
+        passed = number or (operand.role is Role.SCALAR and node.name not in there)
         env[node] = _read(b, node, operand, node in elements, passed)
     for node in unit.calls:
         where = location_of(node)
@@ -133,6 +134,8 @@ def _operands(unit: StepGraph, elements: set[fx.Node], resident: set[str]) -> li
     operands = []
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         default = OperandKind.FLOATS if node in elements else OperandKind.SCALAR
+        if operand.role is Role.INTERMEDIATE and operand.number:
+            default = OperandKind.NUMBER
         kind = default if node.name in resident else kinds.get(operand.role, default)
         width = 0
         if kind is OperandKind.CODES:

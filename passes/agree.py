@@ -100,11 +100,11 @@ def _uses(units: Sequence[StepGraph]) -> tuple[dict[State, set[Place]], set[Plac
     users: dict[State, set[Place]] = defaultdict(set)
     writers: set[Place] = set()
     for i, unit in enumerate(units):
-        for operand in (o for instance in unit.instances for o in instance.operands):
+        for part, operand in unit.rows():  # those of the rest of a cut region as well
             if operand.role is Role.STATE and operand.shape != () and operand.returned < 0:
                 key = operand.source.key
                 users[operand.source.param, key].add((i, key))
-                if operand.name in (unit.writes or ()):
+                if operand.name in (part.writes or ()):
                     writers.add((i, key))
     return users, writers
 

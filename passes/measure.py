@@ -34,6 +34,7 @@ from stq_compile.error_law import FACTORS, persistence
 from stq_compile.formats import FLOAT32, WIDTHS, Format, choose_format
 from stq_compile.halves import HALF_DTYPES
 from stq_compile.options import Rounding
+from stq_compile.passes.feed import without_feeds
 from stq_compile.passes.functionalize import DECOMPOSITIONS, fake_inputs
 from stq_compile.passes.normalizers import Differentiable
 from stq_compile.passes.ranges import base_name
@@ -74,8 +75,12 @@ SUMS = "sums"
 
 
 def measured_states(unit: StepGraph) -> list[Operand]:
-    """The states of a unit that a planner may choose a width for; none of a region."""
-    if unit.unfused:
+    """The states of a unit that a planner may choose a width for; none of a region.
+
+    Nor of one that was cut at more than numbers: what an error does beyond is not known.
+    """
+    between = any(o.role is Role.INTERMEDIATE and o.shape != () for o in unit.operands)
+    if unit.unfused or between:
         return []
     written = set(unit.writes or ())
     users = {n.name: bool(n.users) for n in unit.placeholders}
@@ -109,7 +114,7 @@ def with_packed_normalizers(program: Program, is_wide: Callable[[str, str], bool
             kept = {k: n for k, n in unit.facts.normalizers.items() if k not in raw_keys}
             facts = replace(unit.facts, normalizers=kept)
             name = f"{unit.name}_raw" if raw_keys else unit.name
-            units.append(unit.replace(name=name, facts=facts, instances=tuple(instances)))
+            units.append(without_feeds(unit.replace(name=name, facts=facts).of(instances)))
     return Program(program.optimizer, tuple(units))
 
 
@@ -237,6 +242,8 @@ def _measuring(unit: StepGraph, rounding: Rounding) -> StepGraph:
         graph=graph,
         instances=tuple(_with_sums(i) for i in unit.instances),
         writes=(SUMS,),
+        rest=None,
+        whole=None,
     )
 
 

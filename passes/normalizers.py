@@ -43,7 +43,7 @@ class Differentiable(fx.Interpreter):
 
 def find_normalizers(program: Program) -> Program:
     """Add ``normalizers`` to every unit's facts."""
-    return Program(program.optimizer, tuple(_find(unit) for unit in program.units))
+    return program.map(_find)
 
 
 def _find(unit: StepGraph) -> StepGraph:
@@ -98,6 +98,9 @@ def _probe(unit: StepGraph) -> list[Any]:
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
         if operand.role is Role.SCALAR or operand.shape == ():
             example = node.meta["example"]
+            if operand.role is Role.INTERMEDIATE:  # of which nothing is known
+                inputs.append(1.0 if operand.number else torch.ones((), dtype=torch.float64))
+                continue
             value = example.double() if operand.value is None else torch.tensor(operand.value)
             if operand.role is Role.SCALAR and value == 0:  # as a learning rate is in a warm-up
                 value = torch.tensor(NOT_ZERO)

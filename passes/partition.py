@@ -57,26 +57,34 @@ def why_instance_unfused(instance: Instance, widened: bool = False) -> str:
 
     ``widened``: 16-bit elements are computed on in float32 (`passes.widen`).
     """
-    dtypes = FLOAT_DTYPES if widened else {torch.float32}
     params = [o for o in instance.operands if o.role is Role.PARAM]
     if len(params) != 1:
         return f"it updates {len(params)} parameters together"
-    param = params[0]
-    for operand in instance.operands:
-        if operand.role not in (Role.PARAM, Role.GRAD, Role.STATE):
-            continue
-        what = f"the {operand.role} {operand.source}"
-        if operand.dtype not in dtypes:
-            return f"{what} is {operand.dtype}"
-        if operand.role is Role.STATE and operand.shape == ():
-            if operand.dtype != torch.float32 and param.shape != ():
-                return f"{what} is a scalar of {operand.dtype}"
-            continue
-        if operand.whole_shape != param.whole_shape:
-            shapes = operand.whole_shape, param.whole_shape
-            return f"{what} has the shape {shapes[0]}, the parameter {shapes[1]}"
-        if operand.role is Role.STATE and operand.stride != param.stride:
-            return f"{what} has the strides {operand.stride}, the parameter {param.stride}"
+    reasons = (why_operand_unfused(o, params[0], widened) for o in instance.operands)
+    return next(filter(None, reasons), "") or why_layout_unfused(params[0])
+
+
+def why_operand_unfused(operand: Operand, param: Operand, widened: bool = False) -> str:
+    """Why a kernel that walks ``param`` in memory order cannot reach an operand."""
+    if operand.role not in (Role.PARAM, Role.GRAD, Role.STATE):
+        return ""
+    what = f"the {operand.role} {operand.source}"
+    if operand.dtype not in (FLOAT_DTYPES if widened else {torch.float32}):
+        return f"{what} is {operand.dtype}"
+    if operand.role is Role.STATE and operand.shape == ():
+        if operand.dtype != torch.float32 and param.shape != ():
+            return f"{what} is a scalar of {operand.dtype}"
+        return ""
+    if operand.whole_shape != param.whole_shape:
+        shapes = operand.whole_shape, param.whole_shape
+        return f"{what} has the shape {shapes[0]}, the parameter {shapes[1]}"
+    if operand.role is Role.STATE and operand.stride != param.stride:
+        return f"{what} has the strides {operand.stride}, the parameter {param.stride}"
+    return ""
+
+
+def why_layout_unfused(param: Operand) -> str:
+    """Why no kernel walks a parameter."""
     if not is_dense(torch.empty_strided(param.shape, param.stride, device="meta")):
         return f"the memory of {param.source} is not dense (strides {param.stride})"
     return ""
@@ -124,11 +132,12 @@ def element_nodes(unit: StepGraph) -> set[fx.Node]:
     parameter), which is found by repeating until nothing changes.
     """
     elementwise = {Role.PARAM, Role.GRAD, Role.CODES, Role.SCALES}
+    shaped = {Role.STATE, Role.INTERMEDIATE}
     by_name = {n.name: n for n in unit.placeholders}
     elements: set[fx.Node] = {
         n
         for n, o in zip(unit.placeholders, unit.operands, strict=True)
-        if o.role in elementwise or (o.role is Role.STATE and o.shape != ())
+        if o.role in elementwise or (o.role in shaped and o.shape != ())
     }
     while True:
         for node in unit.calls:

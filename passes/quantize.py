@@ -40,7 +40,8 @@ QUANTIZE = torch.ops.stq.quantize.default
 def insert_quantize(program: Program, format_of: FormatOf, rounding: Rounding) -> Program:
     """One unit per template and assignment of formats, with its reads and writes quantized.
 
-    Regions stay as they are: their states are decoded before them and encoded after them.
+    Regions stay as they are: their states are decoded before them and encoded after them. One that
+    was cut is whole again where it has no packed state: it runs in the eager step's operators.
     """
     units = []
     for unit in program.units:
@@ -51,8 +52,11 @@ def insert_quantize(program: Program, format_of: FormatOf, rounding: Rounding) -
         for instance in unit.instances:
             groups[_assignment(instance, unit, format_of)].append(instance)
         for formats, instances in groups.items():
-            part = unit.replace(instances=tuple(instances))
-            units.append(_insert(part, formats, rounding))
+            part = unit.of(instances)
+            if part.whole is not None and not any(formats):
+                units.append(part.whole)
+            else:
+                units.append(_insert(part, formats, rounding))
     return Program(program.optimizer, tuple(units))
 
 

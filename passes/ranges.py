@@ -32,7 +32,7 @@ NONNEGATIVE: Interval = (0.0, INF)
 
 def find_ranges(program: Program) -> Program:
     """Add ``nonnegative`` and ``fragile`` to every unit's facts."""
-    return Program(program.optimizer, tuple(_analyse(unit) for unit in program.units))
+    return program.map(_analyse)
 
 
 def _analyse(unit: StepGraph) -> StepGraph:

@@ -38,7 +38,7 @@ ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 def find_recurrences(program: Program) -> Program:
     """Add ``recurrences`` and ``copies`` to every unit's facts."""
-    return Program(program.optimizer, tuple(_find(unit) for unit in program.units))
+    return program.map(_find)
 
 
 def _find(unit: StepGraph) -> StepGraph:

@@ -22,7 +22,7 @@ def check_program(program: Program) -> None:
     for _, operand in program.operands():
         if operand.role in (Role.PARAM, Role.GRAD):
             check_device(operand.device, operand.source)
-    for unit in program.units:
+    for unit in (unit.region or unit for unit in program.units):
         _check_created(unit, program.optimizer)
         for node in unit.calls:
             target = node.target

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from stq_compile.compiler import (
     generate_measuring,
     measuring_program,
 )
+from stq_compile.cut_regions import CutRegion
 from stq_compile.dump import Dump
 from stq_compile.errors import FormatMismatchError, PartialStepError, first_line
 from stq_compile.failures import reporting_defects
@@ -138,6 +140,7 @@ class CompiledStep:
         self.buckets: list[Bucket] = []
         self.recorded: list[list[Bucket]] = []  # those whose tables a CUDA graph may hold
         self.regions: list[Region] = []
+        self.cut_regions: list[CutRegion] = []
         self.measured: Program | None = None
         self.measuring: list[MeasuringBucket] | None = None
         self.created: list[Operand] = []
@@ -183,7 +186,7 @@ class CompiledStep:
         """Bring the states into the formats generated for, and use these from the next step on."""
         self._move_counters()
         self._commit(self._wanted(), codec)
-        self._build_buckets(generated.units)
+        self._build_buckets(generated)
         self.stages = [*self.front, *generated.stages[1:]]
 
     def release(self, gm: fx.GraphModule) -> None:
@@ -291,17 +294,21 @@ class CompiledStep:
         )
         put(state)
 
-    def _build_buckets(self, units: list[Unit]) -> None:
+    def _build_buckets(self, generated: Generated) -> None:
+        codec, params = self.session.codec, self._params
         if self.session.recorded:
             self.recorded = [*self.recorded, self.buckets]
-        self.buckets = [Bucket(unit, self._resolve) for unit in units]
-        self.regions = [
-            Region(
-                unit, self._resolve, partial(self._width_of, unit), self.session.codec, self._params
-            )
-            for unit in self.program.units
-            if unit.unfused
-        ]
+        self.buckets, self.regions, self.cut_regions = [], [], []
+        for unit in generated.units:
+            if unit.graph.rest is None:
+                self.buckets.append(Bucket(unit, self._resolve))
+            else:
+                width_of = partial(self._width_of, unit.graph.rest)
+                self.cut_regions.append(CutRegion(unit, self._resolve, width_of, codec, params))
+        for graph in generated.stages[-1].program.units:
+            if graph.unfused:
+                width_of = partial(self._width_of, graph)
+                self.regions.append(Region(graph, self._resolve, width_of, codec, params))
         self.measuring = None
         self.created = [operand for _, operand in self._created_by()]
         self._formats = {
@@ -334,7 +341,8 @@ class CompiledStep:
 
     def _resolve(self, operand: Operand) -> Any:
         key = operand.source.key
-        if operand.returned >= 0 or operand.role is Role.SUMS or key == PARAM_ROUNDING:
+        made = operand.role in (Role.SUMS, Role.INTERMEDIATE)
+        if operand.returned >= 0 or made or key == PARAM_ROUNDING:
             return None
         if key == PARAM_ERROR:
             return self.session.errors[operand.source.param]
@@ -359,7 +367,7 @@ class CompiledStep:
             hold()  # whole from here on; nothing below takes memory, but for regions
             session.changing = True
             written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
-            self._launch_regions()
+            self._launch_regions(step)
             torch.autograd.graph.increment_version(written)  # autograd must see that they changed
             session.steps += 1
             session.changing = False
@@ -376,14 +384,18 @@ class CompiledStep:
         found = [[bucket.replayed() for bucket in each] for each in (*self.recorded, self.buckets)]
         return sum(max(counts, default=0) for counts in found)
 
-    def _launch_regions(self) -> None:
+    def _launch_regions(self, step: int) -> None:
         """One parameter after the other, each of them whole or not at all."""
         done = sum(len(bucket.instances) for bucket in self.buckets)
-        total = done + sum(len(region.rows) for region in self.regions)
+        total = done + sum(len(region.instances) for region in self.regions)
+        total += sum(len(region.instances) for region in self.cut_regions)
+        steps = self.session.steps
         try:
-            for region in self.regions:
-                for _ in region.launch(self.session.steps):
-                    done += 1
+            for _ in chain(
+                *(region.launch(steps) for region in self.regions),
+                *(region.launch(steps, step) for region in self.cut_regions),
+            ):
+                done += 1
         except Exception as error:
             if done == 0:
                 self.session.changing = False
@@ -400,7 +412,8 @@ class CompiledStep:
         out, unless other processes wait for its sums.
         """
         session = self.session
-        planner = session.planner if self.buckets and not session.recorded else None
+        kernels = self.buckets or self.cut_regions
+        planner = session.planner if kernels and not session.recorded else None
         if planner is None or not planner.due(session.steps + 1):
             return False
         try:
@@ -416,6 +429,8 @@ class CompiledStep:
             bucket.fill(args, created)
         for region in self.regions:
             region.fill(args, created)
+        for cut_region in self.cut_regions:
+            cut_region.fill(args, created)
 
     def _shared_results(self, args: Sequence[Any]) -> dict[int, Any]:
         """The step's new numbers, by output position; from its inputs before they change."""
@@ -446,16 +461,20 @@ class CompiledStep:
                 units = self._measuring_units()
             self.measuring = [MeasuringBucket(unit, self._resolve) for unit in units]
         sums: Sums = {}
+        numbers = {k: v for region in self.cut_regions for k, v in region.numbers().items()}
         for bucket in self.measuring:
             bucket.fill(args, created)
+            bucket.place(numbers)
             sums |= bucket.look(planner.looks)
         calibrating = planner.calibrating
         params, rounding = session.params(), session.options.rounding
 
         def live_now(operand: Operand) -> Any:
+            if operand.role is Role.INTERMEDIATE:
+                return numbers[operand.source.param, operand.name]
             return live(operand, self._resolve(operand), args)
 
-        program, seed = self.planned_program, session.seed
+        program, seed = _measurable(self.planned_program, sums), session.seed
         direct = measure_in_turn(program, planner, live_now, len(params), seed, rounding)
         for param, row in direct.items():
             sums[param] |= row
@@ -493,3 +512,14 @@ class CompiledStep:
         if operand.region is None:
             return state
         return wrap(state, self.session.params()[operand.source.param])
+
+
+def _measurable(program: Program, sums: Sums) -> Program:
+    """The program without the parameters of cut regions that were not looked at."""
+    units = []
+    for unit in program.units:
+        if unit.rest is not None:
+            unit = unit.of([i for i in unit.instances if i.param.source.param in sums])
+        if unit.instances:
+            units.append(unit)
+    return Program(program.optimizer, tuple(units))

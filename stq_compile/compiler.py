@@ -6,6 +6,7 @@ again, without Dynamo, whenever the widths change.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,9 @@ from stq_compile.codegen.target import CPU, Target
 from stq_compile.codegen.verify import verify_kernel
 from stq_compile.options import Options, ParamRounding, Rounding
 from stq_compile.passes.compensate import compensate
+from stq_compile.passes.cut import cut
 from stq_compile.passes.expand_foreach import expand_foreach
+from stq_compile.passes.feed import feed
 from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.passes.measure import measure
@@ -43,6 +46,7 @@ FRONT: Sequence[Pass] = (
     Pass("fold", fold),
     Pass("widen", widen),
     Pass("functionalize", partial(functionalize, why_not=why_not)),
+    Pass("cut", partial(cut, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),
     Pass("recurrences", find_recurrences),
@@ -69,16 +73,18 @@ def back(
         *PARAM_PASSES[param_rounding],
         Pass("quantize", partial(insert_quantize, format_of=format_of, rounding=rounding)),
         Pass("partition", partition),
+        Pass("feed", feed),
     )
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One template at one assignment of formats, compiled."""
+    """One template at one assignment of formats, compiled, and the kernels that feed its rest."""
 
     graph: StepGraph
     kernel: Kernel
     compiled: Executable
+    feeds: tuple[Unit, ...] = ()
 
 
 def analyse(program: Program, options: Options, dump: Path | None = None) -> list[Stage]:
@@ -121,15 +127,28 @@ def generate_measuring(
 
 def _compile(program: Program, passes: Sequence[Pass], dump: Path | None) -> Generated:
     stages = run_passes(program, passes, dump=dump)
-    graphs = [unit for unit in stages[-1].program.units if not unit.unfused]
+    fused = [unit for unit in stages[-1].program.units if not unit.unfused]
     units: list[Unit] = []
-    for device in dict.fromkeys(graph.device for graph in graphs):
-        mine = [graph for graph in graphs if graph.device == device]
+    for device in dict.fromkeys(unit.device for unit in fused):
+        mine = [unit for unit in fused if unit.device == device]
+        graphs = [graph for unit in mine for graph in (unit, *unit.feeds)]
         target = backend_of(device).target(device)
-        kernels = [lower_kernel(graph, target) for graph in mine]
-        compiled = compile_kernels(kernels, device, dump)
-        units += [Unit(*parts) for parts in zip(mine, kernels, compiled, strict=True)]
+        kernels = [lower_kernel(graph, target) for graph in graphs]
+        distinct = {_text(kernel): kernel for kernel in reversed(kernels)}
+        built = compile_kernels(list(distinct.values()), device, dump)
+        found = dict(zip(distinct, built, strict=True))
+        compiled = [found[_text(kernel)] for kernel in kernels]
+        made = iter([Unit(*parts) for parts in zip(graphs, kernels, compiled, strict=True)])
+        for unit in mine:
+            whole = next(made)
+            feeds = tuple(next(made) for _ in unit.feeds)
+            units.append(dataclasses.replace(whole, feeds=feeds))
     return Generated(stages, units)
+
+
+def _text(kernel: Kernel) -> tuple[object, ...]:
+    """A kernel but for its name: those of a region that is traced for every shape may be equal."""
+    return kernel.operands, str(kernel).partition("(")[2]
 
 
 def compile_kernels(

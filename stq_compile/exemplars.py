@@ -178,7 +178,9 @@ def extend(
         NotExemplaryError: two exemplars of a class differ, or a component is not of one parameter.
     """
 
-    def extended(unit: StepGraph) -> StepGraph:
+    def extended(unit: StepGraph | None) -> StepGraph | None:
+        if unit is None:
+            return None
         rows = {instance.param.source.param: instance for instance in unit.instances}
         found: dict[int, Instance] = {}
         for members in classes:
@@ -186,11 +188,15 @@ def extend(
             if captured:
                 _prove_alike(unit, captured, len(members[:exemplars]))
                 found |= {n: rows.get(n) or _moved(captured[0], sources[n]) for n in members}
-        return unit.replace(instances=tuple(found[n] for n in sorted(found)))
+        return unit.replace(
+            instances=tuple(found[n] for n in sorted(found)),
+            plain=extended(unit.plain),
+            rest=extended(unit.rest),
+            whole=extended(unit.whole),
+        )
 
-    units = [extended(unit) for unit in program.units]
-    units = [u if u.plain is None else u.replace(plain=extended(u.plain)) for u in units]
-    return Program(program.optimizer, tuple(units))
+    units = map(extended, program.units)
+    return Program(program.optimizer, tuple(unit for unit in units if unit is not None))
 
 
 def _prove_alike(unit: StepGraph, captured: Sequence[Instance], expected: int) -> None:

@@ -88,24 +88,29 @@ class Inspection:
         """One row per kernel, its source included; see `stq_compile.kernels.kernel_row`."""
         rows = []
         with reporting_defects(self.session, self.captured.program):
-            for graph in (unit for unit in self.quantized.units if not unit.unfused):
+            parts = (part for unit in self.quantized.units for part in unit.parts)
+            for graph in (part for part in parts if not part.unfused):
                 with self.progress(f"kernel {graph.name} for {target.name}"):
                     rows.append(kernel_row(graph, target))
         return rows
 
     def regions(self) -> list[dict[str, Any]]:
-        """Templates that run operator by operator, outside of kernels: their states, and why."""
+        """Templates that run operator by operator, outside of kernels: their states, and why.
+
+        ``cut`` ones have kernels for what is pointwise in them.
+        """
         return [
             {
                 "template": unit.name,
                 "tensors": len(unit.instances),
                 "states": sorted(
-                    {o.source.key for o in unit.operands if o.role is Role.STATE and o.shape != ()}
+                    {o.source.key for _, o in unit.rows() if o.role is Role.STATE and o.shape != ()}
                 ),
-                "reason": unit.unfused,
+                "reason": unit.region.unfused,
+                "cut": unit.rest is not None,
             }
             for unit in self.front.units
-            if unit.unfused
+            if unit.region is not None
         ]
 
     def states(self, options: Options | None = None) -> list[tuple[Operand, Format]]:

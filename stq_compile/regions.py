@@ -15,7 +15,8 @@ for LLM training", 2025). So results are those of one process, whatever the oper
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from stq_compile.codec import CompiledCodec
 from stq_compile.half_params import HalfParams
 from stq_compile.halves import HALF_DTYPES
 from stq_compile.packed_state import PackedState, in_order_of
+from stq_compile.passes.in_place import reuse_memory
 from stq_compile.runtime import Resolve, changed, live
 from stq_compile.shards import local, part_of, whole_of
 from stq_compile.step_graph import Instance, Operand, Role, StepGraph, set_device
@@ -50,8 +52,8 @@ class Cell(NamedTuple):
 
         ``halves``: of a widened graph, which takes float32 in place of 16 bits.
         """
-        if self.operand.returned >= 0:
-            return None  # a state that the step makes is only written
+        if self.operand.returned >= 0 or self.operand.role is Role.INTERMEDIATE:
+            return None  # what the step makes is only written
         value = self._decoded(codec, halves)
         if self.operand.region is None:
             return value
@@ -79,6 +81,20 @@ class Cell(NamedTuple):
         return encoded_as(self.value.packed, values, width, before, whole, codec)
 
 
+class Changes(NamedTuple):
+    """All that a region is about to change, computed."""
+
+    encoded: list[Replacement]
+    plain: list[tuple[Tensor, Tensor]]
+
+    def make(self) -> None:
+        """Takes no memory."""
+        for replacement in self.encoded:
+            PackedStorage.replace(replacement)
+        for target, value in self.plain:
+            target.copy_(value)
+
+
 class Region:
     """One unfused graph and its rows of tensors."""
 
@@ -89,19 +105,24 @@ class Region:
         width_of: Callable[[Operand], int],
         codec: CompiledCodec,
         params: HalfParams,
+        modules: Mapping[str, torch.nn.Module] = MappingProxyType({}),
     ) -> None:
         """``width_of``: of states that get their format when they are first written; ``params``
-        reads and rounds 16-bit parameters where the unit is widened."""
+        reads and rounds 16-bit parameters where the unit is widened; ``modules`` are those that the
+        graph calls."""
         unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
         self.width_of = width_of
         self.codec = codec
         self.halves = params if unit.widened else None
-        self.module = fx.GraphModule({}, copy.deepcopy(unit.graph))
+        self.instances = unit.instances
+        self.module = fx.GraphModule(dict(modules), copy.deepcopy(unit.graph))
         for node in self.module.graph.nodes:
             set_device(node, unit.device)
+        reuse_memory(self.module.graph)
         self.module.recompile()
+        self.reads = [bool(node.users) for node in unit.placeholders]
         self.numbers = [
             isinstance(n.meta.get("val"), (torch.SymFloat, torch.SymInt)) for n in unit.placeholders
         ]
@@ -123,6 +144,9 @@ class Region:
     ) -> list[Cell]:
         row: list[Cell] = []
         for operand, number in zip(instance.operands, self.numbers, strict=True):
+            if operand.role is Role.INTERMEDIATE:
+                row.append(Cell(operand, None))
+                continue
             if operand.value is not None:
                 row.append(Cell(operand, operand.value))
                 continue
@@ -144,18 +168,30 @@ class Region:
         ``step`` counts the steps before.
         """
         rows, self.rows = self.rows, []
-        for instance, row in zip(self.unit.instances, rows, strict=True):
+        for instance, row in zip(self.instances, rows, strict=True):
             with torch.no_grad():
                 self._run(row, step)
             yield instance
 
     def _run(self, row: list[Cell], step: int) -> None:
         """Update one parameter: whatever takes memory first, then all that changes."""
-        results = self.module(*(cell.read(self.codec, self.halves) for cell in row))
+        self.changes(row, self.compute(row), step).make()
+
+    def compute(self, row: list[Cell]) -> tuple[Any, ...]:
+        """The graph's results; nothing is changed."""
+        inputs = (
+            cell.read(self.codec, self.halves) if read else None
+            for cell, read in zip(row, self.reads, strict=True)
+        )
+        results: tuple[Any, ...] = self.module(*inputs)
+        return results
+
+    def changes(self, row: list[Cell], results: tuple[Any, ...], step: int) -> Changes:
+        """What the results are to become, encoded and rounded."""
         encoded: list[Replacement] = []
         plain: list[tuple[Tensor, Tensor]] = []
         for cell in row:
-            if cell.operand.name not in self.outputs:
+            if cell.operand.name not in self.outputs or cell.operand.role is Role.INTERMEDIATE:
                 continue
             whole = results[self.outputs[cell.operand.name]]
             if isinstance(cell.value, PackedState):
@@ -167,10 +203,7 @@ class Region:
                 encoded += [] if new.error is None else [new.error]
             else:
                 plain.append((cell.value, cell.part(whole).to(cell.value.dtype)))
-        for replacement in encoded:
-            PackedStorage.replace(replacement)
-        for target, value in plain:
-            target.copy_(value)
+        return Changes(encoded, plain)
 
 
 def _check(operand: Operand, value: Any) -> None:

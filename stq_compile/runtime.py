@@ -9,7 +9,7 @@ of microseconds for a hundred tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,12 +28,16 @@ from stq_compile.formats import BLOCK, Format, block_count
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import slots_of
 from stq_compile.rounding import stream_id, stream_key
-from stq_compile.shards import gradient, local
+from stq_compile.shards import gradient, local, part_of
 from stq_compile.step_graph import Instance, Operand, Role
 from stq_compile.storage import PackedStorage
 
 Resolve = Callable[[Operand], Any]
 """The live object of an operand: a tensor, a packed state, or an argument of the call."""
+
+
+Place = tuple[int, str]
+"""Number of a parameter, and name of one of its intermediates."""
 
 
 @dataclass
@@ -131,12 +135,18 @@ class Bucket:
         """
         self.copies: list[tuple[Tensor, Tensor]] = []
         for column in self.columns:
+            if column.role is Role.INTERMEDIATE:
+                continue  # made later
             if column.packed:
                 self._fill_packed(column, args)
             elif column.kind is OperandKind.NUMBER:
                 self._fill_numbers(column, args)
             elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
                 self._fill_tensors(column, args, created)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Take what memory a run needs."""
         self.run.prepare()
 
     @cached_property
@@ -148,6 +158,10 @@ class Bucket:
         """Update every tensor; returns the ordinary tensors that were written and that autograd
         watches. Takes no memory."""
         self.run(step)
+        return self.finish()
+
+    def finish(self) -> list[Tensor]:
+        """What `launch` returns, after every tensor was updated."""
         written = [t for c in self.columns if c.written for t in c.tensors]
         for original, copy in self.copies:
             if any(t is copy for t in written):
@@ -238,6 +252,60 @@ class Bucket:
         return copy
 
 
+class RowBucket(Bucket):
+    """A bucket whose tensors are updated one after the other, each with its own intermediates."""
+
+    def __init__(self, unit: Unit, resolve: Resolve) -> None:
+        super().__init__(unit, resolve)
+        self.held: list[Tensor] = []
+        self.between = [c for c in self.columns if c.role is Role.INTERMEDIATE]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """One call of the kernel for each row."""
+        rows = range(len(self.instances))
+        return [self.unit.compiled.bind(self.table[r : r + 1]) for r in rows]
+
+    def prepare(self) -> None:
+        """Nothing yet: rows are completed one by one."""
+
+    def place(self, row: int, values: Mapping[str, Any], made: Mapping[str, Tensor]) -> None:
+        """Complete a row, and take the memory that it needs.
+
+        Args:
+            row: of the table.
+            values: intermediates that the kernel reads, whole; numbers or tensors.
+            made: those that it is to write, in the layout of the parameter here.
+        """
+        for column in self.between:
+            operand = column.operands[row]
+            if column.kind is OperandKind.NUMBER:
+                self.numbers[row, column.index] = float(values[operand.name])
+                continue
+            tensor = made.get(operand.name)
+            if tensor is None:
+                tensor = _laid_out(values[operand.name], operand)
+            self.held.append(tensor)
+            self.table[row, column.index] = tensor.data_ptr()
+        self.runs[row].prepare()
+
+    def launch_row(self, row: int, step: int) -> None:
+        """Update one tensor; takes no memory."""
+        self.runs[row](step)
+        self.held.clear()
+
+
+def _laid_out(value: Tensor, operand: Operand) -> Tensor:
+    """This process's part of a value, in the operand's memory order."""
+    part = value if operand.region is None else part_of(value, operand.region)
+    if part.stride() == operand.stride:
+        return part
+    ordered = torch.empty_strided(
+        operand.shape, operand.stride, dtype=part.dtype, device=part.device
+    )
+    return ordered.copy_(part)
+
+
 class MeasuringBucket(Bucket):
     """The tensors of one measuring unit; its kernel samples their blocks and writes only sums."""
 
@@ -253,12 +321,27 @@ class MeasuringBucket(Bucket):
             self.sums.ctypes.data + r * row for r in range(len(self.instances))
         ]  # fmt: skip
         self.strides = [sampling_stride(block_count(p.numel)) for p in self.params]
+        self.known = [True] * len(self.params)
+
+    def place(self, values: Mapping[Place, Any]) -> None:
+        """Fill in the intermediates of the parameters that have them now."""
+        for column in (c for c in self.columns if c.role is Role.INTERMEDIATE):
+            column.tensors = []
+            for row, (operand, param) in enumerate(zip(column.operands, self.params, strict=True)):
+                value = values.get((operand.source.param, operand.name))
+                self.known[row] = value is not None
+                if column.kind is OperandKind.NUMBER:
+                    self.numbers[row, column.index] = 1.0 if value is None else float(value)
+                    continue
+                tensor = torch.ones((), device=param.device) if value is None else value
+                column.tensors.append(tensor)
+                self.table[row, column.index] = tensor.data_ptr()
 
     def look(self, number: int) -> dict[int, dict[str, float]]:
         """The sums of every parameter, by its number; look ``number`` decides which blocks.
 
-        ``SPOILED`` is above 0 for a parameter whose gradient is not finite there: its sums lack
-        the blocks that such elements spoil.
+        Not of those whose intermediates are not known. ``SPOILED`` is above 0 for a parameter
+        whose gradient is not finite there: its sums lack the blocks that such elements spoil.
         """
         self.table[:, -2] = self.strides
         self.table[:, -1] = [number % stride for stride in self.strides]
@@ -273,10 +356,11 @@ class MeasuringBucket(Bucket):
                 samples = zip(column.tensors, firsts, self.strides, strict=True)
                 finite = [_is_finite(*sample) for sample in samples]
         self.release()
-        rows = zip(self.params, self.sums.tolist(), finite, strict=True)
+        rows = zip(self.params, self.sums.tolist(), finite, self.known, strict=True)
         return {
             p.source.param: {**dict(zip(self.slots, row, strict=True)), SPOILED: float(not ok)}
-            for p, row, ok in rows
+            for p, row, ok, known in rows
+            if known
         }
 
 

@@ -143,13 +143,14 @@ def _note(session: Session) -> str:
     """What does not run in kernels, and why."""
     lines = [f"Steps run eagerly: {session.eager_reason}"] if session.eager_reason else []
     reasons = {
-        unit.unfused: len(unit.instances)
+        (region.unfused, unit.rest is not None): len(unit.instances)
         for step in session.compiled
         for unit in step.program.units
-        if unit.unfused
+        if (region := unit.region) is not None
     }
     lines += [
-        f"Outside of kernels, operator by operator ({count} parameters): {reason}"
-        for reason, count in reasons.items()
+        f"{'Between' if cut else 'Outside of'} kernels, operator by operator "
+        f"({count} parameters): {reason}"
+        for (reason, cut), count in reasons.items()
     ]
     return "\n".join(lines)

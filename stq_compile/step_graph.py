@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,7 +36,10 @@ PARAM_ROUNDING = "param_rounding"
 
 
 class Role(enum.StrEnum):
-    """What a graph input is, found from the identity of the tensor and never from its name."""
+    """What a graph input is, found from the identity of the tensor and never from its name.
+
+    ``INTERMEDIATE``: made in the step, between kernels and what runs by operators (`passes.cut`).
+    """
 
     PARAM = "param"
     GRAD = "grad"
@@ -46,6 +49,7 @@ class Role(enum.StrEnum):
     SCALES = "scales"
     KEY = "key"
     SUMS = "sums"
+    INTERMEDIATE = "intermediate"
 
 
 @dataclass(frozen=True, order=True)
@@ -194,6 +198,10 @@ class StepGraph:
     runs: the same function in the eager step's own operators, which round as eager does, while
     ``graph`` is decomposed for the passes to look at. ``widened``: the graph is traced in float32,
     although the parameter has 16 bits (`passes.widen`).
+
+    A region may be *cut* (`passes.cut`). The unit is then its kernel, ``rest`` is what remains to
+    be run by operators, and ``whole`` the region as it was; both have the same parameters.
+    ``feeds`` are further kernels, which make what the rest reads (`passes.feed`).
     """
 
     name: str
@@ -206,6 +214,9 @@ class StepGraph:
     unfused: str = ""
     plain: StepGraph | None = None
     widened: bool = False
+    rest: StepGraph | None = None
+    whole: StepGraph | None = None
+    feeds: tuple[StepGraph, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -246,8 +257,50 @@ class StepGraph:
     def replace(self, **changes: Any) -> StepGraph:
         return dataclasses.replace(self, **changes)
 
+    def of(self, instances: Collection[Instance]) -> StepGraph:
+        """The unit for some of its parameters, with what belongs to it."""
+        params = {instance.param.source for instance in instances}
+
+        def kept(part: StepGraph | None) -> StepGraph | None:
+            if part is None:
+                return None
+            return part.of([i for i in part.instances if i.param.source in params])
+
+        return self.replace(
+            instances=tuple(instances),
+            plain=kept(self.plain),
+            rest=kept(self.rest),
+            whole=kept(self.whole),
+        )
+
+    @property
+    def region(self) -> StepGraph | None:
+        """The region that the unit is, or was before it was cut; None for a kernel."""
+        return self if self.unfused else self.whole
+
+    @property
+    def parts(self) -> tuple[StepGraph, ...]:
+        """All graphs that run in a step for its parameters: kernels, and what is none."""
+        return (*self.feeds, *(() if self.rest is None else (self.rest,)), self)
+
+    def rows(self) -> Iterator[tuple[StepGraph, Operand]]:
+        """Every operand of every instance that is none of the step's own, with its graph.
+
+        What the rest shares with the kernel is the kernel's.
+        """
+        own = [o for i in self.instances for o in i.operands if o.role is not Role.INTERMEDIATE]
+        yield from ((self, operand) for operand in own)
+        if self.rest is not None:
+            known = {(o.role, o.source) for o in own}
+            for operand in (o for instance in self.rest.instances for o in instance.operands):
+                if (
+                    operand.role is not Role.INTERMEDIATE
+                    and (operand.role, operand.source) not in known
+                ):
+                    yield self.rest, operand
+
     def __str__(self) -> str:
-        return print_graph(self)
+        return "\n\n".join(print_graph(part) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -263,12 +316,19 @@ class Program:
     def operands(self) -> Iterator[tuple[StepGraph, Operand]]:
         """Every operand of every instance, with its unit."""
         for unit in self.units:
-            for instance in unit.instances:
-                yield from ((unit, operand) for operand in instance.operands)
+            yield from unit.rows()
+
+    def map(self, function: Callable[[StepGraph], StepGraph]) -> Program:
+        """The function's result for every unit, and for the region that a cut one was."""
+        units = (
+            unit if unit.whole is None else unit.replace(whole=function(unit.whole))
+            for unit in self.units
+        )
+        return Program(self.optimizer, tuple(map(function, units)))
 
     @property
     def nodes(self) -> int:
-        return sum(len(unit.calls) for unit in self.units)
+        return sum(len(part.calls) for unit in self.units for part in unit.parts)
 
 
 def set_device(node: fx.Node, device: torch.device) -> None:
@@ -293,10 +353,10 @@ def location_of(node: fx.Node) -> str:
 
 def verify(program: Program, stage: str) -> None:
     """Check what every stage must keep; raises `InvalidGraphError` with the graph printed."""
-    for unit in program.units:
-        reason = _defect(unit)
+    for part in (part for unit in program.units for part in unit.parts):
+        reason = _defect(part)
         if reason:
-            raise InvalidGraphError(stage=stage, reason=reason, graph=str(unit))
+            raise InvalidGraphError(stage=stage, reason=reason, graph=print_graph(part))
 
 
 def _defect(unit: StepGraph) -> str:
@@ -353,6 +413,8 @@ def _call(node: fx.Node) -> str:
     if node.op == "call_method":
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     target: Any = node.target
+    if node.op == "call_module":
+        return f"{target}({', '.join(args)})"
     name = str(target) if isinstance(target, torch._ops.OpOverload) else _get_qualified_name(target)
     if isinstance(target, torch._ops.OpOverload):
         name = f"torch.ops.{name}"

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks", "codec", "collective", "failures", "graph_text", "runtime"),
     ("half_params", "nonfinite"),
     ("regions",),
+    ("cut_regions",),
     ("compiled_step",),
     ("reporting", "reporting.*"),
     ("session",),

@@ -196,13 +196,14 @@ def print_code(text: str, language: str) -> None:
 
 
 def print_regions(found: Inspection) -> None:
-    """What runs operator by operator, and why: no kernel is made of it, and no fact proved."""
+    """What runs operator by operator, and why: of what is not cut nothing is proved."""
     for region in found.regions():
         states = ", ".join(region["states"]) or "no state"
         many = "" if region["tensors"] == 1 else "s"
         console.print(
             f"{region['template']} ({region['tensors']} tensor{many}; {states}) runs operator by "
-            f"operator on decoded states: {region['reason']}",
+            f"operator {'between kernels' if region['cut'] else 'on decoded states'}: "
+            f"{region['reason']}",
             markup=False,
         )
 

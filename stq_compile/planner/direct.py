@@ -239,8 +239,12 @@ def _samples(unit: StepGraph, live: Live, look: int, blocks: int) -> list[_Sampl
         if not len(rows):
             continue
         whole, (rows, places) = len(rows), _local_rows(instance.param, rows, look, blocks)
-        inputs, scalars = [], []
+        inputs: list[Any] = []
+        scalars: list[float] = []
         for operand, node in zip(instance.operands, unit.placeholders, strict=True):
+            if operand.returned >= 0:  # what the step makes is not read
+                inputs.append(0.0)
+                continue
             value = live(operand) if operand.value is None else operand.value
             if operand.role is Role.SCALAR or operand.shape == ():
                 inputs.append(_scalar(node, operand, value))

@@ -108,7 +108,8 @@ def _templates(step: CompiledStep) -> Iterator[Template]:
 
 def _kernels(step: CompiledStep) -> Iterator[KernelInfo]:
     templates = [unit.name for unit in step.program.units]
-    for bucket in step.buckets:
+    cut = (bucket for region in step.cut_regions for bucket in region.buckets)
+    for bucket in (*step.buckets, *cut):
         unit = bucket.unit
         yield KernelInfo(
             unit.kernel.name,
