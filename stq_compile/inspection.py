@@ -102,6 +102,7 @@ class Inspection:
                 "states": sorted(
                     {o.source.key for o in unit.operands if o.role is Role.STATE and o.shape != ()}
                 ),
+                "matrices": dict(sorted(unit.facts.matrices.items())),
                 "reason": unit.unfused,
             }
             for unit in self.front.units
