@@ -65,7 +65,8 @@ that are rounded at random does where levels are coarser than scales, the next s
 by one of its steps, for ever: exponential growth (design/0008)."""
 
 RANGE_SUMS = ("end_update", "end_effect", "end_stored", "end_old", "end_fed")
-"""Of a non-negative average, sums over the elements at the end of their block's range, or below:
+"""Of a non-negative average, sums over the elements at the end of their block's range, or below,
+that have a gradient (of a row that no example touched, the mean says nothing about the state):
 squares of the update, and of what a relative error of 1 does to it; what they are stored as at 8
 bits or fewer, what they are, and what they are averages of."""
 
@@ -318,7 +319,7 @@ class _Tracer:
             named[f"{state.key}:error_{width}"] = squared(error)
         averages = recurrence is not None and recurrence.kind == "average"
         if averages and state.key in self.unit.facts.nonnegative:
-            named |= self._at_the_end(state.key, old, new, update, squared, scalars)
+            named |= self._at_the_end(state.key, args, new, update, squared, scalars)
         values = torch.ops.stq.factors(old, new, args[self.grad])
         named |= {f"{state.key}:{n}": v for n, v in zip(FACTORS, values, strict=True)}
         return named
@@ -326,15 +327,17 @@ class _Tracer:
     def _at_the_end(
         self,
         key: str,
-        old: Tensor,
+        args: tuple[Any, ...],
         new: Tensor,
         update: Tensor,
         squared: Callable[[Tensor], Tensor],
         scalars: Scalars,
     ) -> dict[str, Tensor]:
-        """Sums over the elements at the end of their block's range, or below (`RANGE_SUMS`)."""
-        end = torch.ops.stq.range_end(old)
-        there, nothing = end > 0, torch.zeros_like(old)
+        """`RANGE_SUMS`."""
+        old = args[self.states[key].position]
+        nothing = torch.zeros_like(old)
+        end = torch.where(args[self.grad] != 0, torch.ops.stq.range_end(old), nothing)
+        there = end > 0
         recurrence = self.unit.facts.recurrences[key]
         decay: float | Tensor = recurrence.value or 0.0
         fresh: float | Tensor = 1 - decay

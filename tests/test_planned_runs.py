@@ -55,14 +55,15 @@ def test_a_repeated_run_is_the_same_in_both_forms() -> None:
     # limit of 8 in a process: other tests have used it up.
     torch._dynamo.reset()
     runs = []
+    options = {**OPTIONS, "tolerance": 0.15}  # several changes, one after the other
     for form in ("compile", "compile", "backend"):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         step: Callable[[], object]
         if form == "compile":
-            step = stq.compile(optimizer, **OPTIONS).step
+            step = stq.compile(optimizer, **options).step
         else:
-            step = torch.compile(optimizer.step, backend="stq", options=OPTIONS)
+            step = torch.compile(optimizer.step, backend="stq", options=options)
         train(model, step, range(1))
         graphs = counters["stats"]["unique_graphs"]
         values = train(model, step, range(1, 12))

@@ -42,13 +42,48 @@ class Contender:
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 
-FAMILIES: dict[str, tuple[type[Optimizer], dict[str, Any], tuple[str, ...]]] = {
-    "adamw": (torch.optim.AdamW, {"lr": 1e-4}, ("exp_avg", "exp_avg_sq")),
-    "sgd": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9}, ("momentum_buffer",)),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-4}, ("square_avg",)),
-    "adagrad": (torch.optim.Adagrad, {"lr": 1e-4}, ("sum",)),
+@dataclass(frozen=True)
+class Family:
+    """An optimizer that can be measured: its class, arguments, and states of a parameter's shape.
+
+    ``module`` is the package that has to be installed for it.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    states: tuple[str, ...]
+    module: str = "torch.optim"
+
+    @property
+    def available(self) -> bool:
+        """Whether its package is installed."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def cls(self) -> type[Optimizer]:
+        """The class; raises ImportError where its package is not installed."""
+        found: type[Optimizer] = getattr(importlib.import_module(self.module), self.name)
+        return found
+
+    def forms(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and arguments of the stock forms that are not slow on purpose, fastest first."""
+        parameters = inspect.signature(self.cls).parameters
+        found = [form for form in ("fused", "foreach") if form in parameters]
+        for form in found:
+            yield f"torch {form}", {**self.arguments, form: True}
+        if not found:
+            yield "stock", self.arguments
+
+
+FAMILIES = {
+    "adamw": Family("AdamW", {"lr": 1e-4}, ("exp_avg", "exp_avg_sq")),
+    "sgd": Family("SGD", {"lr": 1e-4, "momentum": 0.9}, ("momentum_buffer",)),
+    "rmsprop": Family("RMSprop", {"lr": 1e-4}, ("square_avg",)),
+    "adagrad": Family("Adagrad", {"lr": 1e-4}, ("sum",)),
+    "lion": Family("Lion", {"lr": 1e-4}, ("exp_avg",), "lion_pytorch"),
+    "adafactor": Family("Adafactor", {"lr": 1e-4}, ()),
 }
-"""Class, arguments and states of the optimizers that can be measured."""
+"""The optimizers that can be measured. Adafactor's states are rows and columns."""
 
 WIDTHS: tuple[tuple[int, ...], ...] = ((4, 4), (4, 3), (8, 8), (3, 2))
 """Pinned widths of first and second moments; of one state, the first of each."""
@@ -60,18 +95,17 @@ def contenders(family: str, *, peers: bool = False) -> Iterator[Contender]:
     Args:
         family: one of `FAMILIES`.
         peers: whether to add what is slow: for-loop, Inductor, torchao and bitsandbytes.
+
+    Raises:
+        ImportError: the package that has the optimizer is not installed.
     """
-    cls, arguments, states = FAMILIES[family]
-    fp32 = 12.0 + 8.0 * len(states)
-    if "fused" in inspect.signature(cls).parameters:
-        make = partial(_stock, cls, {**arguments, "fused": True})
-        yield Contender("torch fused", make, moved=fp32)
-    yield Contender(
-        "torch foreach", partial(_stock, cls, {**arguments, "foreach": True}), moved=fp32
-    )
-    for widths in dict.fromkeys(w[: len(states)] for w in WIDTHS):
+    chosen = FAMILIES[family]
+    cls, arguments, states = chosen.cls, chosen.arguments, chosen.states
+    for name, form in chosen.forms():
+        yield Contender(name, partial(_stock, cls, form), moved=12.0 + 8.0 * len(states))
+    for widths in dict.fromkeys(w[: max(1, len(states))] for w in WIDTHS):
         name = "stq " + " + ".join(map(str, widths))
-        precision = dict(zip(states, widths, strict=True))
+        precision = dict(zip(states, widths, strict=True)) if states else widths[0]
         make = partial(_packed, cls, arguments, {"precision": precision})
         yield Contender(name, make, ours=True)
     yield Contender("stq auto", partial(_packed, cls, arguments, {}), ours=True)
@@ -81,7 +115,8 @@ def contenders(family: str, *, peers: bool = False) -> Iterator[Contender]:
 
 
 def _peers(family: str, cls: type[Optimizer], arguments: dict[str, Any]) -> Iterator[Contender]:
-    yield Contender("torch for-loop", partial(_stock, cls, {**arguments, "foreach": False}))
+    if "foreach" in inspect.signature(cls).parameters:
+        yield Contender("torch for-loop", partial(_stock, cls, {**arguments, "foreach": False}))
     yield Contender("torch Inductor", partial(_inductor, cls, arguments))
     if family == "adamw":
         lr = arguments["lr"]

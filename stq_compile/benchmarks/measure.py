@@ -33,7 +33,7 @@ class Timing:
     Attributes:
         ns: median nanoseconds per parameter and step; ``low`` and ``high`` are the quartiles.
         ratio: of its time to the reference's.
-        bits: true bits per element of its states.
+        bits: true bits per element of its states, of which the reference takes 32.
         moved: bytes per parameter that the step has to move, where that is known.
         bandwidth: share of `memory_bandwidth` at which it moves them.
     """
@@ -94,7 +94,6 @@ def compare(
     *,
     rounds: int = 9,
     bandwidth: float | None = None,
-    states: int = 2,
     device: str = "cpu",
     told: Callable[[str], None] = lambda name: None,
 ) -> list[Timing]:
@@ -117,9 +116,10 @@ def compare(
         told(f"round {number + 1} of {rounds}")
         for (_, step, _), found in zip(running, times, strict=True):
             found.append(seconds(step, device))
+    sizes = [nbytes() for _, _, nbytes in running]
     return [
-        _timing(contender, found, times[0], numel, nbytes(), states, bandwidth)
-        for (contender, _, nbytes), found in zip(running, times, strict=True)
+        _timing(contender, found, times[0], numel, size, sizes[0], bandwidth)
+        for (contender, _, _), found, size in zip(running, times, sizes, strict=True)
     ]
 
 
@@ -129,7 +129,7 @@ def _timing(
     reference: Sequence[float],
     numel: int,
     nbytes: int,
-    states: int,
+    reference_nbytes: int,
     bandwidth: float | None,
 ) -> Timing:
     per_param = [t / numel * 1e9 for t in times]
@@ -141,7 +141,7 @@ def _timing(
     if moved is not None and bandwidth is not None:
         share = moved / (ns * 1e-9) / bandwidth
     ratio = statistics.median(t / r for t, r in zip(times, reference, strict=True))
-    bits = 8 * nbytes / (numel * states)
+    bits = 32 * nbytes / reference_nbytes
     return Timing(contender.name, ns, low, high, ratio, bits, moved, share)
 
 

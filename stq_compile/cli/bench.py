@@ -26,7 +26,9 @@ def bench(
     model: Annotated[str, typer.Option(help="Parameter shapes: gpt2, gpt2-medium, vit-b, ...")] = (
         "gpt2"
     ),
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd, rmsprop or adagrad.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, sgd, rmsprop, adagrad, lion or adafactor.")
+    ] = "adamw",
     rounds: Annotated[int, typer.Option(help="Rounds; medians are given.", min=1)] = 9,
     threads: Annotated[int | None, typer.Option(help="Threads; by default torch's choice.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
@@ -70,11 +72,14 @@ def bench(
         if value not in valid:
             reason = f"it is none of {', '.join(valid)}"
             raise InvalidOptionError(name=name, value=value, reason=reason)
+    if not FAMILIES[optimizer].available:
+        package = FAMILIES[optimizer].module
+        reason = f"the package {package} is not installed; `pip install 'stq_compile[bench]'`"
+        raise InvalidOptionError(name="optimizer", value=optimizer, reason=reason)
     _check_device(device, first or growth)
     if threads is not None:
         torch.set_num_threads(threads)
     shapes = MODELS[model]()
-    states = len(FAMILIES[optimizer][2])
     with progress("measuring the memory") as bar:
 
         def told(text: str) -> None:
@@ -84,7 +89,7 @@ def bench(
         timings = compare(
             list(shapes.values()),
             list(contenders(optimizer, peers=peers)),
-            rounds=rounds, bandwidth=bandwidth, states=states, device=device, told=told,
+            rounds=rounds, bandwidth=bandwidth, device=device, told=told,
         )  # fmt: skip
         starts = []
         if first:

@@ -23,7 +23,7 @@ octaves), ``scale_drift`` (of their mean since the last look, octaves). Of a wid
 BOUNDED = 8
 """Widest width at which a block of a non-negative state spans a bounded range."""
 LOST = 0.1
-"""Share of a tensor's update, in squares; a width at which more would be lost is forbidden."""
+"""Share of a tensor's update, in squares; more of it lost is an alarm."""
 LEAST_RATIO = 2.0**-60
 SIGNIFICANT_BITS = 24
 RESOLUTION = 10 * 2.0**-48
@@ -58,9 +58,13 @@ class Measured:
             errors[width] = max(math.sqrt(error * last), kept * last)
         return replace(self, errors=errors)
 
+    def lost_at(self, width: int) -> float:
+        """The share of the update that is lost at a width: an error beside the rounding's."""
+        return self.lost if width <= BOUNDED else 0.0
+
     def loses(self, width: int) -> bool:
-        """Whether too much of the update is lost at a width."""
-        return width <= BOUNDED and self.lost > LOST
+        """Whether so much of the update is lost at a width that it must not wait."""
+        return self.lost_at(width) > LOST
 
     def at(self, width: int) -> dict[str, float]:
         """All factors for one width."""

@@ -244,10 +244,10 @@ class Planner:
         measured = self.measured.get(state.key)
 
         def weighted(width: int) -> float:
-            """An error of infinity forbids a width."""
-            if measured is not None and measured.loses(width):
-                return math.inf
-            return 0.0 if width == 32 else share * errors[width]
+            if width == 32:
+                return 0.0
+            lost = 0.0 if measured is None else measured.lost_at(width)
+            return share * (errors[width] + lost)
 
         return StateCosts(
             key=state.key,

@@ -240,11 +240,12 @@ def test_what_lies_below_the_range_against_a_derivation_by_hand() -> None:
     unit = analysed(adam())
     values = inputs_of(unit)
     values["exp_avg_sq_0"][::128] = 2.0**30  # the scale of each block; all others lie below
+    values["grad_0"][::3] = 0.0  # says nothing about the state
     numbers = numbers_of(unit, values)
     update, slopes, _ = adam_by_hand(numbers)
     found = sums_of(unit, values)
     old = numbers["exp_avg_sq"]
-    below = np.arange(NUMEL) % 128 != 0
+    below = (np.arange(NUMEL) % 128 != 0) & (np.arange(NUMEL) % 3 != 0)
     expected = {
         "end_update": (update**2)[below].sum(),
         "end_effect": ((slopes["exp_avg_sq"] * old) ** 2)[below].sum(),
