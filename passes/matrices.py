@@ -34,7 +34,6 @@ from stq_compile.step_graph import Program, Role, StepGraph
 SAME = ("alias", "clone", "detach", "detach_copy", "contiguous", "_to_copy", "lift_fresh_copy")
 VIEWS = ("view", "reshape", "_unsafe_view", "view_copy", "_reshape_copy")
 PERMUTATIONS = ("permute", "permute_copy", "t", "t_copy", "transpose", "transpose_copy")
-SORTS = ("sort", "argsort", "topk")
 BASES = {"linalg_qr": (0,), "_linalg_eigh": (1,), "_linalg_svd": (0, 2)}
 """Decompositions, and those of their results that have orthonormal columns or rows."""
 
@@ -84,7 +83,7 @@ def is_orthogonal(node: Any) -> bool:
     while isinstance(node, fx.Node) and _is_matrix(node):
         name = base_name(node)
         if name == "getitem":
-            source, index = node.args[0], node.args[1]
+            source, index = node.args
             return isinstance(source, fx.Node) and index in BASES.get(base_name(source), ())
         reordered = name == "index_select" and _is_order(node.args[2])
         unchanged = name in VIEWS and _shape(node) == _shape(node.args[0])
@@ -98,8 +97,8 @@ def _is_order(node: Any) -> bool:
     """Whether indices are those that sort something: each of them once."""
     if not isinstance(node, fx.Node) or base_name(node) != "getitem":
         return False
-    source = node.args[0]
-    return isinstance(source, fx.Node) and base_name(source) in SORTS[:1] and node.args[1] == 1
+    source, index = node.args
+    return isinstance(source, fx.Node) and base_name(source) == "sort" and bool(index == 1)
 
 
 # Sums of semidefinite matrices. ---------------------------------------------------------------
@@ -181,8 +180,9 @@ def _is_semidefinite(node: fx.Node) -> bool:
 
 def is_square(node: fx.Node) -> bool:
     """Whether a node is the product of a matrix with its own transpose."""
-    if base_name(node) in VIEWS and _shape(node) == _shape(node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]  # a view's argument is a node
+    inner = node.args[0] if node.args else None
+    if isinstance(inner, fx.Node) and base_name(node) in VIEWS and _shape(node) == _shape(inner):
+        node = inner
     if base_name(node) != "mm":
         return False
     left, right = (as_matrix(a) for a in node.args[:2])
@@ -195,15 +195,15 @@ def is_identity(node: fx.Node) -> bool:
         return True
     while base_name(node) == "_to_copy" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    if base_name(node) != "eq" or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+    if base_name(node) != "eq":
         return False
     column, row = node.args[:2]
-    if base_name(column) != "unsqueeze":  # type: ignore[arg-type]  # checked above
+    if not isinstance(column, fx.Node) or base_name(column) != "unsqueeze":
         return False
-    ranges = [column.args[0], row]  # type: ignore[union-attr]
-    names = [base_name(r) for r in ranges]  # type: ignore[arg-type]
-    same = ranges[0].args == ranges[1].args  # type: ignore[union-attr]
-    return all(name in ("arange", "iota") for name in names) and same
+    other = column.args[0]
+    if not isinstance(row, fx.Node) or not isinstance(other, fx.Node):
+        return False
+    return base_name(row) == base_name(other) == "arange" and row.args == other.args
 
 
 @dataclass(frozen=True)
@@ -233,23 +233,24 @@ def as_matrix(node: Any) -> Unfolded | None:
         return found if found is None or order == (0, 1) else found.transposed
     if name not in VIEWS or not isinstance(inner, fx.Node):
         return Unfolded(node, (0,), (1,))
-    order = tuple(range(len(_shape(inner))))
-    if base_name(inner) in PERMUTATIONS:
-        order, inner = _order(inner), inner.args[0]  # type: ignore[assignment]
-    sizes = _shape(inner)
+    order, base = tuple(range(len(_shape(inner)))), inner
+    if base_name(inner) in PERMUTATIONS and isinstance(inner.args[0], fx.Node):
+        order, base = _order(inner), inner.args[0]
+    sizes = _shape(base)
     for split in range(len(order) + 1):
         rows, columns = order[:split], order[split:]
         if (math.prod(sizes[i] for i in rows), math.prod(sizes[i] for i in columns)) == shape:
-            return Unfolded(inner, rows, columns)  # type: ignore[arg-type]
+            return Unfolded(base, rows, columns)
     return Unfolded(node, (0,), (1,))
 
 
 def _order(node: fx.Node) -> tuple[int, ...]:
     """The axes of its argument in a permutation's order."""
+    args: tuple[Any, ...] = node.args
     rank = len(_shape(node))
     if base_name(node).startswith("permute"):
-        return tuple(i % rank for i in node.args[1])  # type: ignore[union-attr, operator, arg-type]
+        return tuple(i % rank for i in args[1])
     axes = list(range(rank))
-    a, b = node.args[1:3] if len(node.args) > 2 else (0, 1)
-    axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
+    a, b = args[1:3] if len(args) > 2 else (0, 1)
+    axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)

@@ -76,6 +76,7 @@ def factor(matrix: Tensor, shifts: tuple[float, ...] = SHIFTS) -> Tensor | None:
     scaled = matrix * inverse[:, None] * inverse
     for shift in shifts:
         scaled.diagonal().fill_(1 + shift)
+        triangle: Tensor
         triangle, failed = torch.linalg.cholesky_ex(scaled)
         if not int(failed):
             return triangle * scale[:, None]
