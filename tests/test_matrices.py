@@ -411,6 +411,7 @@ def test_damaged_checkpoints_are_refused() -> None:
         optimizer.load_state_dict(narrow)
 
 
+@pytest.mark.slow
 def test_a_step_that_turns_them_into_something_else_gets_another_format() -> None:
     class Turning(Rotated):
         def outer(self, g: Tensor) -> Tensor:
