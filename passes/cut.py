@@ -65,7 +65,8 @@ class _Knife:
         self.fitting = {
             node
             for i, node in enumerate(unit.placeholders)
-            if not any(
+            if unit.operands[i].source.key not in unit.facts.matrices  # with formats of their own
+            and not any(
                 why_operand_unfused(row.operands[i], row.param, unit.widened)
                 for row in unit.instances
             )

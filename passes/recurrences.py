@@ -42,8 +42,8 @@ def find_recurrences(program: Program) -> Program:
 
 
 def _find(unit: StepGraph) -> StepGraph:
-    scalars = _scalar_expressions(unit)
-    values = _scalar_values(unit)
+    scalars = scalar_expressions(unit)
+    values = scalar_values(unit)
     results = dict(zip(unit.writes or (), unit.outputs, strict=True))
     copies = _copies(unit, results, scalars, values)
     unit = unit.replace(facts=replace(unit.facts, copies=copies))
@@ -121,7 +121,7 @@ SYMPY: dict[str, Callable[..., sympy.Expr]] = {
 }
 
 
-def _scalar_expressions(unit: StepGraph) -> dict[fx.Node, sympy.Expr]:
+def scalar_expressions(unit: StepGraph) -> dict[fx.Node, sympy.Expr]:
     """A closed form of every scalar node that has one."""
     found: dict[fx.Node, sympy.Expr] = {}
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
@@ -131,13 +131,13 @@ def _scalar_expressions(unit: StepGraph) -> dict[fx.Node, sympy.Expr]:
         rule = SYMPY.get(base_name(node))
         if rule is None or node.kwargs:
             continue
-        args = [_expression(a, found) for a in node.args]
+        args = [expression(a, found) for a in node.args]
         if all(a is not None for a in args):
             found[node] = rule(*args)
     return found
 
 
-def _expression(value: Any, scalars: Mapping[fx.Node, sympy.Expr]) -> sympy.Expr | None:
+def expression(value: Any, scalars: Mapping[fx.Node, sympy.Expr]) -> sympy.Expr | None:
     if isinstance(value, fx.Node):
         return scalars.get(value)
     if isinstance(value, (int, float)):
@@ -145,7 +145,7 @@ def _expression(value: Any, scalars: Mapping[fx.Node, sympy.Expr]) -> sympy.Expr
     return None
 
 
-def _scalar_values(unit: StepGraph) -> dict[sympy.Symbol, float]:
+def scalar_values(unit: StepGraph) -> dict[sympy.Symbol, float]:
     """Present values of the scalars, to tell an average from a sum."""
     values: dict[sympy.Symbol, float] = {}
     for node, operand in zip(unit.placeholders, unit.operands, strict=True):
@@ -179,7 +179,7 @@ def _coefficient(
 
     def product(a: Any, b: Any) -> Coefficient:
         for x, y in ((a, b), (b, a)):
-            factor = _expression(y, scalars)
+            factor = expression(y, scalars)
             if factor is not None and of(y) == 0:
                 return of(x) * factor
         return None if of(a) != 0 or of(b) != 0 else ZERO
@@ -198,7 +198,7 @@ def _coefficient(
         sign = 1 if name == "add" else -1
         return None if scaled is None else of(args[0]) + sign * scaled
     if name == "div":
-        divisor = _expression(args[1], scalars)
+        divisor = expression(args[1], scalars)
         return None if divisor is None else of(args[0]) / divisor
     if name == "maximum" and (of(args[0]) == 0) != (of(args[1]) == 0):
         maxima.add(node)

@@ -348,7 +348,8 @@ class _Reader:
         source = Source(self.source.param, self.source.name, key)
         options = self.session.storage_options(source, region_of(like))
         divisor = self.storages.get(str(entry.get("normalizer")))
-        storage, exact = saved_state.place(state, like, options, divisor)
+        device = local(self.param).device
+        storage, exact = saved_state.place(state, like, options, divisor, device)
         self.storages[key] = storage
         if not exact:
             self.found.reencoded.append(where)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stq_compile import reference
+from stq_compile import matrices, reference
 from stq_compile.codegen.backend import backend_of
 from stq_compile.codegen.executable import Executable
 from stq_compile.codegen.ir import Kernel
@@ -92,7 +92,7 @@ class CompiledCodec:
         them is: in all, no more than twice the time of whichever would have been the better.
         """
         for state in states:
-            self._converted[state.format, state.device] += state.numel
+            self._converted[state.format.coded, state.device] += state.numel
         for (format, device), numel in self._converted.items():
             if numel >= WORTH_BUILDING:
                 self.build([format], [format], device)
@@ -102,7 +102,7 @@ class CompiledCodec:
         self, decoded: Iterable[Format], encoded: Iterable[Format], device: torch.device = CPU
     ) -> None:
         """Build the kernels that are missing."""
-        ways = [(format, FLOAT32) for format in decoded] + [(FLOAT32, f) for f in encoded]
+        ways = [(f.coded, FLOAT32) for f in decoded] + [(FLOAT32, f.coded) for f in encoded]
         kinds = [(way, device) for way in dict.fromkeys(ways) if _has_kernel(way)]
         missing = [kind for kind in kinds if kind not in self.kernels]
         if not missing:
@@ -121,6 +121,9 @@ class CompiledCodec:
         first_block: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """`reference.encode`."""
+        if format.whole:
+            return matrices.encode(x, format, lambda part, coded: self.encode(part, coded, noise))
+        format = format.coded
         way = (FLOAT32, format)
         other_rounding = (noise.key is None) != (self.rounding == "nearest")
         if (way, x.device) not in self.kernels or other_rounding:
@@ -138,6 +141,9 @@ class CompiledCodec:
         normalizer: Tensor | None = None,
     ) -> Tensor:
         """`reference.decode`."""
+        if format.whole:
+            return matrices.decode(codes, scales, format, numel, self.decode)
+        format = format.coded
         way = (format, FLOAT32)
         if (way, codes.device) not in self.kernels:
             return reference.decode(codes, scales, format, numel, normalizer)

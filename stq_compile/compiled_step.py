@@ -32,7 +32,7 @@ from stq_compile.cut_regions import CutRegion
 from stq_compile.dump import Dump
 from stq_compile.errors import FormatMismatchError, PartialStepError, first_line
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import CONSTANT, FLOAT32, Format, choose_format
+from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, Format, MatrixKind, choose_format
 from stq_compile.half_params import HalfParams
 from stq_compile.halves import FLOAT_DTYPES, HALF_DTYPES
 from stq_compile.options import Options
@@ -216,7 +216,8 @@ class CompiledStep:
                 format = session.format_of(operand, unit)
                 reason = unit.facts.fragile.get(operand.source.key, "")
                 if unit.unfused:
-                    format = self._format_now(operand, format)
+                    matrix = unit.facts.matrices.get(operand.source.key)
+                    format = self._format_now(operand, format, matrix)
                 info = StateInfo(operand.source, format, unit.facts, reason, unit.widened)
                 found.append((operand, info))
         return found
@@ -232,23 +233,33 @@ class CompiledStep:
                 put = places[(operand.source.param, operand.source.key)]
                 self._replace_state(operand.source, value.to(unit.device), put)
 
-    def _format_now(self, operand: Operand, format: Format) -> Format:
+    def _format_now(self, operand: Operand, format: Format, matrix: MatrixKind | None) -> Format:
         """The format of a region's state: what it is in, if that has the width asked for.
 
-        The graph of a region proves little, so the sign is that of the values, of all shards.
+        The graph of a region proves little, so the sign is that of the values, of all shards; and
+        what kind of matrix it is, if the graph does not say so, that of the format it is in.
         """
         value = local(self._live((Role.STATE, operand.source)))
         if isinstance(value, PackedState):
-            waiting = value.format == CONSTANT or value.format.width == format.width
+            matrix = matrix or value.format.matrix
+            asked = choose_format(
+                format.width, nonnegative=False, normalizable=False, matrix=value.format.matrix
+            )
+            waiting = value.format == CONSTANT or value.format.width == asked.width
             if waiting and value.format != FLOAT32:
                 return value.format
             value = value.dequantize()
         if format == FLOAT32 or value.dtype not in FLOAT_DTYPES:
             return FLOAT32
+        if operand.region is None:
+            return format_for(value, format.width, matrix)
+        if matrix == "semidefinite":
+            return BFLOAT16  # no process can factor its part
         signed = bool((value < 0).any())
-        if operand.region is not None:
-            signed = anywhere(signed, [self.session.params()[operand.source.param]])
-        return choose_format(format.width, nonnegative=not signed, normalizable=False)
+        signed = anywhere(signed, [self.session.params()[operand.source.param]])
+        return choose_format(
+            format.width, nonnegative=not signed, normalizable=False, matrix=matrix
+        )
 
     def _commit(self, wanted: list[tuple[Operand, StateInfo]], codec: Codec) -> None:
         """Pack and re-encode; normalizers before the states that they divide."""

@@ -28,6 +28,7 @@ from stq_compile.passes.expand_foreach import expand_foreach
 from stq_compile.passes.feed import feed
 from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
+from stq_compile.passes.matrices import find_matrices
 from stq_compile.passes.measure import measure
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.partition import partition
@@ -46,6 +47,7 @@ FRONT: Sequence[Pass] = (
     Pass("fold", fold),
     Pass("widen", widen),
     Pass("functionalize", partial(functionalize, why_not=why_not)),
+    Pass("matrices", find_matrices),
     Pass("cut", partial(cut, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),

@@ -207,7 +207,7 @@ class Driver:
         """Raises `StepCaptureError` where a CUDA graph cannot hold the step."""
         session = self.session
         served = not self.exemplary or any(c.serves(optimizer) for c in self.captures)
-        if self.for_good or any(step.regions for step in session.compiled):
+        if self.for_good or any(s.regions or s.cut_regions for s in session.compiled):
             reason = "it runs operator by operator, with random numbers that the host chooses"
             remedy = "Call step() outside of the graph."
         elif session.options.on_nonfinite != "propagate":

@@ -130,6 +130,14 @@ class NegativeStateError(StqError):
     )
 
 
+class IndefiniteStateError(StqError):
+    message = (
+        "cannot store {found} in a state kept as a Cholesky factor ({format}), which holds "
+        "symmetric positive semidefinite matrices; give that state another precision, 32 for "
+        "float32"
+    )
+
+
 class NotAnOptimizerError(StqError):
     message = (
         "stq.compile takes a torch.optim.Optimizer, not {found}; "

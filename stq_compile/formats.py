@@ -9,6 +9,10 @@ A block is 128 consecutive elements that share one 16-bit scale word. Four kinds
                   carries its largest element ``s`` and its range ``R`` in octaves
 ``ulp``           signed, no blocks: multiples of 2^-8 in [-1/2, 1/2), the error of a parameter of
                   16 bits in units of its last place (design/0016)
+``orthogonal``    ``softsign`` levels, to nearest; who reads such a matrix makes its columns
+                  orthonormal again (`stq_compile.matrices`, design/0021)
+``cholesky``      a symmetric positive semidefinite matrix: the triangle of its Cholesky factor, at
+                  twice the width, and its diagonal in float32
 ``bfloat16``, ``float32``  plain casts, no blocks
 ``constant``      no bytes at all: a state at birth, before its first step, all one value
 
@@ -17,16 +21,23 @@ The exact arithmetic is `stq_compile.reference`; the compiled kernels must repro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from stq_compile.errors import UnsupportedWidthError
+from stq_compile.errors import FormatMismatchError, UnsupportedWidthError
 
 BLOCK = 128
 LANES = 16
 PLANES = BLOCK // LANES
 
-Kind = Literal["softsign", "midrise", "adaptive_log", "ulp", "bfloat16", "float32", "constant"]
+Kind = Literal[
+    "softsign", "midrise", "adaptive_log", "orthogonal", "cholesky", "ulp", "bfloat16", "float32",
+    "constant",
+]  # fmt: skip
+MatrixKind = Literal["orthogonal", "semidefinite"]
+"""What is known of a state that is a matrix: orthonormal columns (or rows), or symmetric and
+positive semidefinite."""
 
 FIELDS: dict[int, tuple[int, ...]] = {
     2: (2,),
@@ -44,6 +55,9 @@ WIDTHS = (2, 3, 4, 5, 6, 8, 16, 32)
 WEIGHTS_WIDTH = 12
 """The least width of a state that is a copy of its parameter, in ``softsign``, whose levels lie
 some four times as close as those of ``bfloat16``. It is no width to ask for (design/0013)."""
+
+MATRIX_WIDTH = 4
+"""The least width of ``orthogonal`` and ``cholesky``: at 3 bits neither does its work."""
 
 # adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
 MAX_RANGE = 14.0
@@ -112,7 +126,28 @@ class Format:
     @property
     def blocked(self) -> bool:
         """Whether elements share scales in blocks of ``BLOCK``."""
-        return 0 < self.width < 16 and self.kind != "ulp"
+        return 0 < self.width < 16 and self.kind not in ("ulp", "cholesky")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a tensor is encoded and decoded as one matrix, and not block by block."""
+        return self.kind == "cholesky"
+
+    @property
+    def coded(self) -> Format:
+        """The format of the numbers that it stores."""
+        if self.kind == "orthogonal":
+            return FORMATS[f"softsign{self.width}"]
+        if self.kind == "cholesky":
+            return BFLOAT16 if self.width == 8 else FORMATS[f"softsign{2 * self.width}"]
+        return self
+
+    @property
+    def matrix(self) -> MatrixKind | None:
+        """What a matrix that it is made for is."""
+        if self.kind == "orthogonal":
+            return "orthogonal"
+        return "semidefinite" if self.kind == "cholesky" else None
 
     @property
     def signed(self) -> bool:
@@ -126,7 +161,7 @@ class Format:
     @property
     def top_code(self) -> int:
         """The largest valid code."""
-        return (1 << self.width) - (2 if self.kind == "softsign" else 1)
+        return (1 << self.width) - (2 if self.kind in ("softsign", "orthogonal") else 1)
 
     @property
     def block_bytes(self) -> int:
@@ -135,6 +170,9 @@ class Format:
 
     def nbytes(self, numel: int) -> int:
         """All bytes of ``numel`` elements: codes and scale words."""
+        if self.whole:
+            n = side(numel)
+            return self.coded.nbytes(n * (n - 1) // 2) + 4 * n
         if not self.blocked:
             return numel * self.width // 8
         return block_count(numel) * (self.block_bytes + 2)
@@ -158,24 +196,56 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+MATRIX_FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        *(Format("orthogonal", w) for w in FIELDS if w >= MATRIX_WIDTH and w in WIDTHS),
+        *(Format("cholesky", w) for w in (MATRIX_WIDTH, 8)),
+    )
+}
+"""Formats for matrices of one kind; those in ``FORMATS`` are for any values."""
+
 
 def block_count(numel: int) -> int:
     """Blocks that hold ``numel`` elements; the last one may be partly padding."""
     return -(-numel // BLOCK)
 
 
+def side(numel: int) -> int:
+    """The rows of a square matrix of ``numel`` elements."""
+    n = math.isqrt(numel)
+    if n * n != numel:
+        raise FormatMismatchError(
+            where="format cholesky", found=f"{numel} elements", expected="a square matrix"
+        )
+    return n
+
+
 def choose_format(
-    width: int, *, nonnegative: bool, normalizable: bool, where: str = "state"
+    width: int,
+    *,
+    nonnegative: bool,
+    normalizable: bool,
+    matrix: MatrixKind | None = None,
+    where: str = "state",
 ) -> Format:
-    """The recommended format of a width, from what the graph says about the state."""
+    """The recommended format of a width, from what the graph says about the state.
+
+    A semidefinite matrix that is asked for in 16 bits gets ``cholesky8``, which is nearer to it
+    than ``bfloat16`` is and smaller.
+    """
     if width == WEIGHTS_WIDTH:
         return FORMATS[f"softsign{width}"]
     if width not in WIDTHS:
         raise UnsupportedWidthError(where=where, width=width, valid=WIDTHS)
     if width == 32:
         return FLOAT32
+    if matrix == "semidefinite":
+        return MATRIX_FORMATS[f"cholesky{MATRIX_WIDTH if width <= MATRIX_WIDTH else 8}"]
     if width == 16:
         return BFLOAT16
+    if matrix == "orthogonal":
+        return MATRIX_FORMATS[f"orthogonal{max(width, MATRIX_WIDTH)}"]
     if nonnegative:
         return FORMATS[f"adaptive_log{width}"]
     if normalizable:

@@ -106,6 +106,7 @@ class Inspection:
                 "states": sorted(
                     {o.source.key for _, o in unit.rows() if o.role is Role.STATE and o.shape != ()}
                 ),
+                "matrices": dict(sorted(unit.facts.matrices.items())),
                 "reason": unit.region.unfused,
                 "cut": unit.rest is not None,
             }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stq_compile import matrices
 from stq_compile.errors import FormatMismatchError
 from stq_compile.formats import (
     BEND_COEFFICIENTS,
@@ -60,6 +61,8 @@ def empty_buffers(
     scales = torch.zeros(blocks, dtype=torch.int16, device=device)
     if format.kind == "constant":
         return torch.zeros(1, device=device), scales
+    if format.whole:
+        return matrices.empty_buffers(format, numel, device, empty_buffers)
     if format.kind == "float32":
         return torch.zeros(numel, device=device), scales
     if not format.blocked:
@@ -76,6 +79,9 @@ def encode(
     ``normalizer`` ``[numel]`` is the state whose square root is the unit of a normalized format;
     ``first_block`` is the block's index in the whole tensor, for the random counter.
     """
+    if format.whole:
+        return matrices.encode(x, format, lambda part, coded: encode(part, coded, noise))
+    format = format.coded
     codes, scales = empty_buffers(format, x.numel(), x.device)
     if format.kind == "float32":
         return codes.copy_(x), scales
@@ -115,6 +121,9 @@ def decode(
     codes: Tensor, scales: Tensor, format: Format, numel: int, normalizer: Tensor | None = None
 ) -> Tensor:
     """Decode to float32 ``[numel]``."""
+    if format.whole:
+        return matrices.decode(codes, scales, format, numel, decode)
+    format = format.coded
     if format.kind == "float32":
         return codes.clone()
     if format.kind == "constant":

@@ -24,8 +24,10 @@ from torch import Tensor, fx
 
 from stq_compile.capture import Argument
 from stq_compile.codec import CompiledCodec
+from stq_compile.formats import MatrixKind
 from stq_compile.half_params import HalfParams
 from stq_compile.halves import HALF_DTYPES
+from stq_compile.matrices import orthonormal
 from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.passes.in_place import reuse_memory
 from stq_compile.runtime import Resolve, changed, live
@@ -55,9 +57,10 @@ class Cell(NamedTuple):
         if self.operand.returned >= 0 or self.operand.role is Role.INTERMEDIATE:
             return None  # what the step makes is only written
         value = self._decoded(codec, halves)
-        if self.operand.region is None:
-            return value
-        return whole_of(value, self.operand.region, self.mesh)
+        if self.operand.region is not None:
+            value = whole_of(value, self.operand.region, self.mesh)
+        packed = isinstance(self.value, PackedState)
+        return orthonormal(value) if packed and self.value.format.kind == "orthogonal" else value
 
     def _decoded(self, codec: Codec, halves: HalfParams | None) -> Any:
         value = self.value
@@ -74,11 +77,17 @@ class Cell(NamedTuple):
         return whole if region is None else part_of(whole, region)
 
     def encoded(
-        self, whole: Tensor, width: int, before: Iterable[Replacement], codec: Codec
+        self,
+        whole: Tensor,
+        width: int,
+        before: Iterable[Replacement],
+        codec: Codec,
+        matrix: MatrixKind | None,
     ) -> Replacement | None:
         """A packed state's new buffers; see `working_set.encoded_as`."""
         values = in_order_of(self.part(whole), self.value).float()
-        return encoded_as(self.value.packed, values, width, before, whole, codec)
+        seen = None if self.operand.region is None else whole
+        return encoded_as(self.value.packed, values, width, before, seen, codec, matrix)
 
 
 class Changes(NamedTuple):
@@ -110,6 +119,7 @@ class Region:
         """``width_of``: of states that get their format when they are first written; ``params``
         reads and rounds 16-bit parameters where the unit is widened; ``modules`` are those that the
         graph calls."""
+        self.matrices = unit.facts.matrices
         unit = unit.plain or unit
         self.unit = unit
         self.resolve = resolve
@@ -195,7 +205,11 @@ class Region:
                 continue
             whole = results[self.outputs[cell.operand.name]]
             if isinstance(cell.value, PackedState):
-                made = cell.encoded(whole, self.width_of(cell.operand), encoded, self.codec)
+                width, matrix = (
+                    self.width_of(cell.operand),
+                    self.matrices.get(cell.operand.source.key),
+                )
+                made = cell.encoded(whole, width, encoded, self.codec, matrix)
                 encoded += [] if made is None else [made]
             elif self.halves is not None and cell.is_half_param:
                 new = self.halves.rounded(cell.operand, cell.value, cell.part(whole), step)

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from stq_compile import reference
 from stq_compile.errors import CheckpointError, FormatMismatchError, StqError
-from stq_compile.formats import BLOCK, FORMATS, Format, block_count
+from stq_compile.formats import (
+    BFLOAT16,
+    BLOCK,
+    FORMATS,
+    MATRIX_FORMATS,
+    Format,
+    block_count,
+    side,
+)
 from stq_compile.layout import unpack
 from stq_compile.packed_state import in_order_of, strides_of_states
 from stq_compile.shard_blocks import by_rows, is_split, mesh_of, rows_of, stretch
@@ -51,6 +59,7 @@ from stq_compile.shards import (
 from stq_compile.storage import PackedStorage
 
 MAX_SHARDS = 1 << 20
+READABLE = {**FORMATS, **MATRIX_FORMATS}
 
 
 def save(state: Tensor, normalizer: str | None) -> dict[str, Any]:
@@ -167,7 +176,11 @@ def is_entry(value: Any) -> bool:
 
 
 def place(
-    saved: Saved, like: Tensor, options: Mapping[str, Any], normalizer: PackedStorage | None
+    saved: Saved,
+    like: Tensor,
+    options: Mapping[str, Any],
+    normalizer: PackedStorage | None,
+    device: torch.device,
 ) -> tuple[PackedStorage, bool]:
     """The part of a saved state that this process holds, and whether it is exact.
 
@@ -176,25 +189,26 @@ def place(
         like: a tensor of its shape, strides and sharding.
         options: of the `PackedStorage`.
         normalizer: the placed normalizer of a normalized format.
+        device: where it is to be; ``like`` may be a meta tensor.
     """
     held = local(like)
-    storage = PackedStorage(
-        held.numel(), saved.format, normalizer=normalizer, device=held.device, **options
-    )
+    cut = saved.format.whole and not saved.own  # a part of a matrix cannot be factored
+    format = BFLOAT16 if cut else saved.format
+    storage = PackedStorage(held.numel(), format, normalizer=normalizer, device=device, **options)
     storage.eager_writes = saved.eager_writes
     if saved.own or saved.format.width == 0:
         _hold(storage, saved.pieces[0].codes, saved.pieces[0].scales)
         return storage, True
     box = place_of(like)
-    if not saved.format.blocked:
+    if not saved.format.blocked and not cut:
         storage.codes = in_order_of(saved.elements()[slices(box)], held)
         return storage, True
-    same = next((piece for piece in saved.pieces if piece.box == box), None)
+    same = None if cut else next((piece for piece in saved.pieces if piece.box == box), None)
     if same is not None and held.is_contiguous():  # divided as it was: these are its blocks
         _hold(storage, same.codes, same.scales)
         return storage, True
     begin = stretch(box, saved.shape) if held.is_contiguous() else None
-    found = None if begin is None or begin % BLOCK else saved.blocks()
+    found = None if cut or begin is None or begin % BLOCK else saved.blocks()
     end = -1 if begin is None else begin + held.numel()
     if found is not None and begin is not None and (end % BLOCK == 0 or end == like.numel()):
         rows = slice(begin // BLOCK, block_count(end))
@@ -229,11 +243,12 @@ def read(entry: Mapping[str, Any], like: Tensor, where: str, others: Mapping[str
     ):
         if entry.get(name) != expected:
             raise CheckpointError(entry=f"{where}.{name}", found=entry.get(name), expected=expected)
-    format = FORMATS.get(str(entry.get("format")))
-    if format is None:
-        raise CheckpointError(
-            entry=f"{where}.format", found=entry.get("format"), expected=", ".join(FORMATS)
-        )
+    format = READABLE.get(str(entry.get("format")))
+    matrix = len(like.shape) == 2
+    square = matrix and like.shape[0] == like.shape[1]
+    if format is None or (format.matrix and not matrix) or (format.whole and not square):
+        names = ", ".join(READABLE if square else FORMATS)
+        raise CheckpointError(entry=f"{where}.format", found=entry.get("format"), expected=names)
     normalizer = entry.get("normalizer")
     fits = normalizer is None
     if format.normalized:
@@ -247,8 +262,10 @@ def read(entry: Mapping[str, Any], like: Tensor, where: str, others: Mapping[str
         )
     pieces, own = _read_pieces(entry, format, like, where)
     for piece in pieces:
-        if format.blocked:
-            _check_codes(piece, format, where)
+        if format.whole:
+            piece = _without_diagonal(piece, where)
+        if format.coded.blocked:
+            _check_codes(piece, format.coded, where)
     writes = whole_number(entry.get("eager_writes"), f"{where}.eager_writes")
     divisor = others[str(normalizer)] if format.normalized else None
     return Saved(format, tuple(like.shape), writes, divisor, pieces, own)
@@ -309,7 +326,8 @@ def _piece(box: Box, codes: Any, scales: Any, format: Format, where: str) -> Pie
     empty = reference.empty_buffers(format, 0)
     with torch.device("meta"):
         shapes = [tuple(buffer.shape) for buffer in reference.empty_buffers(format, count)]
-    if type(codes) is Tensor and not format.blocked and tuple(codes.shape) == box[0]:
+    by_element = not format.blocked and not format.whole
+    if type(codes) is Tensor and by_element and tuple(codes.shape) == box[0]:
         codes = codes.reshape(-1) if codes.layout == torch.strided else codes
     _check_buffer(codes, empty[0].dtype, shapes[0], f"{where}.codes")
     _check_buffer(scales, empty[1].dtype, shapes[1], f"{where}.scales")
@@ -352,6 +370,18 @@ def _read_sharding(
     except StqError as error:
         raise CheckpointError(entry=entry, found=str(error), expected="no sharding") from error
     return tuple(size for size, _, _ in rows), placements
+
+
+def _without_diagonal(piece: Piece, where: str) -> Piece:
+    """The entries of a Cholesky factor below its diagonal, which is checked."""
+    count = len(piece.scales) - 2 * side(math.prod(piece.box[0]))
+    diagonal = piece.scales[count:].clone().view(torch.float32)
+    if not bool((diagonal.isfinite() & (diagonal >= 0)).all()):
+        raise CheckpointError(
+            entry=f"{where}.scales", found="a diagonal that is negative or not finite",
+            expected="that of a Cholesky factor",
+        )  # fmt: skip
+    return Piece(piece.box, piece.codes, piece.scales[:count])
 
 
 def _check_codes(piece: Piece, format: Format, where: str) -> None:

@@ -426,6 +426,7 @@ class Session:
             width,
             nonnegative=key in facts.nonnegative,
             normalizable=normalizable,
+            matrix=None if operand.region is not None else facts.matrices.get(key),
             where=f"{type(self.optimizer).__name__}, {operand.source}",
         )
 

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name, map_aggregate
 
 from stq_compile.errors import InvalidGraphError
-from stq_compile.formats import Format
+from stq_compile.formats import Format, MatrixKind
 from stq_compile.shards import Region
 
 CPU = torch.device("cpu")
@@ -177,7 +177,8 @@ class Facts:
     ``nonnegative``: never below zero. ``normalizers``: the update divides the state by the root of
     another. ``fragile``: why an error in the state could break the step (root of a difference).
     ``recurrences``: how the state carries over from step to step. ``copies``: states that the step
-    creates as copies of its parameter.
+    creates as copies of its parameter. ``matrices``: states whose new values are orthogonal, or
+    symmetric and positive semidefinite if they were so before (`passes.matrices`).
     """
 
     nonnegative: frozenset[str] = frozenset()
@@ -185,6 +186,7 @@ class Facts:
     fragile: Mapping[str, str] = field(default_factory=dict)
     recurrences: Mapping[str, Recurrence] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
+    matrices: Mapping[str, MatrixKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Buffers(NamedTuple):
             mine.copy_(other)
 
     def _rows(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        if self.format == CONSTANT:
+        if self.format == CONSTANT or self.format.whole:
             return self.codes, self.scales
         if not self.format.blocked:
             return self.codes[start : start + count], self.scales
@@ -335,13 +335,15 @@ class PackedStorage:
         """The values of ``source`` in ``format``, by this state's rounding and random stream, and
         the count of eager writes after it."""
         noise = NEAREST
-        if self.rounding == "stochastic":
+        if self.rounding == "stochastic" and format.kind != "orthogonal":
             noise = Noise(step_key(self.seed, EAGER_CLOCK + self.eager_writes, self.stream))
         buffers = reference.empty_buffers(format, self.numel, self.device)
         made = Buffers(*buffers, format, self.numel, unit)
         nonzero = False
-        for start in range(0, self.numel, TILE_BLOCKS * BLOCK):
-            count = min(TILE_BLOCKS * BLOCK, self.numel - start)
+        whole = source.format.whole or format.whole
+        tile = max(self.numel, 1) if whole else TILE_BLOCKS * BLOCK
+        for start in range(0, self.numel, tile):
+            count = min(tile, self.numel - start)
             values = source.tile(start, count, codec)
             if source.format.signed and not format.signed and bool((values < 0).any()):
                 raise NegativeStateError(minimum=float(values.min()), format=format.name)

@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 from stq_compile import interrupts
 from stq_compile.birth import newborn
-from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, Format, choose_format
+from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, Format, MatrixKind, choose_format
 from stq_compile.halves import FLOAT_DTYPES
+from stq_compile.matrices import is_semidefinite
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
 from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
 
@@ -155,13 +156,16 @@ class WorkingSet(TorchDispatchMode):
 
     def _is_to_be_held(self, storage: PackedStorage, values: Tensor) -> bool:
         narrow = min(storage.format.width, self._owners[id(storage)][1]) < BFLOAT16.width
-        return narrow and self._met[storage] and bool((values < 0).any())
+        if not (narrow and self._met[storage] and bool((values < 0).any())):
+            return False
+        # A factored matrix is kept well enough, and its values in bfloat16 may have no factor.
+        return not is_semidefinite(values, known=storage.format.whole)
 
     def _let_go(self) -> None:
         """Give the states that were held in bfloat16 their own formats, one after the other."""
         for storage, former in self._held.items():
             values = storage.read(self._codec)
-            if former == CONSTANT or former.normalized or not former.signed:
+            if former == CONSTANT or former.normalized or former.whole or not former.signed:
                 width = self._owners[id(storage)][1] if former == CONSTANT else former.width
                 former = format_for(values, width)
             PackedStorage.replace(storage.encoded(values, former, codec=self._codec))
@@ -175,28 +179,48 @@ def encoded_as(
     before: Iterable[Replacement] = (),
     whole: Tensor | None = None,
     codec: Codec = REFERENCE,
+    matrix: MatrixKind | None = None,
 ) -> Replacement | None:
     """New values of a state, as `PackedStorage.encoded`; None if nothing changes.
 
     The format changes only if they do not fit it: a state that is still a constant gets its format
-    now, and one that was never negative so far and is so now a signed format of the same width.
-    ``whole``: all values of a state of which ``values`` are this process's part, so that all
-    processes choose alike.
+    now, one that was never negative so far and is so now a signed format of the same width, and
+    a matrix that is of its format's kind no more one for any values. ``matrix``: what the graph
+    says of the values. ``whole``: all values of a state of which ``values`` are this process's
+    part, so that all processes choose alike.
     """
     format, seen = storage.format, values if whole is None else whole
     if format == CONSTANT and not float(storage.codes) and not bool(seen.any()):
         return None
-    if format == CONSTANT or (not format.signed and bool((seen < 0).any())):
-        wanted = format_for(seen, width if format == CONSTANT else format.width)
+    unfit = not format.signed and bool((seen < 0).any())
+    if format.matrix is not None:
+        orthogonal = format.matrix == matrix == "orthogonal"
+        unfit = not orthogonal and not (format.whole and is_semidefinite(seen))
+    if format == CONSTANT or unfit:
+        width = width if format == CONSTANT else format.width
+        wanted = format_for(seen, width, matrix, cut=whole is not None)
         return storage.encoded(values, wanted, codec=codec)
     return storage.encoded(values, before=before, codec=codec)
 
 
-def format_for(values: Tensor, width: int) -> Format:
-    """The format of a state of which nothing is known but its values."""
+def format_for(
+    values: Tensor, width: int, matrix: MatrixKind | None = None, *, cut: bool = False
+) -> Format:
+    """The format of a state of which nothing is known but its values, and ``matrix`` perhaps.
+
+    Without it, a matrix that is symmetric and positive semidefinite counts as one that stays so
+    (what does not is found out when it is next encoded). ``cut``: processes hold parts of it, so
+    that none can factor it; it gets 16 bits then.
+    """
     if width == FLOAT32.width:
         return FLOAT32
-    return choose_format(width, nonnegative=not bool((values < 0).any()), normalizable=False)
+    if matrix != "orthogonal":
+        fits = is_semidefinite(values, known=matrix == "semidefinite")
+        matrix = "semidefinite" if fits else None
+    if matrix == "semidefinite" and cut:
+        return BFLOAT16
+    nonnegative = not bool((values < 0).any())
+    return choose_format(width, nonnegative=nonnegative, normalizable=False, matrix=matrix)
 
 
 LIKE_WEIGHTS = 0.9

@@ -16,7 +16,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "printable"),
     ("architectures", "attributes", "dump", "dynamo", "interrupts"),
-    ("formats", "halves", "layout", "rounding", "reference"),
+    ("formats", "halves", "layout", "rounding", "matrices", "reference"),
     ("options",),
     ("storage",),
     ("packed_state", "state_tree"),

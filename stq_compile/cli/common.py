@@ -195,6 +195,12 @@ def print_code(text: str, language: str) -> None:
         sys.stdout.write(text + "\n")
 
 
+KINDS = {
+    "orthogonal": "orthonormal columns or rows (format orthogonal)",
+    "semidefinite": "symmetric and positive semidefinite (format cholesky)",
+}
+
+
 def print_regions(found: Inspection) -> None:
     """What runs operator by operator, and why: of what is not cut nothing is proved."""
     for region in found.regions():
@@ -206,6 +212,8 @@ def print_regions(found: Inspection) -> None:
             f"{region['reason']}",
             markup=False,
         )
+        for state, kind in region["matrices"].items():
+            console.print(f"  {state}: {KINDS[kind]}", markup=False)
 
 
 def progress(what: str) -> AbstractContextManager[Any]:
