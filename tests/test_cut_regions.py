@@ -164,6 +164,19 @@ def test_cut_at_few_bits_and_whole_at_32(cls: Any) -> None:
     assert 0 < distance(half, eager) < 0.01
 
 
+def test_a_square_preconditioner_is_a_matrix_and_not_a_kernels_state() -> None:
+    """It has the shape of its parameter, and a format that its decomposition survives."""
+    p = nn.Parameter(torch.zeros(64, 64))
+    optimizer = stq.compile(Rotated([p]), precision=8, min_numel=64)
+    for step in range(2):
+        gradients([p], step)
+        optimizer.step()
+    assert last_step(optimizer).cut_regions
+    formats = {row.state: row.format for row in stq.report(optimizer).rows}
+    assert formats["side"] == "cholesky8"
+    assert formats["m"] == "softsign8"
+
+
 def test_states_have_the_formats_of_kernels() -> None:
     """What the update divides by a root is kept in units of that root. Regions are traced for
     every shape; what is pointwise in them is the same kernel."""
@@ -316,7 +329,7 @@ PLANNED: dict[str, Any] = {"interval": 1}
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        (2, PINNED),
+        pytest.param(2, PINNED, marks=pytest.mark.slow),
         *(pytest.param(4, options, marks=pytest.mark.slow) for options in (PINNED, PLANNED)),
     ],
 )

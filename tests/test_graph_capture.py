@@ -86,6 +86,7 @@ def test_a_step_that_runs_operator_by_operator_is_refused(capturing: Capturing) 
     assert_refused(optimizer, "operator by operator", capturing)
 
 
+@pytest.mark.slow
 def test_nothing_is_looked_at_during_a_capture_or_planned_after_it(
     capturing: Capturing, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ def at_lines(make: Make, points: int, last: int) -> tuple[int, int]:
     return tried, made
 
 
-@pytest.mark.parametrize("make", [planned, counting, regions])
+@pytest.mark.parametrize("make", [pytest.param(planned, marks=pytest.mark.slow), counting, regions])
 def test_at_lines_of_a_step(make: Make) -> None:
     """Looks and changes of widths included."""
     tried, made = at_lines(make, 4, 12)

@@ -14,6 +14,7 @@ from models import backward, make_model
 from stq_compile import PackedState, codec
 from stq_compile.backend import session_of
 from stq_compile.errors import EagerStepWarning
+from stq_compile.formats import WEIGHTS_WIDTH
 from stq_compile.state_tree import leaves
 
 MIN_NUMEL = 64
@@ -169,7 +170,9 @@ def test_kernels_decode_and_encode_with_the_bits_of_the_reference(
     built = [session_of(o).codec.kernels for o in (slow, fast)]  # type: ignore[union-attr]
     assert not built[0]
     # 8: the entries of Cholesky factors, half as many as those of the matrices
-    assert {format.width for way, _ in built[1] for format in way} == {4, 8, 32}
+    widths = {format.width for way, _ in built[1] for format in way}
+    assert widths >= {8, 32}
+    assert widths <= {4, 8, 32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -200,12 +203,12 @@ class Slow(torch.optim.Optimizer):
             p.copy_(self.state[p]["slow"])
 
 
-def test_a_copy_of_the_weights_keeps_16_bits() -> None:
+def test_a_copy_of_the_weights_keeps_12_bits() -> None:
     start = vector(make_model())
     eager, _ = train(Slow, 10)
     ours, optimizer = train(Slow, 10, precision=4, min_numel=MIN_NUMEL)
     assert (vector(ours) - vector(eager)).norm() < 0.25 * (vector(eager) - start).norm()
     for row in stq.report(optimizer).rows:
         numel = torch.Size(row.shape).numel()
-        assert row.width == (16 if numel >= MIN_NUMEL else 32)
+        assert row.width == (WEIGHTS_WIDTH if numel >= MIN_NUMEL else 32)
         assert numel < MIN_NUMEL or row.reason == "a copy of the weights"

@@ -159,7 +159,7 @@ def test_a_failure_while_widths_change(monkeypatch: pytest.MonkeyPatch, scripts:
     session = session_of(optimizer)
     assert session is not None
 
-    def fails(*_: Any) -> Any:
+    def fails(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("no such widths")
 
     monkeypatch.setattr(compiler, "lower", fails)

@@ -356,9 +356,10 @@ def test_the_statistics_see_a_flaw(
 
 def levels_of(format: Format, word: Tensor, unit: float) -> Tensor:
     """What all codes decode to under one scale word, float64, ascending."""
-    codes = torch.arange(256, dtype=torch.int32).clamp(max=format.top_code).view(2, 128)
-    v = torch.full((256,), unit**2) if format.normalized else None
-    values = decode(pack(codes, format.width), word.expand(2), format, 256, v)
+    count = max(256, 1 << format.width) if format.width < 16 else 256
+    codes = torch.arange(count, dtype=torch.int32).clamp(max=format.top_code).view(-1, 128)
+    v = torch.full((count,), unit**2) if format.normalized else None
+    values = decode(pack(codes, format.width), word.expand(len(codes)), format, count, v)
     return values[: format.top_code + 1].double()
 
 

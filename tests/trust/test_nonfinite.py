@@ -470,7 +470,7 @@ def sharded_run(rank: int, world: int, mode: str) -> Any:
     return {**outcome(model, optimizer), "message": message, "skipped": report.nonfinite_steps}
 
 
-@pytest.mark.parametrize("mode", ["skip", "raise"])
+@pytest.mark.parametrize("mode", ["skip", pytest.param("raise", marks=pytest.mark.slow)])
 def test_all_processes_agree(mode: str) -> None:
     results = run_processes(2, sharded_run, mode)
     model, optimizer = make(SHAPES, "adamw", precision=4)
