@@ -105,7 +105,7 @@ def raised(history: History | None, after: int) -> int:
 
 @pytest.mark.parametrize("change", ["scale", "zeros"])
 def test_gradients_that_change_character_are_lived_with(change: str) -> None:
-    """By a factor of 1000, which raises a width within two intervals where the tolerance is all used;
+    """By a factor of 1000, which raises a width within two intervals where the tolerance is used;
     or to 95% zeros, of which second moments hardly take notice. Without a change none rises.
 
     The distance to stock AdamW in units of how far that moves was measured as 0.08 for the factor
