@@ -109,7 +109,11 @@ def test_every_pair_of_formats_bit_for_bit(
     assert not wrong
 
 
-@pytest.mark.parametrize("old", UNITS, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "old",
+    [pytest.param(f, marks=[pytest.mark.slow] if i % 3 else []) for i, f in enumerate(UNITS)],
+    ids=lambda f: f.name,
+)
 def test_a_unit_that_changes_takes_those_that_depend_on_it_along(
     old: Format, codecs: Callable[[Rounding], CompiledCodec]
 ) -> None:
