@@ -37,7 +37,7 @@ from stq_compile.passes.compensate import PARAM_ERROR_OP, WITH_ERROR
 from stq_compile.passes.partition import element_nodes
 from stq_compile.passes.quantize import DEQUANTIZE, QUANTIZE
 from stq_compile.passes.round_params import ROUND_PARAM
-from stq_compile.step_graph import Operand, Role, StepGraph, location_of
+from stq_compile.step_graph import Role, StepGraph, location_of
 
 Lowering = Callable[[Builder, tuple[Any, ...], dict[str, Any]], Any]
 """(builder, lowered arguments, keyword arguments) -> a value, or a number if it is constant."""
@@ -90,11 +90,9 @@ def lower(unit: StepGraph, *, resident: bool = False) -> Kernel:
     b = Builder(unit.name, operands)
     env: dict[fx.Node, Any] = {}
     states = _stored(unit)
-    for node, operand in zip(unit.placeholders, unit.operands, strict=True):
+    for node, operand, slot in zip(unit.placeholders, unit.operands, operands, strict=True):
         b.origin = f"{node.name}  {operand.role}"
-        number = operand.role is Role.INTERMEDIATE and operand.number
-        passed = number or (operand.role is Role.SCALAR and node.name not in there)
-        env[node] = _read(b, node, operand, node in elements, passed)
+        env[node] = _read(b, node, operand.role, slot.kind)
     for node in unit.calls:
         where = location_of(node)
         b.origin = f"{node.name}  {where}" if where else node.name
@@ -160,14 +158,12 @@ def _stored(unit: StepGraph) -> dict[str, Stored]:
     return stored
 
 
-def _read(
-    b: Builder, node: fx.Node, operand: Operand, elementwise: bool, passed: bool
-) -> Value | None:
-    if operand.role in (Role.CODES, Role.SCALES, Role.KEY, Role.SUMS):
+def _read(b: Builder, node: fx.Node, role: Role, kind: OperandKind) -> Value | None:
+    if role in (Role.CODES, Role.SCALES, Role.KEY, Role.SUMS):
         return None
-    if passed:
+    if kind is OperandKind.NUMBER:
         return b.read("argument", node.name)
-    return b.read("load" if elementwise else "load_scalar", node.name)
+    return b.read("load" if kind is OperandKind.FLOATS else "load_scalar", node.name)
 
 
 def _lower_node(

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -49,6 +49,14 @@ def _cut(unit: StepGraph, why_not: Supports) -> StepGraph:
     if misfit or param.shape == () or param.numel < WORTH_CUTTING:
         return unit
     return _Knife(unit, why_not).cut()
+
+
+class _Border(NamedTuple):
+    """Intermediates: those that the rest makes, feeds, and the kernels' placeholders for both."""
+
+    made: list[fx.Node]
+    fed: list[fx.Node]
+    between: dict[fx.Node, fx.Node]
 
 
 class _Knife:
@@ -96,13 +104,13 @@ class _Knife:
         kernel, rest = self._closure(mine.values(), others.values())
         made = [n for n in self.unit.calls if n in rest and n in kernel - self.pointwise]
         fed = [n for n in self.unit.calls if n in rest and self._is_feed(n)]
-        between = self._intermediates([*made, *fed])
+        border = _Border(made, fed, self._intermediates([*made, *fed]))
         return self.unit.replace(
-            **self._kernel(kernel, mine, made, fed, between),
+            **self._kernel(kernel, mine, border),
             unfused="",
             plain=None,
             rest=self.unit.replace(
-                **self._rest(rest, others, made, fed, between),
+                **self._rest(rest, others, border),
                 name=f"{self.unit.name}_rest",
                 plain=None,
             ),
@@ -164,17 +172,11 @@ class _Knife:
         return found
 
     def _kernel(
-        self,
-        nodes: set[fx.Node],
-        writes: dict[str, fx.Node],
-        made: list[fx.Node],
-        fed: list[fx.Node],
-        between: dict[fx.Node, fx.Node],
+        self, nodes: set[fx.Node], writes: dict[str, fx.Node], border: _Border
     ) -> dict[str, Any]:
         """Graph, operands and writes of the kernel; feeds are written as well."""
-        graph = fx.Graph()
-        inputs = self._placeholders(graph, nodes, writes)
-        env = {self.by_name[node.name]: node for node in inputs}
+        made, fed, between = border
+        graph, inputs, env = self._begun(nodes, writes)
         env |= {node: graph.node_copy(between[node]) for node in made}
         feeds = {node: graph.node_copy(between[node]) for node in fed}
         for node in self.unit.calls:
@@ -182,25 +184,14 @@ class _Knife:
                 env[node] = graph.node_copy(node, env.__getitem__)
         results = {name: env[value] for name, value in writes.items()}
         results |= {feeds[node].name: env[node] for node in fed}
-        graph.output(tuple(results.values()))
-        return {
-            "graph": graph,
-            "instances": self._rows(inputs, [*made, *fed], between),
-            "writes": tuple(results),
-        }
+        return self._finished(graph, results, self._rows(inputs, [*made, *fed], between))
 
     def _rest(
-        self,
-        nodes: set[fx.Node],
-        writes: dict[str, fx.Node],
-        made: list[fx.Node],
-        fed: list[fx.Node],
-        between: dict[fx.Node, fx.Node],
+        self, nodes: set[fx.Node], writes: dict[str, fx.Node], border: _Border
     ) -> dict[str, Any]:
         """The same of the rest, with calls of the kernels that feed it."""
-        graph = fx.Graph()
-        inputs = self._placeholders(graph, nodes, writes)
-        env = {self.by_name[node.name]: node for node in inputs}
+        made, fed, between = border
+        graph, inputs, env = self._begun(nodes, writes)
         targets = {node: graph.node_copy(between[node]) for node in made}
         level = self._levels()
         for k in range(max(level.values(), default=0) + 1):
@@ -216,12 +207,22 @@ class _Knife:
                 env |= {n: graph.call_function(getitem, (call, i)) for i, n in enumerate(values)}
         results = {name: env[value] for name, value in writes.items()}
         results |= {targets[node].name: env[node] for node in made}
+        return self._finished(graph, results, self._rows(inputs, made, between))
+
+    def _begun(
+        self, nodes: set[fx.Node], writes: dict[str, fx.Node]
+    ) -> tuple[fx.Graph, list[fx.Node], dict[fx.Node, fx.Node]]:
+        """A graph that has its inputs, and what stands for the unit's nodes in it."""
+        graph = fx.Graph()
+        inputs = self._placeholders(graph, nodes, writes)
+        return graph, inputs, {self.by_name[node.name]: node for node in inputs}
+
+    def _finished(
+        self, graph: fx.Graph, results: dict[str, fx.Node], rows: tuple[Instance, ...]
+    ) -> dict[str, Any]:
+        """The fields of a unit with this graph, which returns these results."""
         graph.output(tuple(results.values()))
-        return {
-            "graph": graph,
-            "instances": self._rows(inputs, made, between),
-            "writes": tuple(results),
-        }
+        return {"graph": graph, "instances": rows, "writes": tuple(results)}
 
     def _levels(self) -> dict[fx.Node, int]:
         """How many kernels are called before a node is computed."""

@@ -43,7 +43,7 @@ Sum = Mapping[fx.Node, float]
 
 def find_matrices(program: Program) -> Program:
     """Add ``matrices`` to the facts of every unit that is no kernel."""
-    return Program(program.optimizer, tuple(_find(unit) for unit in program.units))
+    return program.map(_find)
 
 
 def _find(unit: StepGraph) -> StepGraph:

@@ -22,6 +22,10 @@ Make = Callable[[list[Parameter]], tuple[Step, Callable[[], int]]]
 """From parameters with gradients: a step, and what tells the bytes of its states."""
 
 
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 @dataclass(frozen=True)
 class Contender:
     """One row of a benchmark.
@@ -39,7 +43,7 @@ class Contender:
     @property
     def available(self) -> bool:
         """Whether its package is installed."""
-        return not self.package or importlib.util.find_spec(self.package) is not None
+        return not self.package or _is_installed(self.package)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Family:
     @property
     def available(self) -> bool:
         """Whether its package is installed."""
-        return importlib.util.find_spec(self.module) is not None
+        return _is_installed(self.module)
 
     @property
     def cls(self) -> type[Optimizer]:

@@ -42,7 +42,7 @@ def look(fault: str, tiles: int, blocks: int) -> tuple[str, int]:
 
     def counted(*args: object, **kwargs: object) -> object:
         launches.append(1)
-        return measure(*args, **kwargs)  # type: ignore[arg-type]
+        return measure(*args, **kwargs)  # type: ignore[arg-type]  # as they came
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "MEASURED_TILES", tiles)
