@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -79,9 +82,17 @@ def _cache() -> Finding:
     if problem:
         found = f"{folder}: {problem}; set {cache.VARIABLE} to a folder of your own"
         return Finding("kernel cache", found, ok=False)
-    files = [f for f in folder.rglob("*") if f.is_file()]
-    size = sum(f.stat().st_size for f in files) / 1e6
-    return Finding("kernel cache", f"{folder}, {len(files)} files, {size:.1f} MB", ok=True)
+    sizes = list(_sizes(folder))
+    found = f"{folder}, {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
+    return Finding("kernel cache", found, ok=True)
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Bytes of each file, but for those that another process removes meanwhile."""
+    for root, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield Path(root, name).stat().st_size
 
 
 def _tried(name: str, attempt: Callable[[], str]) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from small_examples import one_thread, text_file
@@ -28,6 +29,13 @@ settings.register_profile(
 nightly = os.environ.get("HYPOTHESIS_PROFILE") == NIGHTLY
 if nightly:
     settings.load_profile(NIGHTLY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_limit_of_graphs() -> None:
+    """All string forms of a process share the code of torch's wrapper, and so its limit of 8
+    graphs, whatever files of tests ran before in the process."""
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

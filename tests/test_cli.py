@@ -328,6 +328,16 @@ def test_bench_says_that_there_is_no_gpu() -> None:
     assert "torch finds no GPU on this machine" in errors
 
 
+def test_doctor_passes_over_files_that_vanish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a kernel that another process builds at that time."""
+    (tmp_path / "kept").write_bytes(b"1234")
+    walk = [(str(tmp_path), [], ["kept", "gone"])]
+    monkeypatch.setattr(doctor.os, "walk", lambda folder: walk)
+    assert list(doctor._sizes(tmp_path)) == [4]
+
+
 def test_doctor_says_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise RuntimeError("no such luck\nat all")
