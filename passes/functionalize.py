@@ -183,6 +183,8 @@ def _functionalize(
         _allow_non_fake_inputs=True,
     )(*inputs)
     _check_sizes(traced.graph, optimizer)
+    if not decompositions:
+        _restore_fused(traced.graph)
     constants = fold_constants(traced)
     made = _collect_writes(unit, traced.graph, constants, numbers=bool(decompositions))
     for node in made.calls:
@@ -195,6 +197,24 @@ def _functionalize(
                 location=location_of(node),
             )
     return made
+
+
+FUSED = {aten.mul.Tensor: aten.addcmul.default, aten.div.Tensor: aten.addcdiv.default}
+
+
+def _restore_fused(graph: fx.Graph) -> None:
+    """``fma(a / b, value, c)``, as Dynamo writes ``c.addcdiv(a, b, value=value)``, rounds otherwise
+    than the operator does; the same for ``addcmul``."""
+    for node in list(graph.nodes):
+        inner = node.args[0] if node.target is inductor_prims.fma and node.args else None
+        if not isinstance(inner, fx.Node) or inner.target not in FUSED or len(inner.users) > 1:
+            continue
+        _, value, addend = node.args
+        tensors = (addend, *inner.args)
+        if all(isinstance(t, fx.Node) for t in tensors) and not isinstance(value, fx.Node):
+            node.target = FUSED[inner.target]
+            node.args, node.kwargs = tensors, {"value": value}
+            graph.erase_node(inner)
 
 
 def _check_sizes(traced: fx.Graph, optimizer: str) -> None:
