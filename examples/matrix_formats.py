@@ -14,7 +14,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -33,8 +32,7 @@ from tinyvit import Digits, load_digits
 HIDDEN = 96
 BATCH = 64
 STEPS = 300
-LR = 0.3
-STATES = ("left", "right")
+LR = 0.8  # of 0.1 to 2, fp32, two seeds: 0.5 0.20, 0.8 0.13, 1.2 0.15, 2 0.18
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -62,7 +60,8 @@ class Shampoo(torch.optim.Optimizer):
 def inverse_fourth_root(matrix: Tensor) -> Tensor:
     """`A^(-1/4)`; eigenvalues below a millionth of the largest count as that."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=1e-6 * values.max()) ** -0.25) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=1e-6 * values.max()) ** -0.25) @ vectors.T
+    return root
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def blocks(width: int) -> Prepare:
         def round_states(*_: Any) -> None:
             seed = next(steps)
             for state in optimizer.state.values():
-                for key, value in state.items():
+                for value in state.values():
                     value.copy_(PackedState.pack(value, format, seed=seed).dequantize())
 
         optimizer.register_step_post_hook(round_states)
@@ -111,7 +110,8 @@ def blocks(width: int) -> Prepare:
 
 
 def _bits(optimizer: Shampoo, format: Format) -> float:
-    sizes = [value.numel() for state in optimizer.state.values() for value in state.values()]
+    states = optimizer.state.values()
+    sizes: list[int] = [value.numel() for state in states for value in state.values()]
     return 8 * sum(map(format.nbytes, sizes)) / sum(sizes)
 
 
@@ -135,7 +135,8 @@ def train(prepare: Prepare, digits: Digits, steps: int, seed: int) -> Result:
     bits = prepare(optimizer)
     for _ in range(steps):
         images, labels = digits.batch(generator, BATCH)
-        F.cross_entropy(model(images.flatten(1)), labels).backward()
+        loss = F.cross_entropy(model(images.flatten(1)), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -145,7 +146,9 @@ def train(prepare: Prepare, digits: Digits, steps: int, seed: int) -> Result:
 
 def results_table(results: dict[str, list[Result]]) -> Table:
     """A row for each variant: means and deviations over the seeds."""
-    table = Table(title="Shampoo on digits: preconditioners by their Cholesky factors or by entries")
+    table = Table(
+        title="Shampoo on digits: preconditioners by their Cholesky factors or by entries"
+    )
     table.add_column("states")
     for heading in ("validation loss, nats", "− fp32", "true bits per element"):
         table.add_column(heading, justify="right")

@@ -161,12 +161,12 @@ KNOWN_OPTIMIZERS: dict[str, OptimizerChoice] = {
                 "weight_decay": 0.1,
                 "adjust_lr_fn": "match_rms_adamw",  # so that AdamW's learning rate serves as well
             },
-            precision={"momentum_buffer": 4},
+            precision={"momentum_buffer": 8},
             rest=ADAMW,
         ),
         OptimizerChoice(
             "SOAP",
-            lr=3e-3,
+            lr=1.2e-2,
             arguments={"betas": (0.95, 0.95), "weight_decay": 0.1, "max_precondition_dim": 256},
             precision={"exp_avg": 8, "exp_avg_sq": 4, "GG.*": 4, "Q.*": 4},
         ),

@@ -107,8 +107,8 @@ DECOMPOSITIONS = {
     torch.ops.aten.eye.default: _eye,
     torch.ops.aten.eye.m: _eye,
 }
-"""Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind, rounds
-otherwise than the eager kernels do (these round as eager does, operation by operation), or fails."""
+"""Core ATen, but for operators whose stock decomposition fails, leaves dead arithmetic behind or
+rounds otherwise than the eager kernels do: these round as eager does, operation by operation."""
 
 NOT_FUNCTIONALIZED = ("square_",)
 """Methods for which ``torch.func.functionalize`` has no rule."""

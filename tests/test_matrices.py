@@ -266,6 +266,56 @@ def test_facts_of_states_that_are_matrices() -> None:
     assert dict(unit.facts.matrices) == KINDS
 
 
+# Mixed. ---------------------------------------------------------------------------------------
+
+
+class Turning(torch.optim.Optimizer):
+    """First moments that are kept, turned and divided in different ways."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        for p in self.param_groups[0]["params"]:
+            g, s = p.grad, self.state[p]
+            if not s:
+                s["basis"] = torch.eye(p.shape[0])
+                for key in MOMENTS:
+                    s[key] = torch.zeros_like(p)
+            basis = s["basis"]
+            seen = basis.T @ g
+            s["v"].lerp_(seen * seen, 0.1)
+            for key in ("divided", "multiplied", "added", "whitened", "watched"):
+                s[key].lerp_(g, 0.1)
+            s["projected"].lerp_(seen, 0.1)
+            turned = basis.T @ s["watched"]
+            s["w"].lerp_(turned * turned, 0.1)
+            white = s["whitened"] / s["whitened"].norm().add(1e-7)
+            update = (basis.T @ s["divided"]) / s["v"].sqrt().add(1e-3)
+            update += (s["multiplied"].T @ basis).T * s["v"].add(1e-3).rsqrt()
+            update += torch.addmm(s["added"], basis, g) / s["v"].sqrt().add(1e-3)
+            update += s["projected"] / s["v"].sqrt().add(1e-3) + turned / s["w"].sqrt().add(1e-3)
+            p.sub_(basis @ update + white @ white.T @ white, alpha=self.param_groups[0]["lr"])
+
+
+MOMENTS = ("v", "w", "divided", "multiplied", "added", "whitened", "watched", "projected")
+
+
+def test_states_whose_errors_are_mixed_and_enlarged_are_found() -> None:
+    """Neither what was turned before it was kept, nor what the divisor is made of."""
+    p = nn.Parameter(torch.ones(8, 8))
+    optimizer = stq.compile(Turning([p]), precision=32)
+    for step in range(3):
+        p.grad = normal(8, 8, seed=step).float()
+        optimizer.step()
+    session = session_of(optimizer)
+    assert session is not None
+    last = max(session.compiled, key=lambda s: s.number)
+    (unit,) = last.program.units
+    assert unit.facts.mixed == {"divided", "multiplied", "whitened"}
+
+
 # Runs. ----------------------------------------------------------------------------------------
 
 
@@ -409,6 +459,18 @@ def test_damaged_checkpoints_are_refused() -> None:
     narrow["state"][0]["m"].update(format="cholesky4")  # 48 x 40: not square
     with pytest.raises(CheckpointError, match=r"m\.format"):
         optimizer.load_state_dict(narrow)
+
+
+def test_a_state_that_is_divided_in_another_basis_gets_8_bits() -> None:
+    """At the 4 that are asked for, the path ends 0.99 of its length away."""
+    ours, optimizer = run(Rotated, 12, {"precision": {"*": 32, "m": 4}})
+    assert formats(optimizer)["m"] == "softsign8"
+    assert distance(Rotated, 12, ours) < 0.1
+
+
+def test_a_budget_is_kept_all_the_same() -> None:
+    _, optimizer = run(Rotated, 4, {"target_bits": 5.0})
+    assert stq.report(optimizer).bits_per_element <= 5.0
 
 
 @pytest.mark.slow
