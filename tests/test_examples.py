@@ -126,10 +126,16 @@ def test_patterns_of_parameter_names_match() -> None:
     assert widths["head.weight"] == 3
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
-    with pytest.raises(ValueError, match=r"lion-pytorch, which is not installed.*\[evidence\]"):
-        choose_optimizer("lion")
+@pytest.mark.parametrize(
+    ("name", "package"), [("lion", "lion_pytorch"), ("soap", "pytorch_optimizer")]
+)
+def test_a_missing_package_is_named_with_its_extra(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    shown = package.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{shown}, which is not installed.*\[evidence\]"):
+        choose_optimizer(name)
 
 
 def test_missing_digits_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,31 @@ def test_facts_of_states_that_are_matrices() -> None:
     assert dict(unit.facts.matrices) == KINDS
 
 
+@pytest.mark.parametrize("n", [8, 300])  # from 256 rows on torch's own decomposition fails
+def test_identity_matrices_of_any_size_are_traced(n: int) -> None:
+    class Damped(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                s = self.state[p]
+                if not s:
+                    s["sum"] = torch.zeros(n, n)
+                s["sum"].add_(p.grad @ p.grad.T).add_(torch.eye(n, dtype=p.dtype), alpha=0.5)
+                p.sub_(s["sum"] @ p.grad + torch.eye(n, 2), alpha=0.1)
+
+    p = nn.Parameter(torch.ones(n, 2))
+    optimizer = stq.compile(Damped([p], {}), precision=32)
+    for _ in range(2):
+        p.grad = torch.ones(n, 2)
+        optimizer.step()
+    assert not stq.report(optimizer).note.startswith("Steps run eagerly")
+    assert torch.equal(optimizer.state[p]["sum"], torch.eye(n) + 4)
+    session = session_of(optimizer)
+    assert session is not None
+    last = max(session.compiled, key=lambda s: s.number)
+    assert last.program.units[0].facts.matrices == {"sum": "semidefinite"}
+
+
 # Mixed. ---------------------------------------------------------------------------------------
 
 
