@@ -347,6 +347,8 @@ def test_states_whose_errors_are_mixed_and_enlarged_are_found() -> None:
 class Rotated(torch.optim.Optimizer):
     """SOAP in short: second moments in a basis of eigenvectors, found by power iteration."""
 
+    decay = 0.0
+
     def __init__(self, params: Any, lr: float = 0.02) -> None:
         super().__init__(params, {"lr": lr})
 
@@ -363,6 +365,7 @@ class Rotated(torch.optim.Optimizer):
                 s["basis"] = torch.linalg.qr(self.outer(g) + torch.eye(p.shape[0])).Q
             s["left"].mul_(0.9).add_(self.outer(g), alpha=0.1)
             s["m"].lerp_(g, 0.1)
+            p.mul_(1 - self.decay * self.param_groups[0]["lr"])
             turned = s["basis"].T @ g
             s["v"].mul_(0.9).addcmul_(turned, turned, value=0.1)
             update = s["basis"].T @ s["m"] / s["v"].sqrt().add(0.1)
@@ -491,6 +494,20 @@ def test_a_state_that_is_divided_in_another_basis_gets_8_bits() -> None:
     ours, optimizer = run(Rotated, 12, {"precision": {"*": 32, "m": 4}})
     assert formats(optimizer)["m"] == "softsign8"
     assert distance(Rotated, 12, ours) < 0.1
+
+
+def test_numbers_that_are_made_of_a_changing_rate_are_no_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Rotated, "decay", 0.1)
+    p = nn.Parameter(normal(48, 40).float())
+    optimizer = stq.compile(Rotated([p]), precision=8, min_numel=1000)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.02 / (1 + step)
+        p.grad = gradient(p, step)
+        optimizer.step()
+    assert not stq.report(optimizer).note.startswith("Steps run eagerly")
+    assert formats(optimizer)["left"] == "cholesky8"
 
 
 def test_a_budget_is_kept_all_the_same() -> None:
