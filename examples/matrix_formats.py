@@ -1,6 +1,6 @@
 """Trains a small network with Shampoo, whose preconditioners are kept in few bits, in two ways.
 
-python examples/matrix_formats.py              # 3 seeds, half a minute
+python examples/matrix_formats.py              # 3 seeds, a minute
 
 Shampoo multiplies a gradient by inverse fourth roots of sums of G Gᵀ and Gᵀ G. Inverse roots live
 on small eigenvalues, and rounding a matrix entry by entry drowns them (Wang et al., "4-bit Shampoo

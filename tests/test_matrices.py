@@ -493,6 +493,8 @@ def test_a_state_that_is_divided_in_another_basis_gets_8_bits() -> None:
     """At the 4 that are asked for, the path ends 0.99 of its length away."""
     ours, optimizer = run(Rotated, 12, {"precision": {"*": 32, "m": 4}})
     assert formats(optimizer)["m"] == "softsign8"
+    reasons = {row.state: row.reason for row in stq.report(optimizer).rows}
+    assert reasons == dict.fromkeys(reasons, "") | {"m": "products mix its errors"}
     assert distance(Rotated, 12, ours) < 0.1
 
 
