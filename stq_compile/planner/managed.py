@@ -13,7 +13,7 @@ from stq_compile.step_graph import StepGraph
 
 FEW_LEVELS: Mapping[str, Mapping[int, float]] = {
     "adaptive_log": {2: 2.5, 3: 1.5},
-    "softsign": {2: 3.0, 3: 2.0},
+    "softsign": {2: 6.0, 3: 4.0},
 }
 """What the error of a state counts for by its kind and width, in units of what the law says of it;
 1 where there is none. Fitted to training (`design/0008`): levels that are octaves apart leave more
