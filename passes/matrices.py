@@ -148,7 +148,7 @@ class _Sums:
             factor = self._number(args[1])
             if factor is not None and factor != 0:
                 scaled = _scaled(self._of(args[0]), factor if name == "mul" else 1 / factor)
-        elif name == "fma":
+        elif name == "fma" and isinstance(args[2], fx.Node):
             factor = self._number(args[1])
             if factor is not None:
                 scaled = _added(_scaled(self._of(args[0]), factor), self._of(args[2]))
