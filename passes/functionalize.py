@@ -90,15 +90,25 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return value if value.shape == target.shape else value.expand_as(target)
 
 
+def _eye(
+    rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None, **where: Any
+) -> Tensor:
+    """torch's counts rows in the narrowest type, ``uint16`` from 256 on, in which it cannot."""
+    i, j = (torch.arange(n, **where) for n in (rows, rows if columns is None else columns))
+    return (i.unsqueeze(-1) == j).to(dtype or torch.get_default_dtype())
+
+
 DECOMPOSITIONS = {
     **core_aten_decompositions(),
     torch.ops.aten.lerp.Scalar: _in_float32(_lerp),
     torch.ops.aten.addcmul.default: _in_float32(_addcmul),
     torch.ops.aten.addcdiv.default: _in_float32(_addcdiv),
     torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.eye.default: _eye,
+    torch.ops.aten.eye.m: _eye,
 }
-"""Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind or rounds
-otherwise than the eager kernels do: these round as eager does, operation by operation."""
+"""Core ATen, but for operators whose stock decomposition fails, leaves dead arithmetic behind or
+rounds otherwise than the eager kernels do: these round as eager does, operation by operation."""
 
 NOT_FUNCTIONALIZED = ("square_",)
 """Methods for which ``torch.func.functionalize`` has no rule."""

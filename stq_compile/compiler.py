@@ -31,6 +31,7 @@ from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.passes.matrices import find_matrices
 from stq_compile.passes.measure import measure
+from stq_compile.passes.mixed import find_mixed
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import FormatOf, insert_quantize
@@ -49,6 +50,7 @@ FRONT: Sequence[Pass] = (
     Pass("widen", widen),
     Pass("functionalize", partial(functionalize, why_not=why_not)),
     Pass("matrices", find_matrices),
+    Pass("mixed", find_mixed),
     Pass("cut", partial(cut, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),

@@ -56,6 +56,9 @@ WEIGHTS_WIDTH = 12
 """The least width of a state that is a copy of its parameter, in ``softsign``, whose levels lie
 some four times as close as those of ``bfloat16``. It is no width to ask for (design/0013)."""
 
+MIXED_WIDTH = 8
+"""The least width of a state whose errors a product mixes and the update enlarges (design/0022)."""
+
 MATRIX_WIDTH = 4
 """The least width of ``orthogonal`` and ``cholesky``: at 3 bits neither does its work."""
 

@@ -43,7 +43,14 @@ from stq_compile.errors import (
 )
 from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import FLOAT32, WEIGHTS_WIDTH, WIDTHS, Format, choose_format
+from stq_compile.formats import (
+    FLOAT32,
+    MIXED_WIDTH,
+    WEIGHTS_WIDTH,
+    WIDTHS,
+    Format,
+    choose_format,
+)
 from stq_compile.half_params import new_error, uncompensated
 from stq_compile.nonfinite import Watch, find_reached
 from stq_compile.options import Options
@@ -422,6 +429,8 @@ class Session:
         width = self.width_of(operand)
         if width < FLOAT32.width and key in facts.copies:
             width = max(width, WEIGHTS_WIDTH)
+        if key in facts.mixed and self.options.target_bits is None:  # a budget is kept
+            width = max(width, MIXED_WIDTH)
         return choose_format(
             width,
             nonnegative=key in facts.nonnegative,

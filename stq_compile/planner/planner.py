@@ -57,7 +57,7 @@ class Managed:
     nbytes: Mapping[int, int]  # all bytes at each width
     prior: Mapping[int, float]  # error at each width before the first look
     forgetting: float = 0.0  # share of an error's square that is left after a step
-    weights: Mapping[int, float] = field(default_factory=dict)  # what errors count for, if not 1
+    weights: Mapping[int, float] = field(default_factory=dict)  # what errors count for, 1 if unsaid
 
 
 @dataclass(frozen=True)
