@@ -15,7 +15,7 @@ from optimizers import OptimizerChoice, choose_optimizer
 from presentation import results_table, save_picture, save_results
 from variants import FP32, Variant, packed, parse_precision, parse_variant
 
-OptimizerName = Annotated[str, typer.Option(help="Any optimizer of torch.optim, or lion.")]
+OptimizerName = Annotated[str, typer.Option(help="Any optimizer of torch.optim, lion or soap.")]
 Precisions = Annotated[
     list[str] | None,
     typer.Option(help="Bits of all states (4), or of each (exp_avg=4,exp_avg_sq=3)."),
@@ -53,7 +53,7 @@ def choose(
     if variant:
         return choice, [parse_variant(text) for text in variant]
     pinned = parse_precision(precision or [])
-    return choice, [FP32, packed(choice.precision if pinned is None else pinned)]
+    return choice, [FP32, packed(choice.pinned if pinned is None else pinned)]
 
 
 def prepare(threads: int | None, out: Path) -> Console:
@@ -76,7 +76,7 @@ def run_example(
 ) -> None:
     """Train everything, print the table, save `<name>.png` and `<name>.json`."""
     out = schedule.folder.parent
-    console.print(f"{task.title}; {settings.steps} steps, {choice.name}, lr {choice.lr:g}")
+    console.print(f"{task.title}; {settings.steps} steps, {choice.title}, lr {choice.lr:g}")
     comparison = compare(task, choice, variants, settings, schedule, console)
     console.print(results_table(comparison))
     if len(schedule.seeds) > 1:

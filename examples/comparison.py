@@ -28,6 +28,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
 
 import stq_compile as stq
 from optimizers import OptimizerChoice
@@ -130,14 +131,14 @@ def compare(
     """
     for variant in variants:
         if variant.options is not None:
-            stq.compile(choice.build(task.model()), **variant.options)
+            _compile(choice, choice.build(task.model()), variant.options)
     rows: list[Row] = []
-    result = Comparison(task.title, task.unit, choice.name, rows, _fused_step_ms(task, choice))
+    result = Comparison(task.title, task.unit, choice.title, rows, _fused_step_ms(task, choice))
     with _progress(console) as progress:
         plan = []
         for variant in variants:
             for seed in schedule.seeds:
-                text = f"{choice.name} {variant.label}"
+                text = f"{choice.title} {variant.label}"
                 text += f", seed {seed}" if len(schedule.seeds) > 1 else ""
                 bar = progress.add_task(text, total=settings.steps, loss="", start=False)
                 plan.append((variant, seed, _Bar(progress, bar)))
@@ -149,7 +150,7 @@ def compare(
             if not console.is_terminal:  # a log shows no bars
                 loss = f"{run.valid_loss:.4f} {task.unit}"
                 console.print(
-                    f"{choice.name} {variant.label}, seed {seed}: {loss}, {run.seconds:.0f} s"
+                    f"{choice.title} {variant.label}, seed {seed}: {loss}, {run.seconds:.0f} s"
                 )
             if len(rows[-1].runs) == len(schedule.seeds):
                 on_row(result)
@@ -195,15 +196,15 @@ def _train(
     options: Mapping[str, Any] | None,
     bar: _Bar,
 ) -> None:
-    """Fill in `run`; with `options` None the optimizer stays as torch made it."""
+    """Fill in `run`; with `options` None the optimizers stay as they were made."""
     torch.manual_seed(run.seed)
     batches = torch.Generator().manual_seed(run.seed + 1)
     model = task.model()
-    optimizer = choice.build(model)
+    optimizers = choice.build(model)
     if options is not None:
-        stq.compile(optimizer, **options)
+        _compile(choice, optimizers, options)
         run.library = library_digest()
-    scheduler = LambdaLR(optimizer, settings.lr_factor)
+    schedulers = [LambdaLR(optimizer, settings.lr_factor) for optimizer in optimizers]
     evaluate_every = max(1, settings.steps // settings.evaluations)
 
     bar.start()
@@ -212,41 +213,57 @@ def _train(
         loss = task.loss(model, task.batch(batches))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        run.step_seconds.append(_timed(optimizer.step))
-        scheduler.step()
-        optimizer.zero_grad()
+        run.step_seconds.append(_timed(optimizers))
+        for scheduler in schedulers:
+            scheduler.step()
+        model.zero_grad()
         run.train_losses.append(loss.item())
         bar.advance(f"loss {statistics.fmean(run.train_losses[-20:]):.3f}")
         if step % BITS_EVERY == 0 or step in (1, settings.steps):
-            _record_size(run, step, optimizer, packed=options is not None)
+            _record_size(run, step, optimizers, packed=options is not None)
         if step % evaluate_every == 0:
             run.valid_losses.append((step, task.evaluate(model, quick=True)["loss"]))
     run.results = task.evaluate(model, quick=False)
     run.seconds = time.perf_counter() - start
 
 
-def _timed(action: Callable[[], Any]) -> float:
+def _compile(
+    choice: OptimizerChoice,
+    optimizers: Sequence[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+) -> None:
+    for optimizer, own in zip(optimizers, choice.options_of_parts(options), strict=True):
+        stq.compile(optimizer, **own)
+
+
+def _timed(optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """Seconds of a step of each."""
     start = time.perf_counter()
-    action()
+    for optimizer in optimizers:
+        optimizer.step()
     return time.perf_counter() - start
 
 
-def _record_size(run: Run, step: int, optimizer: torch.optim.Optimizer, *, packed: bool) -> None:
+def _record_size(
+    run: Run, step: int, optimizers: Sequence[torch.optim.Optimizer], *, packed: bool
+) -> None:
     if packed:
-        report = stq.report(optimizer)
-        run.size = StateSize(report.state_bytes, report.bits_per_element, report.saved)
-        run.transitions = report.transitions
+        reports = [stq.report(optimizer) for optimizer in optimizers]
+        sizes = [(report.state_bytes, report.fp32_bytes) for report in reports]
+        run.transitions = sum(report.transitions for report in reports)
     else:
-        run.size = _stock_size(optimizer)
-    run.bits.append((step, run.size.bits_per_element))
+        sizes = [_stock_size(optimizer) for optimizer in optimizers]
+    size, fp32_size = (sum(parts) for parts in zip(*sizes, strict=True))
+    bits = 32 * size / fp32_size if fp32_size else 32.0
+    run.size = StateSize(size, bits_per_element=bits, saved=1 - bits / 32)
+    run.bits.append((step, bits))
 
 
-def _stock_size(optimizer: torch.optim.Optimizer) -> StateSize:
-    values = [value for state in optimizer.state.values() for value in state.values()]
+def _stock_size(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes of all states that are no numbers, as they are and in float32."""
+    values = [value for state in optimizer.state.values() for value in tree_leaves(dict(state))]
     states = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    size = sum(value.nbytes for value in states)
-    bits = 8 * size / max(1, sum(value.numel() for value in states)) or 32.0
-    return StateSize(size, bits_per_element=bits, saved=1 - bits / 32)
+    return sum(value.nbytes for value in states), 4 * sum(value.numel() for value in states)
 
 
 def _fused_step_ms(task: Task, choice: OptimizerChoice, steps: int = 100) -> float | None:
@@ -257,10 +274,10 @@ def _fused_step_ms(task: Task, choice: OptimizerChoice, steps: int = 100) -> flo
     if "fused" not in inspect.signature(choice.cls).parameters:
         return None
     model = task.model()
-    optimizer = choice.build(model, fused=True)
+    optimizers = choice.build(model, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    return 1e3 * statistics.median(_timed(optimizer.step) for _ in range(steps))
+    return 1e3 * statistics.median(_timed(optimizers) for _ in range(steps))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 python examples/evidence.py --seeds 5                         # everything
 python examples/evidence.py --only vit-adamw --seeds 3        # one table
 python examples/evidence.py --only gpt-adamw --variant fp32 --variant 4   # with rows of your own
+python examples/evidence.py --quick --only gpt-muon --only gpt-soap       # a GPT of 0.14 M
 
 `--variant embeddings` is more bits for embeddings and head than for the body.
 
@@ -18,7 +19,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ import typer
 import commandline as cli
 import train_vit
 from comparison import Comparison, Schedule, Settings, Task, compare
-from optimizers import choose_optimizer
+from optimizers import KNOWN_OPTIMIZERS, choose_optimizer
 from presentation import markdown_table, results_table
 from tinygpt import load_text
 from tinyvit import ViTConfig, load_digits
@@ -37,10 +38,12 @@ from train_gpt import (
     EVIDENCE_BATCH,
     EVIDENCE_CONFIG,
     EVIDENCE_STEPS,
+    QUICK_CONFIG,
+    QUICK_STEPS,
     GPTTask,
 )
 from train_vit import ViTTask
-from variants import AUTO, FP32, Variant, parse_variant
+from variants import AUTO, FP32, Variant, packed, parse_variant
 
 EMBEDDINGS_UP = Variant(
     "packed, embeddings and head 4+4, body 3+2",
@@ -75,6 +78,16 @@ def _gpt() -> Task:
     return GPTTask(load_text(), EVIDENCE_CONFIG, EVIDENCE_BATCH)
 
 
+@functools.cache
+def _quick_gpt() -> Task:
+    return GPTTask(load_text(), QUICK_CONFIG, EVIDENCE_BATCH)
+
+
+def _pinned(optimizer: str) -> list[Variant]:
+    """Beside the automatic widths, those that are known to do, and 4 bits."""
+    return [FP32, AUTO, packed(KNOWN_OPTIMIZERS[optimizer].pinned), packed(4)]
+
+
 def _vit() -> Task:
     return ViTTask(load_digits(), ViTConfig(), train_vit.BATCH)
 
@@ -84,6 +97,8 @@ GRIDS = {
     "gpt-lion": Grid(_gpt, "lion", EVIDENCE_STEPS),
     "gpt-sgd": Grid(_gpt, "sgd", EVIDENCE_STEPS),
     "gpt-rmsprop": Grid(_gpt, "rmsprop", EVIDENCE_STEPS),
+    "gpt-muon": Grid(_gpt, "muon", EVIDENCE_STEPS, _pinned("muon")),
+    "gpt-soap": Grid(_gpt, "soap", EVIDENCE_STEPS, _pinned("soap")),
     "vit-adamw": Grid(_vit, "adamw", train_vit.STEPS, lr=train_vit.LR["adamw"]),
 }
 
@@ -146,6 +161,7 @@ def main(
     seeds: cli.Seeds = 3,
     first_seed: cli.FirstSeed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of each task's.")] = None,
+    quick: Annotated[bool, typer.Option(help="A smaller GPT, and fewer steps.")] = False,
     threads: cli.Threads = 1,
     out: cli.Out = Path("out"),
     name: Annotated[str, typer.Option(help="Files to write: NAME.md and NAME.json.")] = "evidence",
@@ -165,6 +181,8 @@ def main(
     schedule = Schedule(seed_range, out / "runs", resume)
     for grid_name in only or GRIDS:
         grid = GRIDS[grid_name]
+        if quick and grid.task is _gpt:
+            grid = replace(grid, task=_quick_gpt, steps=QUICK_STEPS, lr=None)
         comparison = compare(
             grid.task(),
             choose_optimizer(grid.optimizer, grid.lr),

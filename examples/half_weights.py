@@ -23,12 +23,11 @@ import commandline as cli
 from comparison import Comparison, Schedule, Settings, compare
 from optimizers import choose_optimizer
 from presentation import markdown_table, results_table
-from tinygpt import GPTConfig, TinyGPT, load_text
-from train_gpt import EVIDENCE_ADAMW_LR, EVIDENCE_BATCH, EVIDENCE_CONFIG, GPTTask
+from tinygpt import TinyGPT, load_text
+from train_gpt import EVIDENCE_ADAMW_LR, EVIDENCE_BATCH, EVIDENCE_CONFIG, QUICK_CONFIG, GPTTask
 from variants import FP32, Variant
 
 STEPS = 800
-QUICK_CONFIG = GPTConfig(layers=2, width=64, context=64)
 STATES = 8  # bits: far from what is compared
 
 

@@ -7,8 +7,8 @@ A step that branches is captured as several graphs, which take turns:
     p.sub_(m / v.sqrt())
 
 A state is non-negative if every graph that writes it proves so, or if it is now and none writes it;
-it is kept in units of another if every graph that uses it says so. What is fragile, or a copy of
-the weights, in one graph is so in all.
+it is kept in units of another if every graph that uses it says so. What is fragile, a copy of
+the weights, or mixed by products, in one graph is so in all.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def agree(programs: Sequence[Program], is_nonnegative: Callable[[State], bool]) 
     )
     fragile = _common({(i, k): units[i].facts.fragile.get(k, "") for i, k in places}, users, max)
     copies = _common({(i, k): k in units[i].facts.copies for i, k in places}, users, any)
+    mixed = _common({(i, k): k in units[i].facts.mixed for i, k in places}, users, any)
     agreed = []
     for i, unit in enumerate(units):
         keys = [key for j, key in places if i == j]
@@ -52,6 +53,7 @@ def agree(programs: Sequence[Program], is_nonnegative: Callable[[State], bool]) 
             normalizers=rest | found,
             fragile=dict(unit.facts.fragile) | {k: fragile[i, k] for k in keys if fragile[i, k]},
             copies=_decided(unit.facts.copies, {k: copies[i, k] for k in keys}),
+            mixed=_decided(unit.facts.mixed, {k: mixed[i, k] for k in keys}),
         )
         agreed.append(unit if _same(facts, unit.facts) else unit.replace(facts=facts))
     return [_with_units(program, agreed) for program in programs]
@@ -133,6 +135,6 @@ def _decided(known: frozenset[str], holds: Mapping[str, bool]) -> frozenset[str]
 
 
 def _same(a: Facts, b: Facts) -> bool:
-    return (a.nonnegative, dict(a.normalizers), dict(a.fragile), a.copies) == (
-        b.nonnegative, dict(b.normalizers), dict(b.fragile), b.copies,
+    return (a.nonnegative, dict(a.normalizers), dict(a.fragile), a.copies, a.mixed) == (
+        b.nonnegative, dict(b.normalizers), dict(b.fragile), b.copies, b.mixed,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or_true
 
-from stq_compile.errors import UnsupportedOperatorError
+from stq_compile.errors import UnsupportedOperatorError, UnsupportedOutputError
 from stq_compile.passes.partition import (
     Supports,
     by_geometry,
@@ -90,15 +90,25 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return value if value.shape == target.shape else value.expand_as(target)
 
 
+def _eye(
+    rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None, **where: Any
+) -> Tensor:
+    """torch's counts rows in the narrowest type, ``uint16`` from 256 on, in which it cannot."""
+    i, j = (torch.arange(n, **where) for n in (rows, rows if columns is None else columns))
+    return (i.unsqueeze(-1) == j).to(dtype or torch.get_default_dtype())
+
+
 DECOMPOSITIONS = {
     **core_aten_decompositions(),
     torch.ops.aten.lerp.Scalar: _in_float32(_lerp),
     torch.ops.aten.addcmul.default: _in_float32(_addcmul),
     torch.ops.aten.addcdiv.default: _in_float32(_addcdiv),
     torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.eye.default: _eye,
+    torch.ops.aten.eye.m: _eye,
 }
-"""Core ATen, but for operators whose stock decomposition leaves dead arithmetic behind or rounds
-otherwise than the eager kernels do: these round as eager does, operation by operation."""
+"""Core ATen, but for operators whose stock decomposition fails, leaves dead arithmetic behind or
+rounds otherwise than the eager kernels do: these round as eager does, operation by operation."""
 
 NOT_FUNCTIONALIZED = ("square_",)
 """Methods for which ``torch.func.functionalize`` has no rule."""
@@ -113,6 +123,7 @@ UNDEFINED = (
     aten.new_empty_strided.default,
 )
 OVERWRITE = (
+    *UNDEFINED,
     *(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default),
     *(aten.fill.Scalar, aten.zero.default, aten.copy.default),
 )
@@ -121,12 +132,22 @@ OVERWRITE = (
 COPY = torch.ops.aten.copy_.default
 
 
-def functionalize(program: Program, why_not: Supports = lambda node: "") -> Program:
+def functionalize(
+    program: Program, why_not: Supports = lambda node: "", exact: bool = False
+) -> Program:
     """Functionalize and decompose every unit that still updates its inputs in place.
 
-    Those that are no kernel are divided by shape, and traced for each (`partition`).
+    Those that are no kernel are divided by shape, and traced for each (`partition`). With
+    ``exact``, no unit is a kernel beside one that is none: kernels may differ from the eager step
+    in the last bit, and a product of matrices in bfloat16 makes much of a last bit.
     """
-    units = [part for unit in program.units for part in _parts(unit, program.optimizer, why_not)]
+
+    def parts(supports: Supports) -> list[StepGraph]:
+        return [p for unit in program.units for p in _parts(unit, program.optimizer, supports)]
+
+    units = parts(why_not)
+    if exact and len({bool(unit.unfused) for unit in units}) > 1:
+        units = parts(lambda node: "at 32 bits nothing is, beside what cannot be")
     return Program(program.optimizer, tuple(units))
 
 
@@ -164,11 +185,16 @@ def _functionalize(
         with fx_traceback.preserve_node_meta():
             return _Interpreter(module, optimizer, unit).run(*args)
 
+    # Without decompositions views stay: sums over a copy of one are added up in another order.
+    remove = "mutations_and_views" if decompositions else "mutations"
     traced = make_fx(
-        torch.func.functionalize(run, remove="mutations_and_views"),
+        torch.func.functionalize(run, remove=remove),
         decomposition_table=decompositions,
         _allow_non_fake_inputs=True,
     )(*inputs)
+    _check_sizes(traced.graph, optimizer)
+    if not decompositions:
+        _restore_fused(traced.graph)
     constants = fold_constants(traced)
     made = _collect_writes(unit, traced.graph, constants, numbers=bool(decompositions))
     for node in made.calls:
@@ -181,6 +207,36 @@ def _functionalize(
                 location=location_of(node),
             )
     return made
+
+
+FUSED = {aten.mul.Tensor: aten.addcmul.default, aten.div.Tensor: aten.addcdiv.default}
+
+
+def _restore_fused(graph: fx.Graph) -> None:
+    """``fma(a / b, value, c)``, as Dynamo writes ``c.addcdiv(a, b, value=value)``, rounds otherwise
+    than the operator does; the same for ``addcmul``."""
+    for node in list(graph.nodes):
+        inner = node.args[0] if node.target is inductor_prims.fma and node.args else None
+        if not isinstance(inner, fx.Node) or inner.target not in FUSED or len(inner.users) > 1:
+            continue
+        _, value, addend = node.args
+        tensors = (addend, *inner.args)
+        if all(isinstance(t, fx.Node) for t in tensors) and not isinstance(value, fx.Node):
+            node.target = FUSED[inner.target]
+            node.args, node.kwargs = tensors, {"value": value}
+            graph.erase_node(inner)
+
+
+def _check_sizes(traced: fx.Graph, optimizer: str) -> None:
+    """A value that the step stores has a size that is known before its values are."""
+    for out in traced.output_node().all_input_nodes:
+        shape = out.meta["val"].shape
+        if not all(isinstance(size, int) for size in shape):
+            raise UnsupportedOutputError(
+                optimizer=optimizer,
+                found="a tensor whose size depends on the values of others",
+                location=location_of(out),
+            )
 
 
 class _Interpreter(fx.Interpreter):

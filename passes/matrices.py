@@ -132,6 +132,8 @@ class _Sums:
         name, args = base_name(node), node.args
         if name in ("full", "full_like", "zeros", "zeros_like"):
             return {} if name.startswith("zeros") or args[1] == 0 else {node: 1.0}
+        if not args or not isinstance(args[0], fx.Node):  # a factory, or a number comes first
+            return {node: 1.0}
         if name in SAME or (name in VIEWS and _shape(node) == _shape(args[0])):
             return self._of(args[0])
         if name == "neg":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from stq_compile.passes.split import is_in_place
+from stq_compile.passes.split import written_by
 from stq_compile.step_graph import Operand, StepGraph
 
 
@@ -62,5 +62,5 @@ def _sources(nodes: list[fx.Node]) -> set[fx.Node]:
         if node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
-            stack.extend(u for u in node.users if is_in_place(u) and u.args[0] is node)
+            stack.extend(u for u in node.users if node in written_by(u))
     return seen

@@ -15,7 +15,10 @@ from torch import fx
 from stq_compile.errors import SharedScalarError, UnsupportedOutputError
 from stq_compile.step_graph import Instance, Operand, Program, Role, StepGraph, location_of
 
-IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
+IN_PLACE_OPERATORS = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow),
+    *(operator.iand, operator.ior, operator.ixor, operator.setitem),
+)
 
 VIEWS = ("detach", "view", "view_as", "reshape")
 """Methods of Dynamo's graph that return their first argument's memory."""
@@ -70,22 +73,20 @@ def _check_outputs(unit: StepGraph, optimizer: str) -> None:
 def _copied(unit: StepGraph, optimizer: str) -> set[fx.Node]:
     """Nodes that every component gets a copy of: values of shared scalars, never written."""
     shared: set[fx.Node] = set()
-    written: list[fx.Node] = []
+    written: list[tuple[fx.Node, fx.Node]] = []
     for node in unit.graph.nodes:
         if node.op == "placeholder":
             if unit.operand_of(node).role is Role.SCALAR:
                 shared.add(node)
         elif node.op != "output" and all(a in shared for a in node.all_input_nodes):
             shared.add(node)
-        if is_in_place(node) and node.all_input_nodes[0] in shared:
-            written.append(node)
-    for node in written:
-        base = node.all_input_nodes[0]
+        written += [(node, target) for target in written_by(node) if target in shared]
+    for node, base in written:
         while base.op != "placeholder" and base in shared and base.all_input_nodes:
-            changed = is_in_place(base) or base.target in VIEWS
-            if not changed:
+            targets = written_by(base) or (base.all_input_nodes if base.target in VIEWS else [])
+            if not targets:
                 break
-            base = base.all_input_nodes[0]
+            base = targets[0]
         if base.op == "placeholder":
             raise SharedScalarError(
                 optimizer=optimizer, source=base.name, location=location_of(node)
@@ -131,12 +132,21 @@ def _numbers(unit: StepGraph, group: set[fx.Node]) -> list[int]:
     return [unit.operand_of(n).source.param for n in group if n.op == "placeholder"]
 
 
-def is_in_place(node: fx.Node) -> bool:
-    """Whether a call of Dynamo's graph writes its first argument (``add_``, ``+=``)."""
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """What a call of Dynamo's graph writes in place: its first argument (``add_``, ``+=``,
+    ``x[i] = y``), or those after ``out=``."""
+    out = node.kwargs.get("out")
+    if out is not None:
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        return [n for n in outs if isinstance(n, fx.Node)]
     if node.op == "call_method":
         name = str(node.target)
-        return name.endswith("_") and not name.startswith("__") and bool(node.all_input_nodes)
-    return node.target in IN_PLACE_OPERATORS
+    else:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    writes = name.endswith("_") and not name.startswith("__")
+    if not writes and node.target not in IN_PLACE_OPERATORS:
+        return []
+    return node.all_input_nodes[:1]
 
 
 ROLES = tuple(Role)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 from stq_compile.errors import UnknownInputError
-from stq_compile.shards import local, region_of
+from stq_compile.shards import is_sharded, local, region_of
 from stq_compile.state_tree import leaves
 from stq_compile.step_graph import (
     CPU,
@@ -56,11 +57,17 @@ a parameter has as its gradient then."""
 @dataclass(frozen=True)
 class Captured:
     """The step as one graph, the live object behind each (role, source), and the name of the graph
-    module's attribute that held it."""
+    module's attribute that held it.
+
+    ``handed_back``: places among what Dynamo's graph returns that are states themselves, as a step
+    stores them that casts its states to the dtype which they have (``state["m"].type_as(p)``). The
+    program does not return them.
+    """
 
     program: Program
     bindings: dict[tuple[Role, Source], Binding]
     attributes: dict[tuple[Role, Source], str]
+    handed_back: dict[int, tuple[Role, Source]] = field(default_factory=dict)
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -141,19 +148,50 @@ def capture(
         bindings[key] = binding
         if node.op == "get_attr":
             attributes[key] = str(node.target)
-    outputs: tuple[Any, ...] = ()
+    states = {
+        _place(node): key
+        for key, new in placeholders.items()
+        for node, _, _ in inputs
+        if env[node] is new and key[0] is Role.STATE
+    }
+    handed_back: dict[int, tuple[Role, Source]] = {}
+    kept: dict[int, Any] = {}
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
         if node.op == "output":
-            outputs = tuple(node.args[0])
-            graph.output(tuple(fx.map_arg(o, env.__getitem__) for o in outputs))
+            for i, out in enumerate(node.args[0]):
+                place = _place(out) if isinstance(out, fx.Node) else None
+                if place is not None and place in states:
+                    handed_back[i] = states[place]
+                else:
+                    kept[i] = fx.map_arg(out, env.__getitem__)
+            graph.output(tuple(kept.values()))
+        elif node.target in CASTS and _place(node) == _place(node.args[0]) is not None:
+            env[node] = env[node.args[0]]
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
             set_device(env[node], CPU)
-    instance = Instance(tuple(operands), tuple(range(len(outputs))))
+    instance = Instance(tuple(operands), tuple(kept))
     step = StepGraph("step", graph, (instance,))
-    return Captured(Program(name, (step,)), bindings, attributes)
+    return Captured(Program(name, (step,)), bindings, attributes, handed_back)
+
+
+CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous")
+"""Methods that give back the tensor itself if it is so already. What is then written in place is
+written to it; functionalization would take the cast for a copy and forget what is written."""
+
+
+def _place(node: fx.Node) -> Any:
+    """Equal for values that are the same memory, read in the same way; None if it is not known."""
+    fake = node.meta.get("example_value")
+    if not isinstance(fake, Tensor) or fake.layout != torch.strided or is_sharded(fake):
+        return None
+    layout = (fake.storage_offset(), *fake.shape, *fake.stride())
+    if not all(isinstance(number, int) for number in layout):
+        return None
+    memory = StorageWeakRef(fake.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
+    return memory, layout, fake.dtype
 
 
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)

@@ -134,6 +134,7 @@ class CompiledStep:
         self.number = session.compiles
         self.bindings = captured.bindings
         self.attributes = captured.attributes
+        self.handed_back = captured.handed_back
         self.front = stages
         self.stages = stages
         self.program = stages[-1].program
@@ -199,7 +200,7 @@ class CompiledStep:
     @property
     def writes_only_tensors(self) -> bool:
         """Whether a call returns nothing that the optimizer is to take over."""
-        return not self.created and self.shared is None
+        return not self.created and self.shared is None and not self.handed_back
 
     def _live(self, key: tuple[Role, Source]) -> Tensor | None:
         """The object that the optimizer holds."""
@@ -372,7 +373,7 @@ class CompiledStep:
             self._fill(args, created)
         session.recorded = session.recorded or recording()
         looked = self._planned_look(args, created)
-        results = created | shared
+        results = created | shared | self._handed_back(args)
         returned = tuple(results[i] for i in sorted(results))
         with interrupts.scope() as hold:
             hold()  # whole from here on; nothing below takes memory, but for regions
@@ -450,6 +451,20 @@ class CompiledStep:
         inputs = [present(self._resolve(operand), args) for operand in self.shared.operands]
         found = dict(zip(self.shared.positions, self.shared.module(*inputs), strict=True))
         return {position: self._packed_at_birth(v, position) for position, v in found.items()}
+
+    def _handed_back(self, args: Sequence[Any]) -> dict[int, Any]:
+        """The states that the step stores again as they are, by output position."""
+        found = {}
+        for position, key in self.handed_back.items():
+            binding = self.bindings[key]
+            given = isinstance(binding, Argument) and args[binding.position]
+            live = self._live(key)
+            packed = isinstance(local(live), PackedState)
+            keep = isinstance(given, Tensor) and (
+                not packed or isinstance(local(given), PackedState)
+            )
+            found[position] = given if keep else live
+        return found
 
     def _packed_at_birth(self, value: Any, position: int) -> Any:
         """A state that was made from nothing and is of no parameter's graph yet, packed."""

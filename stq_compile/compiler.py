@@ -21,6 +21,7 @@ from stq_compile.codegen.lower import lower, why_not
 from stq_compile.codegen.tabulate import tabulate
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.codegen.verify import verify_kernel
+from stq_compile.formats import FLOAT32
 from stq_compile.options import Options, ParamRounding, Rounding
 from stq_compile.passes.compensate import compensate
 from stq_compile.passes.cut import cut
@@ -30,6 +31,7 @@ from stq_compile.passes.fold import fold
 from stq_compile.passes.functionalize import functionalize
 from stq_compile.passes.matrices import find_matrices
 from stq_compile.passes.measure import measure
+from stq_compile.passes.mixed import find_mixed
 from stq_compile.passes.normalizers import find_normalizers
 from stq_compile.passes.partition import partition
 from stq_compile.passes.quantize import FormatOf, insert_quantize
@@ -48,6 +50,7 @@ FRONT: Sequence[Pass] = (
     Pass("widen", widen),
     Pass("functionalize", partial(functionalize, why_not=why_not)),
     Pass("matrices", find_matrices),
+    Pass("mixed", find_mixed),
     Pass("cut", partial(cut, why_not=why_not)),
     Pass("ranges", find_ranges),
     Pass("normalizers", find_normalizers),
@@ -56,8 +59,15 @@ FRONT: Sequence[Pass] = (
 
 
 def front(options: Options) -> Sequence[Pass]:
-    """``FRONT``, or what of it serves where 16-bit parameters are to be rounded as torch does."""
-    return [p for p in FRONT if p.run is not widen or not options.as_torch_rounds]
+    """``FRONT`` for these options.
+
+    Without ``widen`` where 16-bit parameters are to be rounded as torch does.
+    """
+    passes = [p for p in FRONT if p.run is not widen or not options.as_torch_rounds]
+    if options.precision != FLOAT32.width:
+        return passes
+    exact = Pass("functionalize", partial(functionalize, why_not=why_not, exact=True))
+    return [exact if p.name == exact.name else p for p in passes]
 
 
 PARAM_PASSES: Mapping[ParamRounding, Sequence[Pass]] = {

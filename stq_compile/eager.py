@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from stq_compile.session import Session
 from stq_compile.shards import local
 from stq_compile.state_tree import Leaf
 from stq_compile.step_graph import Source
+from stq_compile.storage import Codec
 from stq_compile.working_set import WorkingSet, can_be_packed, format_for, is_like
 
 
@@ -68,7 +70,6 @@ def _run(
     session: Session, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     wide = session.options.precision == FLOAT32.width
-    min_numel = None if wide else max(session.options.min_numel, 1)
     _give_back_gradients(session)
     calls = any(map(callable, (*args, *kwargs.values())))
     if not calls and not admits_step(session):
@@ -77,9 +78,8 @@ def _run(
     outside = partial(_outside, session)
     held = (leaf.value for leaf, _ in session.leaves())
     codec = session.codec.amortized(v.packed for v in held if isinstance(v, PackedState))
-    working = WorkingSet(lambda: _owners(session), min_numel, codec)
     try:
-        with working, torch.compiler.set_stance("force_eager"):
+        with nullcontext() if wide else _packed(session, codec):
             result = step(*map(outside, args), **{k: outside(v) for k, v in kwargs.items()})
     except BaseException as error:
         if before is not None and isinstance(error, (_Skipped, NonFiniteGradientError)):
@@ -92,6 +92,19 @@ def _run(
     finally:
         session.steps += 1  # the step is made; what is left in float32 is packed after the next one
     return result
+
+
+@contextmanager
+def _packed(session: Session, codec: Codec) -> Iterator[None]:
+    """Packed states are decoded for the operators of the block.
+
+    What the step has compiled itself (functions under ``torch.compile``) runs eagerly, since
+    Dynamo would trace into packed states.
+    """
+    min_numel = max(session.options.min_numel, 1)
+    working = WorkingSet(lambda: _owners(session), min_numel, codec)
+    with working, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class _Skipped(Exception):

@@ -147,11 +147,8 @@ def _softsign(x: Tensor, before: Tensor, format: Format, law: _Law) -> Tensor:
 
 
 def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law: _Law) -> Tensor:
-    scale = _scale(x, 20)
+    scale, step = _range(x, valid, format.width)
     magnitude, increment = _relative(x, before, scale)
-    distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
-    distance = distance.clamp_min(reference.LOWEST_BITS)
-    step = reference.adaptive_range(distance, valid, format.width)
     octave_range = (step + 1) * RANGE_STEP
     moved = (increment / magnitude.clamp_min(TINY)).clamp_max(FARTHEST)
     distance = (octave_range * (math.log(2) / format.top_code)).expand_as(x)
@@ -190,13 +187,18 @@ def range_end(old: Tensor) -> Tensor:
     it was stored or not.
     """
     x, valid = _blocks(old), _blocks(torch.ones_like(old)) > 0
-    scale = _scale(x, 20)
-    distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
-    distance = distance.clamp_min(reference.LOWEST_BITS)
-    step = reference.adaptive_range(distance, valid, BOUNDED)
+    scale, step = _range(x, valid, BOUNDED)
     end = scale * 2.0**-MAX_RANGE
     there = valid & (step == LARGEST_STEP) & (x <= NEAR_END * end)
     return torch.where(there, end, 0.0).view(-1)[: old.numel()]
+
+
+def range_ends(x: Tensor, width: int) -> Tensor:
+    """The least value that the block of every element has in ``adaptive_log``, ``[numel]``."""
+    blocks, valid = _blocks(x), _blocks(torch.ones_like(x)) > 0
+    scale, step = _range(blocks, valid, width)
+    ends = scale * torch.exp2(-(step + 1) * RANGE_STEP)
+    return ends.expand_as(blocks).reshape(-1)[: x.numel()]
 
 
 def factors(old: Tensor, new: Tensor, grad: Tensor) -> list[Tensor]:
@@ -243,6 +245,14 @@ def _blocks(x: Tensor) -> Tensor:
 def _scale(x: Tensor, drop: int) -> Tensor:
     """The scale that a block gets, ``[blocks, 1]``."""
     return reference.float_from_bits(reference.block_scale(x, drop) << drop)
+
+
+def _range(x: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Scale of every block in ``adaptive_log``, and the steps of its range less one."""
+    scale = _scale(x, 20)
+    distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
+    distance = distance.clamp_min(reference.LOWEST_BITS)
+    return scale, reference.adaptive_range(distance, valid, width)
 
 
 def _relative(x: Tensor, before: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

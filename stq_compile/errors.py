@@ -219,7 +219,9 @@ class SharedMemoryError(UncompiledStepError):
 
 class UnsupportedOutputError(UncompiledStepError):
     why = "{optimizer}: the step stores {found}\n  at {location}"
-    message = why + LEFT_AS_IT_WAS + "; keep step counters as tensors, and clone what is stored."
+    message = (
+        why + LEFT_AS_IT_WAS + "; store clones of tensors, and of a size that does not change."
+    )
 
 
 class ChangedTensorError(StqError):

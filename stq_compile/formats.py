@@ -56,17 +56,20 @@ WEIGHTS_WIDTH = 12
 """The least width of a state that is a copy of its parameter, in ``softsign``, whose levels lie
 some four times as close as those of ``bfloat16``. It is no width to ask for (design/0013)."""
 
+MIXED_WIDTH = 8
+"""The least width of a state whose errors a product mixes and the update enlarges (design/0022)."""
+
 MATRIX_WIDTH = 4
 """The least width of ``orthogonal`` and ``cholesky``: at 3 bits neither does its work."""
 
 # adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
 MAX_RANGE = 14.0
 RANGE_STEP = MAX_RANGE / 32
-TAIL_DEVIATIONS = {2: 1.2815515, 3: 1.2815515, 4: 1.2815515, 5: 1.6, 6: 2.0, 8: 2.5}
+TAIL_DEVIATIONS = {2: 1.2815515, 3: 2.0, 4: 2.0, 5: 2.0, 6: 2.0, 8: 2.5}
 """How many standard deviations below the mean of log2 the range ends, by width. What lies below is
-raised to its end, and moves too little for good; what lies within has levels that are the closer
-the shorter the range is. Up to 4 bits the range ends at the 10th percentile of a normal
-distribution; more levels reach farther (design/0008)."""
+raised to its end, and moves too little for good, which training suffers from; what lies within has
+levels that are the closer the shorter the range is, and forgives the noise (design/0008). Four
+levels are too few for more than the 10th percentile of a normal distribution."""
 
 MEAN_PULL = 1.0 / 6.0
 """How much stochastic rounding of ``adaptive_log`` leans down, per octave between two levels: up

@@ -107,6 +107,7 @@ class Inspection:
                     {o.source.key for _, o in unit.rows() if o.role is Role.STATE and o.shape != ()}
                 ),
                 "matrices": dict(sorted(unit.facts.matrices.items())),
+                "mixed": sorted(unit.facts.mixed),
                 "reason": unit.region.unfused,
                 "cut": unit.rest is not None,
             }

@@ -28,7 +28,7 @@ DEFAULT_PRECISION = 4
 UNPLANNED_PRECISION = 8
 """Width of a state that a planner could not yet look at."""
 
-DEFAULT_TOLERANCE = 0.2
+DEFAULT_TOLERANCE = 0.25
 """Predicted relative perturbation of the update that quality mode keeps to (design/0008)."""
 
 

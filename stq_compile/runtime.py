@@ -415,7 +415,7 @@ SPOILED = "spoiled"
 
 SAMPLED_BLOCKS = 64
 """Blocks of a tensor that a look samples at least, if it has as many."""
-WIDEST_STRIDE = 64
+WIDEST_STRIDE = 128
 
 
 def sampling_stride(blocks: int) -> int:

@@ -43,7 +43,14 @@ from stq_compile.errors import (
 )
 from stq_compile.exemplars import Exemplars, bind, extend
 from stq_compile.failures import reporting_defects
-from stq_compile.formats import FLOAT32, WEIGHTS_WIDTH, WIDTHS, Format, choose_format
+from stq_compile.formats import (
+    FLOAT32,
+    MIXED_WIDTH,
+    WEIGHTS_WIDTH,
+    WIDTHS,
+    Format,
+    choose_format,
+)
 from stq_compile.half_params import new_error, uncompensated
 from stq_compile.nonfinite import Watch, find_reached
 from stq_compile.options import Options
@@ -422,6 +429,8 @@ class Session:
         width = self.width_of(operand)
         if width < FLOAT32.width and key in facts.copies:
             width = max(width, WEIGHTS_WIDTH)
+        if key in facts.mixed and self.options.target_bits is None:  # a budget is kept
+            width = max(width, MIXED_WIDTH)
         return choose_format(
             width,
             nonnegative=key in facts.nonnegative,
@@ -554,18 +563,16 @@ class Session:
 
     def unpack_wide(self, born: list[Tensor]) -> None:
         """Make ordinary tensors of newborn states that are to stay in float32."""
-        if not born:
-            return
-        sources = param_sources(self.optimizer)
-        for param in born:
-            name = sources[id(param)].name
-            for key, value in self.optimizer.state[param].items():
-                wide = self.options.excludes(name) or self.options.pins_wide(name, str(key))
-                held = local(value)
-                wide = wide and (held.dtype == torch.float32 or self.options.as_torch_rounds)
-                if isinstance(held, PackedState) and wide:
-                    values = held.dequantize().to(held.dtype)
-                    self.optimizer.state[param][key] = wrap(values, param)
+        newborn = set(map(id, born))
+        for leaf, source in self.leaves() if born else ():
+            held = local(leaf.value)
+            if id(leaf.owner) not in newborn or not isinstance(held, PackedState):
+                continue
+            wide = self.options.excludes(source.name) or self.options.pins_wide(
+                source.name, leaf.key
+            )
+            if wide and (held.dtype == torch.float32 or self.options.as_torch_rounds):
+                leaf.put(wrap(held.dequantize().to(held.dtype), leaf.owner))
 
     def unencoded(self, value: Tensor, source: Source, region: Region | None) -> PackedState:
         """A packed state of values that are yet to be encoded."""

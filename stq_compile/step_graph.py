@@ -178,7 +178,8 @@ class Facts:
     another. ``fragile``: why an error in the state could break the step (root of a difference).
     ``recurrences``: how the state carries over from step to step. ``copies``: states that the step
     creates as copies of its parameter. ``matrices``: states whose new values are orthogonal, or
-    symmetric and positive semidefinite if they were so before (`passes.matrices`).
+    symmetric and positive semidefinite if they were so before (`passes.matrices`). ``mixed``:
+    states whose errors products mix and then something makes large (`passes.mixed`).
     """
 
     nonnegative: frozenset[str] = frozenset()
@@ -187,6 +188,7 @@ class Facts:
     recurrences: Mapping[str, Recurrence] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     matrices: Mapping[str, MatrixKind] = field(default_factory=dict)
+    mixed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     python tests/collection.py                  # all of them, as a table
     python tests/collection.py --only Lamb --json out.json
     python tests/collection.py --library heavyball --library kron_torch
+    python tests/collection.py --json out.json --resume   # goes on where a run was ended
 
 For each: equality with eager at width 32, whether states are packed at width 8 and how far the
 parameters are from eager's then, and how many graphs were compiled in 100 steps.
@@ -17,15 +18,21 @@ import inspect
 import io
 import json
 import os
+import pkgutil
+import random
 import signal
+import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -39,6 +46,7 @@ Make = Callable[[nn.Module], Optimizer]
 
 EQUAL_STEPS, PATH_STEPS, MANY_STEPS = 5, 20, 100
 EQUAL, PATH, BITS, GRAPHS = 1e-4, 0.25, 12.0, 4
+SHAKE = 1e-7  # about the last bit of a float32 number
 
 
 @dataclass
@@ -87,10 +95,15 @@ def closure_of(model: nn.Module, optimizer: Optimizer, step: int) -> Callable[[]
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int, style: str, start: int = 0) -> None:
-    """``style``: how the optimizer wants to be called."""
+    """``style``: how the optimizer wants to be called; schedule-free ones are told that it is
+    training."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     for step in range(start, start + steps):
         closure = closure_of(model, optimizer, step)
         torch.manual_seed(step)
+        random.seed(step)
+        np.random.seed(step)
         if style == "closure":
             optimizer.step(closure)
         elif style == "graph":
@@ -141,28 +154,60 @@ def ways_of(cls: Any) -> list[Make]:
 
 
 LIBRARIES = (
-    *("torch.optim", "torch_optimizer", "pytorch_optimizer", "lion_pytorch", "prodigyopt"),
-    *("schedulefree", "adam_mini", "heavyball", "kron_torch", "adv_optm", "optimi", "torchium"),
-    *("dadaptation", "madgrad", "came_pytorch", "adan_pytorch", "nadir", "parameterfree"),
+    *("torch.optim", "torch_optimizer", "pytorch_optimizer", "timm.optim", "torchium.optimizers"),
+    *("heavyball", "adv_optm", "optimi", "nadir", "transformers.optimization", "schedulefree"),
+    *("lion_pytorch", "prodigyopt", "prodigyplus", "adam_mini", "kron_torch", "dadaptation"),
+    *("madgrad", "came_pytorch", "adan_pytorch", "parameterfree", "dog", "grokadamw", "adamp"),
+    *("adabelief_pytorch", "ranger_adabelief", "pytorch_ranger", "ranger21", "adabound", "SM3"),
+    *("sophia_opt", "sgd_sai", "muon", "optimuon", "qhoptim.pyt", "fsgdm", "dolphinflow", "casmo"),
+    *("agc_optims.optim", "HomOpt", "pytorch_lamb", "core_optimizer", "tadam"),
 )
 """Modules whose optimizers are run, where they are installed."""
+
+
+@cache
+def load(library: str) -> dict[str, Any]:
+    """What a library holds, by name.
+
+    One that needs more than optimizers do (timm needs torchvision) is read file by file.
+    """
+    try:
+        return vars(importlib.import_module(library))
+    except (ImportError, RuntimeError):
+        found: dict[str, Any] = {}
+        for file in _files_of(library):
+            with contextlib.suppress(ImportError, RuntimeError):
+                found |= vars(importlib.import_module(file))
+        return found
+
+
+def _files_of(library: str) -> Iterator[str]:
+    """The modules of a package, importable without what the package itself imports."""
+    parts = library.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        package = types.ModuleType(name)
+        package.__spec__ = ModuleSpec(name, None, is_package=True)
+        above = sys.modules[name.rpartition(".")[0]].__path__ if depth > 1 else sys.path
+        package.__path__ = [str(Path(folder) / parts[depth - 1]) for folder in above]
+        sys.modules[name] = package
+    for module in pkgutil.iter_modules(sys.modules[library].__path__):
+        yield f"{library}.{module.name}"
 
 
 def makers(libraries: Sequence[str] = LIBRARIES) -> Iterator[tuple[str, str, list[Make]]]:
     """(library, name, ways to make it) of every optimizer of the libraries that are installed.
 
-    Optimizers for several processes are left out.
+    Optimizers for several processes are left out, and torch's own that others hand on.
     """
     for library in libraries:
         if importlib.util.find_spec(library.partition(".")[0]) is None:
             continue
-        module = importlib.import_module(library)
-        for name in dir(module):
-            cls = getattr(module, name)
-            if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer:
-                if library == "schedulefree":
-                    yield library, name, [partial(_training, cls)]
-                elif library == "adam_mini":
+        for name, cls in sorted(load(library).items()):
+            if not inspect.isclass(cls) or not issubclass(cls, Optimizer):
+                continue
+            if library == "torch.optim" or not cls.__module__.startswith("torch."):
+                if library == "adam_mini":
                     yield library, name, [partial(_of_a_transformer, cls)]
                 elif not name.startswith("Distributed"):
                     yield library, name, ways_of(cls)
@@ -170,12 +215,6 @@ def makers(libraries: Sequence[str] = LIBRARIES) -> Iterator[tuple[str, str, lis
 
 def _of_a_transformer(cls: Any, model: nn.Module) -> Any:
     return cls(model.named_parameters(), dim=64, n_heads=4)
-
-
-def _training(cls: Any, model: nn.Module) -> Any:
-    optimizer = cls(model.parameters(), lr=1e-2)
-    optimizer.train()
-    return optimizer
 
 
 # One optimizer. -----------------------------------------------------------------------------
@@ -192,7 +231,10 @@ def eager_way(ways: list[Make]) -> tuple[Make, str] | None:
             model = make_model()
             before = vector(model)
             try:
-                train(model, make(model), 3, style)
+                optimizer = make(model)
+                train(model, optimizer, 3, style)
+                if torch.equal(before, vector(model)):  # a warm-up
+                    train(model, optimizer, PATH_STEPS - 3, style, 3)
             except Exception:  # whatever it raises: not the way to call this optimizer
                 continue
             after = vector(model)
@@ -235,7 +277,16 @@ def run_one(
         reference = references[EQUAL_STEPS]
         result.difference = float((vector(model) - reference).norm() / reference.norm())
         if not result.equal:
-            result.failures.append(f"width 32: differs by {result.difference:.1e}")
+            shaken = make_model()
+            with torch.no_grad():
+                for p in shaken.parameters():
+                    p.mul_(1 + SHAKE)
+            train(shaken, make(shaken), EQUAL_STEPS, style)
+            itself = float((vector(shaken) - reference).norm() / reference.norm())
+            result.failures.append(
+                f"width 32: differs by {result.difference:.1e}; eager, begun {SHAKE:g} away, "
+                f"by {itself:.1e}"
+            )
     torch._dynamo.reset()
     with attempt(result, "width 8", trace):
         model = make_model()
@@ -285,43 +336,68 @@ def attempt(result: Result, what: str, trace: bool) -> Iterator[None]:
         result.failures.append(f"{what}: {' '.join(text)[:300]}")
 
 
-def main(
-    only: Annotated[str, typer.Option(help="part of a name, or library.name")] = "",
-    out: Annotated[Path | None, typer.Option("--json", help="where to write the rows")] = None,
-    many: Annotated[bool, typer.Option(help="run 100 steps to count graphs")] = True,
-    library: Annotated[list[str] | None, typer.Option(help="module; all by default")] = None,
-    trace: bool = False,
-    limit: Annotated[int, typer.Option(help="seconds for one optimizer")] = 120,
-) -> None:
-    """Run the collections and print what was found."""
-    console = Console(width=180)
-    rows: list[Result] = []
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raises `TookTooLong` after so many seconds of this process's own processor time.
+
+    Again and again: what is raised in a finalizer is lost.
+    """
 
     def expired(*_: object) -> None:
         raise TookTooLong
 
-    signal.signal(signal.SIGALRM, expired)
+    signal.signal(signal.SIGPROF, expired)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def main(
+    only: Annotated[str, typer.Option(help="part of a name, or library.name")] = "",
+    out: Annotated[Path | None, typer.Option("--json", help="where to write the rows")] = None,
+    resume: Annotated[bool, typer.Option(help="keep the rows of an earlier run")] = False,
+    many: Annotated[bool, typer.Option(help="run 100 steps to count graphs")] = True,
+    library: Annotated[list[str] | None, typer.Option(help="module; all by default")] = None,
+    trace: bool = False,
+    limit: Annotated[int, typer.Option(help="seconds of processor time for one optimizer")] = 120,
+) -> None:
+    """Run the collections and print what was found."""
+    console = Console(width=180)
+    rows: list[Result] = []
+    if resume and out is not None and out.exists():
+        rows = [Result(**row) for row in json.loads(out.read_text())]
+    known = {(row.library, row.name) for row in rows}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def save(more: Sequence[Result] = ()) -> None:
+        if out is not None:
+            out.write_text(json.dumps([asdict(r) for r in (*rows, *more)], indent=1))
+
     for module, name, ways in makers(library or LIBRARIES):
-        if only and only not in f"{module}.{name}":
+        if only not in f"{module}.{name}" or (module, name) in known:
             continue
-        signal.alarm(limit)
+        save([Result(module, name, failures=["the process ended"])])
         try:
             with (
                 warnings.catch_warnings(),
                 contextlib.redirect_stdout(io.StringIO() if not trace else console.file),
+                limited(limit),
             ):
                 warnings.simplefilter("ignore")
                 row = run_one(module, name, ways, many, trace)
         except TookTooLong:
             row = Result(module, name, failures=[f"more than {limit} s"])
-        signal.alarm(0)
+        except (KeyboardInterrupt, SystemExit):
+            save()
+            raise
         rows.append(row)
+        save()
         mark = "-" if not row.eager else "ok" if not row.failures else "FAIL"
         numbers = f"{row.difference:.1e} {row.bits:5.2f} {row.path:.3f} {row.graphs:2}"
         line = f"{mark:5}{module}.{name}  {numbers}  {row.seconds:.0f}s  {row.note[:90]}"
         console.print(" ".join([line, *row.failures]).replace("\n", " "), highlight=False)
-        if out is not None:
-            out.write_text(json.dumps([asdict(r) for r in rows], indent=1))
     console.print(summary(rows))
 
 

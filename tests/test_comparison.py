@@ -158,6 +158,26 @@ def test_every_run_of_a_seed_sees_the_same_data(small_task: GPTTask, tmp_path: P
     assert fp32.runs[0].train_losses[0] != fp32.runs[1].train_losses[0]
 
 
+def test_two_optimizers_train_a_model_and_are_counted_together(
+    small_task: GPTTask, tmp_path: Path
+) -> None:
+    precision = {"momentum_buffer": 8, "exp_avg": 4}
+    variants = [FP32, Variant("packed", {"precision": precision, "min_numel": 64})]
+    choice, console = choose_optimizer("muon"), Console(quiet=True)
+    schedule = Schedule([0], tmp_path)
+    result = compare(small_task, choice, variants, Settings(4, evaluations=2), schedule, console)
+    fp32, small = (row.runs[0] for row in result.rows)
+    assert result.optimizer == "Muon and AdamW"
+    assert fp32.size is not None
+    assert small.size is not None
+    matrices = sum(p.numel() for p in small_task.model().parameters() if p.dim() == 2)
+    hidden = sum(p.numel() for p in small_task.model().blocks.parameters() if p.dim() == 2)
+    vectors = sum(p.numel() for p in small_task.model().parameters() if p.dim() == 1)
+    assert fp32.size.state_bytes == 4 * (hidden + 2 * (matrices - hidden + vectors))
+    assert 4 < small.size.bits_per_element < 9
+    assert small.valid_loss == pytest.approx(fp32.valid_loss, abs=0.2)
+
+
 def test_finished_runs_are_not_repeated_on_resume(
     small_task: GPTTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +200,7 @@ def test_wrong_options_are_found_before_training(small_task: GPTTask, tmp_path: 
 
 
 def test_embeddings_and_head_get_more_bits_than_the_body() -> None:
-    optimizer = choose_optimizer("adamw").build(TinyGPT(SMALL))
+    (optimizer,) = choose_optimizer("adamw").build(TinyGPT(SMALL))
     assert evidence.EMBEDDINGS_UP.options is not None
     stq.compile(optimizer, min_numel=64, **evidence.EMBEDDINGS_UP.options)
     for group in optimizer.param_groups:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import matrix_formats
 import stq_compile as stq
 from comparison import Settings
 from optimizers import choose_optimizer
@@ -91,7 +92,7 @@ def test_wrong_precision_option(value: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "Adam", "SGD", "rmsprop", "adagrad", "RAdam", "Lion"])
 def test_optimizers_decay_matrices_only(name: str) -> None:
     model = TinyGPT(SMALL)
-    optimizer = choose_optimizer(name, lr=0.5).build(model)
+    (optimizer,) = choose_optimizer(name, lr=0.5).build(model)
     matrices, vectors = optimizer.param_groups
     assert all(p.dim() == 2 for p in matrices["params"])
     assert all(p.dim() == 1 for p in vectors["params"])
@@ -116,7 +117,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 def test_patterns_of_parameter_names_match() -> None:
     model = TinyGPT(SMALL)
-    optimizer = choose_optimizer("sgd").build(model)
+    (optimizer,) = choose_optimizer("sgd").build(model)
     stq.compile(optimizer, min_numel=64, precision={"momentum_buffer": 3, "token*:*": 8})
     model.loss(torch.randint(256, (2, 9))).backward()
     optimizer.step()
@@ -125,10 +126,16 @@ def test_patterns_of_parameter_names_match() -> None:
     assert widths["head.weight"] == 3
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
-    with pytest.raises(ValueError, match=r"lion-pytorch, which is not installed.*\[evidence\]"):
-        choose_optimizer("lion")
+@pytest.mark.parametrize(
+    ("name", "package"), [("lion", "lion_pytorch"), ("soap", "pytorch_optimizer")]
+)
+def test_a_missing_package_is_named_with_its_extra(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    shown = package.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{shown}, which is not installed.*\[evidence\]"):
+        choose_optimizer(name)
 
 
 def test_missing_digits_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +192,45 @@ def test_sharded_training_takes_gpus_and_nccl_where_there_are_some(
         assert own_device() == torch.device(device)
         assert BACKENDS[own_device().type] == backend
     assert set(chosen) == {torch.device("cuda:3")}
+
+
+def test_a_choice_with_two_parts_divides_the_parameters() -> None:
+    model = TinyGPT(SMALL)
+    choice = choose_optimizer("muon", lr=0.5)
+    muon, adamw = choice.build(model)
+    names = [set(group["param_names"]) for o in (muon, adamw) for group in o.param_groups]
+    hidden, outer, vectors = names
+    assert hidden == {f"blocks.0.{n}.weight" for n in ("qkv", "attention_out", "mlp_in", "mlp_out")}
+    assert outer == {"token.weight", "position.weight", "head.weight"}
+    assert set.union(*names) == {name for name, _ in model.named_parameters()}
+    assert {g["lr"] for o in (muon, adamw) for g in o.param_groups} == {0.5}
+    assert vectors == set.union(*names) - hidden - outer
+
+
+def test_each_part_gets_the_widths_of_its_states() -> None:
+    choice = choose_optimizer("muon")
+    precision = {"momentum_buffer": 4, "token*:exp_avg": 5, "*": 8}
+    first, second = choice.options_of_parts({"precision": precision, "min_numel": 64})
+    assert first == {"precision": {"momentum_buffer": 4, "*": 8}, "min_numel": 64}
+    assert second == {"precision": {"token*:exp_avg": 5, "*": 8}, "min_numel": 64}
+    assert list(second["precision"]) == ["token*:exp_avg", "*"]
+    unknown = choice.options_of_parts({"precision": {"max_exp": 4}})  # which compile refuses
+    assert unknown == [{"precision": {"max_exp": 4}}] * 2
+    assert choice.options_of_parts({"precision": 4}) == [{"precision": 4}] * 2
+
+
+def test_matrix_formats_keep_what_entries_lose() -> None:
+    digits = load_digits()
+    losses = {
+        name: matrix_formats.train(matrix_formats.VARIANTS[name], digits, steps=40, seed=0)
+        for name in ("fp32", "factors, 4 bits", "entries, 4 bits")
+    }
+    fp32, factors, entries = losses.values()
+    assert 4 < entries.bits < factors.bits < 5
+    assert factors.loss == pytest.approx(fp32.loss, abs=0.1)
+    assert entries.loss > fp32.loss + 0.2
+    table = matrix_formats.results_table({name: [run] for name, run in losses.items()})
+    assert table.row_count == 3
 
 
 @pytest.mark.slow

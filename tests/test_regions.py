@@ -187,6 +187,34 @@ def test_parameters_in_half_precision(dtype: torch.dtype) -> None:
     assert torch.equal(vector(ours), vector(eager))
 
 
+class Halved(torch.optim.Optimizer):
+    """States of bfloat16, made in the step of a region."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        for p in self.param_groups[0]["params"]:
+            state, g = self.state[p], p.grad.bfloat16()
+            if not state:
+                state["m"], state["last"] = torch.zeros_like(g), g.clone()
+            state["m"].lerp_(g, 0.1)
+            state["last"].mul_(0.5).add_(g)
+            update = state["m"].float() + state["last"].float()
+            p.sub_(update / update.norm(), alpha=0.1)
+
+
+def test_states_of_16_bits_that_a_region_makes_are_packed() -> None:
+    start = vector(make_model())
+    eager, _ = train(Halved, 10)
+    ours, optimizer = train(Halved, 10, precision=8, min_numel=MIN_NUMEL)
+    for leaf in leaves(optimizer):
+        assert leaf.value.dtype == torch.bfloat16
+        assert isinstance(leaf.value, PackedState) == (leaf.value.numel() >= MIN_NUMEL)
+    assert (vector(ours) - vector(eager)).norm() < 0.25 * (vector(eager) - start).norm()
+
+
 class Slow(torch.optim.Optimizer):
     """Lookahead: slow weights, which begin as a copy of the parameter."""
 

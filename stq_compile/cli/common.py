@@ -214,6 +214,8 @@ def print_regions(found: Inspection) -> None:
         )
         for state, kind in region["matrices"].items():
             console.print(f"  {state}: {KINDS[kind]}", markup=False)
+        for state in region["mixed"]:
+            console.print(f"  {state}: errors mixed by products; 8 bits at least", markup=False)
 
 
 def progress(what: str) -> AbstractContextManager[Any]:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from stq_compile import reference
-from stq_compile.error_law import TINY, persistence
-from stq_compile.formats import BLOCK, FORMATS, MIDRISE_CLIP, Format
+from stq_compile.error_law import TINY, persistence, range_ends
+from stq_compile.formats import BLOCK, MIDRISE_CLIP, Format
 from stq_compile.packed_state import PackedState, memory_order
 from stq_compile.passes.measure import (
     amplification,
@@ -215,8 +215,8 @@ def _quantized(x: Tensor, format: Format, noise: Noise, unit: Tensor | None) -> 
 
 def _cut(x: Tensor, format: Format, unit: Tensor | None) -> Tensor:
     """The values as far as the range of the format reaches, not rounded to its levels."""
-    if format.kind == "adaptive_log":  # 8 bits have the same range
-        return _quantized(x, FORMATS["adaptive_log8"], NEAREST, None)
+    if format.kind == "adaptive_log":
+        return torch.maximum(x, range_ends(x, format.width))
     if format.kind != "midrise" or format.width not in MIDRISE_CLIP:
         return x
     assert unit is not None

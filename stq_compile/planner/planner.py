@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -57,6 +57,7 @@ class Managed:
     nbytes: Mapping[int, int]  # all bytes at each width
     prior: Mapping[int, float]  # error at each width before the first look
     forgetting: float = 0.0  # share of an error's square that is left after a step
+    weights: Mapping[int, float] = field(default_factory=dict)  # what errors count for, 1 if unsaid
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ class Planner:
             if width == 32:
                 return 0.0
             lost = 0.0 if measured is None else measured.lost_at(width)
-            return share * (errors[width] + lost)
+            return share * state.weights.get(width, 1.0) * (errors[width] + lost)
 
         return StateCosts(
             key=state.key,
@@ -298,7 +299,7 @@ class Planner:
         if before is None or measured is None:
             reason = "first width, from the prior"
         else:
-            now = self.error_of(choice.key, before)
+            now = errors.get(before, self.error_of(choice.key, before))
             alarm = "alarm: the error grew; " if choice.key in self.alarms else ""
             if measured.loses(before):
                 alarm = f"alarm: elements below their block's range lose {measured.lost:.0%}; "

@@ -75,7 +75,13 @@ def _reason(live: Live, key: StateKey) -> str:
     if key in live.weights:
         return "a copy of the weights"
     info = live.info.get(key)
-    return "" if info is None else info.reason
+    if info is None:
+        return ""
+    asked = live.options.width_of(info.source.name, info.source.key)
+    widened = asked is not None and asked < info.format.width
+    if widened and info.source.key in info.facts.mixed:
+        return "products mix its errors"
+    return info.reason
 
 
 def _row(param: str, key: str, value: Tensor, reason: str) -> Row:

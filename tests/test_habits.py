@@ -1,0 +1,169 @@
+"""Habits of published optimizers that came out wrong once, each in a small optimizer of its own."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import stq_compile as stq
+from stq_compile import PackedState
+from stq_compile.errors import EagerStepWarning
+from test_hard_optimizers import MIN_NUMEL, Base, make_params, run, vector
+
+
+class CastsInPlace(Base):
+    """Updates what a cast to the same dtype gives back, which is the tensor itself (RAdam)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        else:
+            s["v"] = s["v"].type_as(p)
+        wide, m = p.float(), s["m"].to(p.dtype)
+        m.lerp_(p.grad, 0.1)
+        s["v"].mul_(0.9).addcmul_(p.grad, p.grad, value=0.1)
+        wide.addcdiv_(m, s["v"].sqrt().add_(1e-8), value=-lr)
+
+
+class WritesOut(Base):
+    """Fills buffers by ``out=``, made beside any parameter (Muon in pytorch-optimizer)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        m = s.setdefault("m", torch.zeros_like(p)).mul_(0.9).add_(p.grad)
+        weights = torch.empty(2)
+        twice = torch.empty_like(weights)
+        torch.add(torch.ones(2), 1.0, out=weights)
+        torch.mul(weights, weights, out=twice)
+        twice[0] = 8.0
+        p.sub_(m, alpha=lr * 0.1).sub_(p.grad * (twice.sum() / 12), alpha=lr)
+
+
+class Turned(Base):
+    """Means and norms over views, which are added up in the order of their strides, and an
+    ordinary update for vectors (NorMuon)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        m = s.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.3)
+        if p.ndim == 1:
+            v = s.setdefault("v", torch.zeros_like(p)).lerp_(p.grad.square(), 0.1)
+            p.addcdiv_(m, v.sqrt().add_(1e-8), value=-lr)
+            return
+        turned = m.mT
+        turned = turned / turned.square().mean(-1, keepdim=True).sqrt()
+        p.sub_(turned.div(turned.norm()).mT, alpha=lr)
+
+
+class NumberFirst(Base):
+    """Takes a matrix from a number (LoRA-RITE, Adai)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if p.ndim == 2:
+            kept = s.setdefault("kept", torch.zeros(p.shape[0], p.shape[0]))
+            kept.lerp_(p.grad @ p.grad.T, 0.1)
+            p.sub_((1.0 - kept.tanh()) @ p.grad, alpha=0.1 * lr)
+
+
+class Chosen(Base):
+    """Keeps the elements that a mask chooses, whose number nobody knows beforehand (SPAM)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s["mask"] = p.detach() > 0
+            s["m"] = p.grad[s["mask"]].clone()
+        s["m"].lerp_(p.grad[s["mask"]], 0.1)
+        p[s["mask"]] -= lr * s["m"]
+
+
+class NoneStates(Base):
+    """Makes states in ``_init_group`` that are no tensors, or that are not there (optimi)."""
+
+    def _init_group(self, group: dict[str, Any], momenta: list[Tensor]) -> None:
+        for p in group["params"]:
+            s = self.state[p]
+            if not s:
+                s.update(m=torch.zeros_like(p), compensation=None, calls=0, name="sgd")
+            momenta.append(s["m"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            momenta: list[Tensor] = []
+            self._init_group(group, momenta)
+            for p, m in zip(group["params"], momenta, strict=True):
+                p.sub_(m.mul_(0.9).add_(p.grad), alpha=0.1 * group["lr"])
+
+
+HABITS = [CastsInPlace, WritesOut, NumberFirst, Chosen, NoneStates]
+SLOW = (NumberFirst,)
+
+
+@pytest.mark.parametrize(
+    "cls", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in HABITS]
+)
+def test_it_takes_the_eager_optimizers_steps(cls: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EagerStepWarning)
+        eager, _ = run(cls)
+        ours, optimizer = run(cls, precision=32)
+        packed, packed_optimizer = run(cls, precision=8, min_numel=MIN_NUMEL)
+    torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
+    moved = (vector(eager) - vector(make_params())).norm()
+    assert (vector(packed) - vector(eager)).norm() < 0.1 * moved
+    for report in (stq.report(optimizer), stq.report(packed_optimizer)):
+        assert "defect" not in report.note
+        assert ("eagerly" in report.note) == (cls is Chosen)
+    states = [row for row in stq.report(packed_optimizer).rows if row.width < 32]
+    assert states
+
+
+def test_at_32_bits_a_step_with_norms_has_the_eager_steps_bits() -> None:
+    """Of vectors beside them as well: a last bit may be all that tells two bfloat16 apart."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s)) for s in ((70, 130), (130,))]
+        optimizer = Turned(params)
+        if compiled:
+            stq.compile(optimizer, precision=32)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        found.append(vector(params))
+    assert stq.report(optimizer).compiles > 0
+    assert torch.equal(*found)
+
+
+def test_a_state_that_a_step_casts_stays_what_it_is() -> None:
+    """Its second moment keeps the format of one, and no second copy of it is made."""
+    params, optimizer = run(CastsInPlace, precision=8, min_numel=MIN_NUMEL)
+    value = optimizer.state[params[0]]["v"]
+    assert isinstance(value, PackedState)
+    assert value.format.kind == "adaptive_log"
+
+
+def test_at_32_bits_what_a_step_compiles_itself_is_compiled() -> None:
+    """An eager step runs the optimizer's own functions as it would without stq_compile."""
+    calls = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        calls.append(len(inputs))
+        return module.forward
+
+    @torch.compile(backend=backend)
+    def update(p: Tensor, grad: Tensor) -> None:
+        p.sub_(grad, alpha=0.1)
+
+    class CompilesItself(Base):
+        def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+            torch._dynamo.graph_break()
+            update(p, p.grad)
+
+    torch._dynamo.reset()
+    with pytest.warns(EagerStepWarning):
+        run(CompilesItself, precision=32)
+    assert calls
