@@ -90,8 +90,8 @@ def _square(b: Builder, code: Value, word: Value, format: Format) -> Value:
     """``adaptive_log`` of more than 4 bits: the square of its root, which is a product of two
     tables.
 
-    Where the scale is infinite the root is what `unit` says of infinity, in every element, and so
-    no element has to be bounded by itself; its square overflows.
+    Where the scale is no number the root is what `unit` says of infinity, in every element, and the
+    scale is added to its square: so no element has to be bounded by itself.
     """
     top, step = b.words.get(id(word)) or (b.op("shift_right", word, 5), word)
     octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", step, 31)))
@@ -103,9 +103,8 @@ def _square(b: Builder, code: Value, word: Value, format: Format) -> Value:
     scale = b.op("from_bits", b.op("shift_left", top, 20))
     below = root_below(b, scale)
     finite = b.op("int_lt", top, INFINITY_BITS >> 20)
-    largest = b.op("minimum", scale, MIDRISE_LARGEST_UNIT)
-    root = _product(b, finite, below, coarse, fine, largest)
-    square = b.op("mul", root, root)
+    root = _product(b, finite, below, coarse, fine, MIDRISE_LARGEST_UNIT)
+    square = b.op("fma", root, root, b.op("select", finite, 0.0, scale))
     number = b.op("and", finite, b.op("int_lt", 0, top))
     below, coarse, fine = (b.op("div", 1.0, x) for x in (below, coarse, fine))
     inverse = _product(b, number, below, coarse, fine, 1.0 / MIDRISE_LARGEST_UNIT)
@@ -114,7 +113,7 @@ def _square(b: Builder, code: Value, word: Value, format: Format) -> Value:
 
 
 def _product(
-    b: Builder, usual: Value, scale: Value, coarse: Value, fine: Value, otherwise: Value | float
+    b: Builder, usual: Value, scale: Value, coarse: Value, fine: Value, otherwise: float
 ) -> Value:
     """``scale * coarse * fine``, or ``otherwise`` in a whole block, with no choice per element."""
     first = b.op(
@@ -136,7 +135,7 @@ def unit(b: Builder, normalizer: Value) -> Value:
     """What a normalized format counts in: the root of the normalizer, bounded."""
     if id(normalizer) in b.units:
         return b.units[id(normalizer)][0]
-    return b.op("minimum", b.op("sqrt", normalizer), MIDRISE_LARGEST_UNIT)
+    return b.op("min", b.op("sqrt", normalizer), MIDRISE_LARGEST_UNIT)
 
 
 def inverse_unit(b: Builder, normalizer: Value) -> Value:

@@ -146,7 +146,7 @@ def decode(
         else:
             assert normalizer is not None
             unit = root(_pad(normalizer[start : start + count]))
-            unit = torch.clamp_max(unit, MIDRISE_LARGEST_UNIT)
+            unit = torch.fmin(unit, torch.tensor(MIDRISE_LARGEST_UNIT))
             value = _decode_midrise(code, word, format) * unit
         out[start : start + count] = value.view(-1)[:count]
     return out

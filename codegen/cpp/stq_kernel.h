@@ -166,7 +166,6 @@ STQ_INLINE double fraction(double x) { return x - floor(x); }
 // NaN if either argument is, as torch.minimum and torch.maximum.
 STQ_INLINE f32v minimum(f32v a, f32v b) { return (a < b) | (a != a) ? a : b; }
 STQ_INLINE f32v maximum(f32v a, f32v b) { return (a > b) | (a != a) ? a : b; }
-STQ_INLINE f32b minimum(f32b a, f32b b) { return (a < b) | (a != a) ? a : b; }
 STQ_INLINE double minimum(double a, double b) { return a < b || a != a ? a : b; }
 STQ_INLINE double maximum(double a, double b) { return a > b || a != a ? a : b; }
 STQ_INLINE f32v sign(f32v x) { return select(x > 0, all(1.0f), select(x < 0, all(-1.0f), all(0.0f))); }
