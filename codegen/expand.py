@@ -73,21 +73,76 @@ def decode_block(
         level = b.op("quotient", signed, b.op("sub", 2.0 * top, b.op("abs", signed)), name="div")
         return b.op("mul", level, b.op("from_bits", b.op("shift_left", word, 16)))
     if format.kind == "adaptive_log":
+        if format.width > 4:
+            return _square(b, code, word, format)
         octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", word, 31)))
         ratio = b.op("mul", octave_range, 1.0 / format.top_code)
         scale = b.op("from_bits", b.op("shift_left", b.op("shift_right", word, 5), 20))
-        if format.width <= 4:
-            below = b.op("to_float", b.op("int_sub", code, format.top_code))
-            return b.op("mul", scale, exp2(b, b.op("mul", below, ratio)))
-        high = b.op("int_sub", b.op("shift_right", code, 4), format.top_code >> 4)
-        high = b.op("to_float", b.op("shift_left", high, 4))
-        low = b.op("to_float", b.op("int_sub", b.op("int_and", code, 15), 15))
-        coarse = b.op("mul", scale, exp2(b, b.op("mul", high, ratio)))
-        return b.product(coarse, exp2(b, b.op("mul", low, ratio)))
+        below = b.op("to_float", b.op("int_sub", code, format.top_code))
+        return b.op("mul", scale, exp2(b, b.op("mul", below, ratio)))
     assert normalizer is not None
     step = b.op("from_bits", b.op("shift_left", word, 16))
     level = b.op("mul", b.op("sub", b.op("to_float", code), format.top_code / 2), step)
-    return b.op("mul", level, b.op("min", root(b, normalizer), MIDRISE_LARGEST_UNIT))
+    return b.op("mul", level, unit(b, normalizer))
+
+
+def _square(b: Builder, code: Value, word: Value, format: Format) -> Value:
+    """``adaptive_log`` of more than 4 bits: the square of its root, which is a product of two
+    tables.
+
+    Where the scale is no number the root is what `unit` says of infinity, in every element, and the
+    scale is added to its square: so no element has to be bounded by itself.
+    """
+    top, step = b.words.get(id(word)) or (b.op("shift_right", word, 5), word)
+    octave_range = octave_range_of(b, b.op("to_float", b.op("int_and", step, 31)))
+    ratio = b.op("mul", octave_range, 0.5 / format.top_code)
+    high = b.op("int_sub", b.op("shift_right", code, 4), format.top_code >> 4)
+    high = b.op("to_float", b.op("shift_left", high, 4))
+    low = b.op("to_float", b.op("int_sub", b.op("int_and", code, 15), 15))
+    coarse, fine = exp2(b, b.op("mul", high, ratio)), exp2(b, b.op("mul", low, ratio))
+    scale = b.op("from_bits", b.op("shift_left", top, 20))
+    below = root_below(b, scale)
+    finite = b.op("int_lt", top, INFINITY_BITS >> 20)
+    root = _product(b, finite, below, coarse, fine, MIDRISE_LARGEST_UNIT)
+    square = b.op("fma", root, root, b.op("select", finite, 0.0, scale))
+    number = b.op("and", finite, b.op("int_lt", 0, top))
+    below, coarse, fine = (b.op("div", 1.0, x) for x in (below, coarse, fine))
+    inverse = _product(b, number, below, coarse, fine, 1.0 / MIDRISE_LARGEST_UNIT)
+    b.units[id(square)] = (root, inverse)
+    return square
+
+
+def _product(
+    b: Builder, usual: Value, scale: Value, coarse: Value, fine: Value, otherwise: float
+) -> Value:
+    """``scale * coarse * fine``, or ``otherwise`` in a whole block, with no choice per element."""
+    first = b.op(
+        "fma", b.op("select", usual, scale, 0.0), coarse, b.op("select", usual, 0.0, otherwise)
+    )
+    one = b.op("select", usual, 1.0, 0.0)
+    return b.op("mul", first, b.op("fma", one, fine, b.op("sub", 1.0, one)))
+
+
+def root_below(b: Builder, scale: Value) -> Value:
+    """`reference.root_below`."""
+    root = b.op("sqrt", scale)
+    above = b.op("gt", b.op("mul", root, root), scale)
+    bits = b.op("bits_of", root)
+    return b.op("from_bits", b.op("int_select", above, b.op("int_sub", bits, 1), bits))
+
+
+def unit(b: Builder, normalizer: Value) -> Value:
+    """What a normalized format counts in: the root of the normalizer, bounded."""
+    if id(normalizer) in b.units:
+        return b.units[id(normalizer)][0]
+    return b.op("min", b.op("sqrt", normalizer), MIDRISE_LARGEST_UNIT)
+
+
+def inverse_unit(b: Builder, normalizer: Value) -> Value:
+    """1 / `unit`; of zero, that of the largest unit."""
+    if id(normalizer) in b.units:
+        return b.units[id(normalizer)][1]
+    return b.op("max", reciprocal(b, b.op("sqrt", normalizer)), 1.0 / MIDRISE_LARGEST_UNIT)
 
 
 def encode(
@@ -175,17 +230,8 @@ def scale_up(b: Builder, absmax: Value, drop: int) -> Value:
     return b.op("int_select", finite, bounded, kept)
 
 
-def root(b: Builder, x: Value) -> Value:
-    """The square root, of a product factor by factor, so that tables stay tables."""
-    if id(x) in b.factors:
-        return b.product(*(b.op("sqrt", factor) for factor in b.factors[id(x)]))
-    return b.op("sqrt", x)
-
-
 def reciprocal(b: Builder, scale: Value) -> Value:
-    """1 / scale, or 0; of a product factor by factor."""
-    if id(scale) in b.factors:
-        return b.product(*(reciprocal(b, factor) for factor in b.factors[id(scale)]))
+    """1 / scale, or 0."""
     return b.op("select", b.op("gt", scale, 0.0), b.op("div", 1.0, scale), 0.0)
 
 
@@ -226,8 +272,11 @@ def _encode_adaptive_log(
         pull = b.op("neg", b.op("mul", spacing, MEAN_PULL))
         t = b.op("fma", b.op("fma", f, b.op("neg", f), f), pull, t)
     code = b.op("min", b.op("fma", noise, 2.0**-24, t), levels)
-    word = b.op("int_or", b.op("shift_left", top, 5), b.op("to_int", step))
-    return code, b.op("int_select", b.op("int_eq", top, 0), 0, word)
+    upper, whole_step = b.op("shift_left", top, 5), b.op("to_int", step)
+    word = b.op("int_or", upper, whole_step)
+    word = b.op("int_select", b.op("int_eq", top, 0), 0, word)
+    b.words[id(word)] = (top, whole_step)
+    return code, word
 
 
 def adaptive_range(b: Builder, distance: Value, width: int) -> Value:
@@ -246,8 +295,7 @@ def _encode_midrise(
     b: Builder, x: Value, normalizer: Value, format: Format, noise: Value | float
 ) -> tuple[Value, Value]:
     half = format.top_code / 2
-    inverse = b.op("max", reciprocal(b, root(b, normalizer)), 1.0 / MIDRISE_LARGEST_UNIT)
-    u = b.op("mul", x, inverse)
+    u = b.op("mul", x, inverse_unit(b, normalizer))
     if format.width in MIDRISE_CLIP:
         counted = b.op("select", b.read("valid"), u, 0.0)
         share = b.op("div", 1.0, b.read("valid_count"))

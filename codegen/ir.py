@@ -209,8 +209,11 @@ class Builder:
         self.prefix = ""
         self._known: dict[tuple[object, ...], Value] = {}
         self._names: dict[str, int] = {o.name: 0 for o in operands}
-        self.factors: dict[int, tuple[Value, Value]] = {}
-        """Values that were made as a product, by ``id``."""
+        self.units: dict[int, tuple[Value, Value]] = {}
+        """Of values that were made as a square, by ``id``: the root and its reciprocal, bounded."""
+        self.words: dict[int, tuple[Value, Value]] = {}
+        """Of scale words that were made of two parts, by ``id``: the upper and the lower one, which
+        are known before the word (and of a scale of zero, the lower one may be another)."""
 
     def op(self, opcode: str, *args: Argument, name: str = "") -> Value:
         """A pure operation, in the highest space of its arguments.
@@ -226,12 +229,6 @@ class Builder:
         space = max((a.space for a in args if isinstance(a, Value)), default=Space.TENSOR)
         value = self._append(name or opcode, opcode, args, space, OPCODES[opcode][1])
         self._known[key] = value
-        return value
-
-    def product(self, a: Value, b: Value) -> Value:
-        """``a * b``, of which the factors stay known."""
-        value = self.op("mul", a, b)
-        self.factors[id(value)] = (a, b)
         return value
 
     def number(self, a: Argument) -> Argument:

@@ -333,15 +333,27 @@ def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
-    """More than 16 codes are decoded as a product: two tables of 16 in a kernel."""
+    """More than 16 codes are decoded as a square, whose root is a product: two tables of 16 in a
+    kernel, which decodes the root beside its square. (That of a rounded square is the number that
+    was squared: correctly rounded, in binary, and unless the square is denormal.)"""
     octave_range = ((word & 31).float() + 1.0) * RANGE_STEP
-    ratio = octave_range * (1.0 / format.top_code)
     scale = float_from_bits((word >> 5) << 20)
     if format.width <= 4:
+        ratio = octave_range * (1.0 / format.top_code)
         return scale * exp2((code - format.top_code).float() * ratio)
+    ratio = octave_range * (0.5 / format.top_code)
     high = (code >> 4) - (format.top_code >> 4)
     low = (code & 15) - 15
-    return scale * exp2((high << 4).float() * ratio) * exp2(low.float() * ratio)
+    coarse = root_below(scale) * exp2((high << 4).float() * ratio)
+    level = coarse * exp2(low.float() * ratio)
+    return level * level
+
+
+def root_below(scale: Tensor) -> Tensor:
+    """The root, or the float below it if its square would exceed ``scale``: the top code of a block
+    must not decode to more than its scale, or rewriting the block would raise that."""
+    near = root(scale)
+    return torch.where(near * near > scale, float_from_bits(near.view(torch.int32) - 1), near)
 
 
 # midrise ------------------------------------------------------------------------------------

@@ -187,6 +187,12 @@ STQ_INLINE i32v widen(u16v x) { return __builtin_convertvector(x, i32v); }
 STQ_INLINE i32v widen(u8v x) { return __builtin_convertvector(x, i32v); }
 STQ_INLINE i32v widen(u16v x) { return __builtin_convertvector(x, i32v); }
 #endif
+// The low bytes of int32. GCC writes what it stores of them straight to memory, which is slower.
+#if defined(__AVX512F__)
+STQ_INLINE u8v narrow(i32v x) { return (u8v)_mm512_cvtepi32_epi8((__m512i)x); }
+#else
+STQ_INLINE u8v narrow(i32v x) { return __builtin_convertvector(x, u8v); }
+#endif
 
 // Memory: one plane of 16 elements, any alignment.
 STQ_INLINE f32v load(const float* p) { f32v r; std::memcpy(&r, p, 64); return r; }
@@ -294,7 +300,7 @@ STQ_INLINE Nibbles join(const i32v* code, int shift, int mask) {
   Nibbles r;
   for (int i = 0; i < 4; ++i) {
     const i32v low = (code[i] >> shift) & mask, high = (code[i + 4] >> shift) & mask;
-    r.pair[i] = __builtin_convertvector(low | (high << 4), u8v);
+    r.pair[i] = narrow(low | (high << 4));
   }
   return r;
 }
@@ -317,7 +323,7 @@ template <int width> STQ_INLINE void pack(uint8_t* p, const i32v* code) {
     pack<8>(p, code);
     pack<width - 8>(p + 8 * kLanes, upper);
   } else if constexpr (width == 8) {
-    for (int i = 0; i < kPlanes; ++i) store_bytes(p + kLanes * i, __builtin_convertvector(code[i], u8v));
+    for (int i = 0; i < kPlanes; ++i) store_bytes(p + kLanes * i, narrow(code[i]));
   } else if constexpr (width <= 4) {
     Nibbles x = join(code, 0, -1);
     store_field<width == 3 ? 2 : width>(p, x);
