@@ -65,11 +65,12 @@ MATRIX_WIDTH = 4
 # adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
 MAX_RANGE = 14.0
 RANGE_STEP = MAX_RANGE / 32
-TAIL_DEVIATIONS = {2: 1.2815515, 3: 2.0, 4: 2.0, 5: 2.0, 6: 2.0, 8: 2.5}
+TAIL_DEVIATIONS = {2: 1.2815515, 3: 1.2815515, 4: 1.5, 5: 2.0, 6: 2.0, 8: 2.5}
 """How many standard deviations below the mean of log2 the range ends, by width. What lies below is
-raised to its end, and moves too little for good, which training suffers from; what lies within has
-levels that are the closer the shorter the range is, and forgives the noise (design/0008). Four
-levels are too few for more than the 10th percentile of a normal distribution."""
+raised to its end, and moves too little for good; what lies within has levels that are the closer
+the shorter the range is. And noise widens the range, which widens the distance between levels and
+with it the noise: at few levels that runs away if the range reaches far and the average is slow
+(design/0008). Up to 3 bits it ends at the 10th percentile of a normal distribution."""
 
 MEAN_PULL = 1.0 / 6.0
 """How much stochastic rounding of ``adaptive_log`` leans down, per octave between two levels: up

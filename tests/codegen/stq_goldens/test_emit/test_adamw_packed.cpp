@@ -257,7 +257,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b exp_avg_sq_0_new_max = stq::max(exp_avg_sq_0_new_sub, stq::each(0.0f));  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_sqrt = stq::sqrt(exp_avg_sq_0_new_max);  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_neg = -(exp_avg_sq_0_new_mul);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma = stq::fma(exp_avg_sq_0_new_sqrt, stq::each(2.0f), exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_fma = stq::fma(exp_avg_sq_0_new_sqrt, stq::each(1.2815515f), exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_mul_4 = exp_avg_sq_0_new_fma * 2.724784e-07f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_ceil = stq::ceil(exp_avg_sq_0_new_mul_4);  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_ceil - 1.0f;  // exp_avg_sq_0_new
