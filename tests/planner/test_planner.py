@@ -353,3 +353,17 @@ def test_a_decision_is_fast_and_linear(goal: dict[str, float]) -> None:
     time_of_large = seconds(large)
     assert time_of_large < 0.15
     assert time_of_large < 12 * seconds(small)
+
+
+def test_the_weight_of_a_width_multiplies_its_error() -> None:
+    """What a width counts for decides between it and the next, and leaves other widths alone."""
+    nbytes, errors = {3: 3 << 17, 4: 4 << 17}, {3: 0.2, 4: 0.05}
+
+    def planned(weights: dict[int, float]) -> int:
+        planner = Planner(Options(tolerance=0.25, ladder=(3, 4)))
+        state = Managed((0, "m"), "p", "m", 1 << 20, nbytes, errors, weights=weights)
+        planner.enroll([state], 0, 1 << 20, 0)
+        return planner.widths[0, "m"]
+
+    assert planned({}) == planned({3: 1.2}) == planned({4: 100.0}) == 3
+    assert planned({3: 1.5}) == 4
