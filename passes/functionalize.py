@@ -138,15 +138,16 @@ def functionalize(
     """Functionalize and decompose every unit that still updates its inputs in place.
 
     Those that are no kernel are divided by shape, and traced for each (`partition`). With
-    ``exact``, no unit is a kernel beside one that is none: kernels may differ from the eager step
-    in the last bit, and a product of matrices in bfloat16 makes much of a last bit.
+    ``exact``, no unit is a kernel beside one whose operators are none: kernels may differ from the
+    eager step in the last bit, and a product of matrices in bfloat16 makes much of a last bit.
     """
 
     def parts(supports: Supports) -> list[StepGraph]:
         return [p for unit in program.units for p in _parts(unit, program.optimizer, supports)]
 
     units = parts(why_not)
-    if exact and len({bool(unit.unfused) for unit in units}) > 1:
+    beyond = any(why_unfused(unit, why_not) for unit in units)
+    if exact and beyond and not all(unit.unfused for unit in units):
         units = parts(lambda node: "at 32 bits nothing is, beside what cannot be")
     return Program(program.optimizer, tuple(units))
 
