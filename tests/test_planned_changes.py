@@ -79,11 +79,15 @@ def test_the_momentum_of_a_sign_update_is_kept_wide() -> None:
 
 
 def run(
-    change: str, steps: range, compiled: bool = True, tolerance: float | None = None
+    change: str,
+    steps: range,
+    compiled: bool = True,
+    tolerance: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> tuple[Tensor, History | None]:
     """AdamW on one matrix; at ``steps.start`` gradients change character, until ``steps.stop``."""
     problem, zeros = Noisy(64, 64), torch.Generator().manual_seed(2)
-    optimizer = torch.optim.AdamW([problem.param], lr=1e-2)
+    optimizer = torch.optim.AdamW([problem.param], lr=1e-2, betas=betas)
     if compiled:
         stq.compile(optimizer, interval=INTERVAL, tolerance=tolerance)
     for step in range(steps.stop):
@@ -152,6 +156,14 @@ def test_neighbours_of_a_giant_are_given_the_range_that_they_need() -> None:
 def test_gradients_that_stay_as_they_are_raise_none() -> None:
     _, history = run("none", range(65, 85), tolerance=USED_UP)
     assert raised(history, 65) == 0
+
+
+@pytest.mark.parametrize("change", ["zeros", "none"])
+def test_zeros_raise_a_width_where_first_moments_use_up_the_tolerance(change: str) -> None:
+    """First moments get worse under zeros, which second ones of a longer memory make up for."""
+    steps = range(65, 65 + 2 * INTERVAL)
+    _, history = run(change, steps, tolerance=0.06, betas=(0.9, 0.95))
+    assert (raised(history, steps.start) >= 1) == (change == "zeros")
 
 
 def true_errors(change: str, steps: range) -> tuple[list[float], History]:
