@@ -35,6 +35,8 @@ def find_mixed(program: Program) -> Program:
 
 def _find(unit: StepGraph) -> StepGraph:
     """Of states of the parameter's shape that the step writes: it adds no errors to others."""
+    if not unit.unfused:
+        return unit
     shape = unit.instances[0].param.whole_shape
     states = {
         node: operand.source.key
@@ -44,8 +46,6 @@ def _find(unit: StepGraph) -> StepGraph:
         and node.users
         and node.name in (unit.writes or ())
     }
-    if not unit.unfused:
-        return unit
     reached = {state: _reached(unit, state) for state in states}
     found = frozenset(
         key

@@ -162,6 +162,13 @@ class Rig:
                 for name, buffer in _live(key, state).items():
                     buffer.copy_(saved[name])
 
+    def after(self, kernel: Executable, start: Bits, threads: int = 1) -> Bits:
+        """What two steps make of ``start``."""
+        self.load(start)
+        for step in range(2):
+            self.run(kernel, step, threads)
+        return self.bits()
+
     def expected(self, math: Math, step: int) -> Bits:
         """What the step must give: decode, float32 arithmetic, encode, all in plain torch."""
         return [self._expected_row(i, row, math, step) for i, row in enumerate(self.rows)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 import stq_compile as stq
 from stq_compile import PackedState
 from stq_compile.errors import EagerStepWarning
-from test_hard_optimizers import MIN_NUMEL, Base, make_params, run, vector
+from test_hard_optimizers import MIN_NUMEL, Base, run, run_all_ways, vector
 
 
 class CastsInPlace(Base):
@@ -105,18 +104,13 @@ SLOW = (NumberFirst,)
     "cls", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in HABITS]
 )
 def test_it_takes_the_eager_optimizers_steps(cls: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EagerStepWarning)
-        eager, _ = run(cls)
-        ours, optimizer = run(cls, precision=32)
-        packed, packed_optimizer = run(cls, precision=8, min_numel=MIN_NUMEL)
-    torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
-    moved = (vector(eager) - vector(make_params())).norm()
-    assert (vector(packed) - vector(eager)).norm() < 0.1 * moved
-    for report in (stq.report(optimizer), stq.report(packed_optimizer)):
+    ways = run_all_ways(cls)
+    torch.testing.assert_close(ways.ours, ways.eager, rtol=1e-6, atol=1e-7)
+    assert ways.distance < 0.1
+    for report in (stq.report(ways.optimizer), stq.report(ways.packed_optimizer)):
         assert "defect" not in report.note
         assert ("eagerly" in report.note) == (cls is Chosen)
-    states = [row for row in stq.report(packed_optimizer).rows if row.width < 32]
+    states = [row for row in stq.report(ways.packed_optimizer).rows if row.width < 32]
     assert states
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import stq_compile as stq
 from stq_compile import working_set
-from stq_compile.api import session_of
 from stq_compile.errors import CheckpointError, FormatMismatchError, IndefiniteStateError
 from stq_compile.formats import (
     BFLOAT16,
@@ -30,7 +29,9 @@ from stq_compile.matrices import factor, is_semidefinite, orthonormal
 from stq_compile.packed_state import PackedState
 from stq_compile.reference import decode, encode
 from stq_compile.rounding import NEAREST, Noise
+from stq_compile.step_graph import Facts
 from stq_compile.storage import PackedStorage
+from test_cut_regions import last_step
 
 CHOLESKY4, CHOLESKY8 = MATRIX_FORMATS["cholesky4"], MATRIX_FORMATS["cholesky8"]
 ORTHOGONAL = [f for f in MATRIX_FORMATS.values() if f.kind == "orthogonal"]
@@ -253,24 +254,26 @@ KINDS = {
 }
 
 
+def facts_of(optimizer: torch.optim.Optimizer) -> Facts:
+    """Of the one unit of the step that was compiled last."""
+    (unit,) = last_step(optimizer).program.units
+    return unit.facts
+
+
 def test_facts_of_states_that_are_matrices() -> None:
     p = nn.Parameter(torch.zeros(8, 5))
     optimizer = stq.compile(Zoo([p]), precision=32)
     for step in range(3):
         p.grad = normal(8, 5, seed=step).float()
         optimizer.step()
-    session = session_of(optimizer)
-    assert session is not None
-    last = max(session.compiled, key=lambda s: s.number)
-    (unit,) = last.program.units
-    assert dict(unit.facts.matrices) == KINDS
+    assert dict(facts_of(optimizer).matrices) == KINDS
 
 
 @pytest.mark.parametrize("n", [8, 300])  # from 256 rows on torch's own decomposition fails
 def test_identity_matrices_of_any_size_are_traced(n: int) -> None:
     class Damped(torch.optim.Optimizer):
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # overloaded
             for p in self.param_groups[0]["params"]:
                 s = self.state[p]
                 if not s:
@@ -285,10 +288,7 @@ def test_identity_matrices_of_any_size_are_traced(n: int) -> None:
         optimizer.step()
     assert not stq.report(optimizer).note.startswith("Steps run eagerly")
     assert torch.equal(optimizer.state[p]["sum"], torch.eye(n) + 4)
-    session = session_of(optimizer)
-    assert session is not None
-    last = max(session.compiled, key=lambda s: s.number)
-    assert last.program.units[0].facts.matrices == {"sum": "semidefinite"}
+    assert facts_of(optimizer).matrices == {"sum": "semidefinite"}
 
 
 # Mixed. ---------------------------------------------------------------------------------------
@@ -334,11 +334,7 @@ def test_states_whose_errors_are_mixed_and_enlarged_are_found() -> None:
     for step in range(3):
         p.grad = normal(8, 8, seed=step).float()
         optimizer.step()
-    session = session_of(optimizer)
-    assert session is not None
-    last = max(session.compiled, key=lambda s: s.number)
-    (unit,) = last.program.units
-    assert unit.facts.mixed == {"divided", "multiplied", "whitened"}
+    assert facts_of(optimizer).mixed == {"divided", "multiplied", "whitened"}
 
 
 # Runs. ----------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ FEW_LEVELS: Mapping[str, Mapping[int, float]] = {
 }
 """What the error of a state counts for by its kind and width, in units of what the law says of it;
 1 where there is none. Fitted to training (`design/0008`): levels that are octaves apart leave more
-than the law says, and pay for it at 2 bits; levels in units of the largest element of a block leave
-noise where there is hardly a gradient, so that a GPT under SGD with 3 bits of momentum falls
-far behind."""
+than the law says, and training pays for it at 2 bits; levels in units of the largest element of a
+block leave noise where there is hardly a gradient, so that a GPT under SGD with 3 bits of momentum
+falls far behind."""
 
 
 def managed_states(unit: StepGraph, options: Options) -> Iterator[Managed]:
@@ -30,7 +30,8 @@ def managed_states(unit: StepGraph, options: Options) -> Iterator[Managed]:
         key = state.source.key
         formats = _candidates(unit, key, options)
         prior = prior_errors(unit, key)
-        weights = {w: FEW_LEVELS.get(f.kind, {}).get(w, 1.0) for w, f in formats.items()}
+        few = {width: FEW_LEVELS.get(format.kind, {}) for width, format in formats.items()}
+        weights = {width: said[width] for width, said in few.items() if width in said}
         recurrence = unit.facts.recurrences.get(key)
         varies = recurrence is not None and bool(recurrence.scalars)
         forgetting = 0.0 if varies else forgotten(recurrence, {})  # each look gives what varies
