@@ -77,10 +77,11 @@ the shorter the range is. And noise widens the range, which widens the distance 
 with it the noise: at few levels that runs away if the range reaches far and the average is slow
 (design/0008). Up to 3 bits it ends at the 10th percentile of a normal distribution."""
 
-MEAN_PULL = 1.0 / 6.0
+MEAN_PULL = 1.0 / 8.0
 """How much stochastic rounding of ``adaptive_log`` leans down, per octave between two levels: up
 with probability ``f - c f (1 - f)`` and terms in ``c^2``, ``c`` this times the distance in octaves,
 one at most. It is the random number that is bent: ``n + c (n^2 - 1/4)`` for ``n`` in (-1/2, 1/2).
+The mean update, whose divisor is the root, is then right within some percent (design/0002).
 """
 PULLED = 6
 """The widest width that leans: at 8 bits levels are a 20th of an octave apart at most."""

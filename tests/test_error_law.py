@@ -104,7 +104,7 @@ def test_slow_averages(name: str) -> None:
         ("adaptive_log2", 0.7, 1.1),
         ("adaptive_log3", 0.25, 0.4),
         ("adaptive_log4", 0.8, 1.25),
-        ("adaptive_log5", 1.0, 1.5),
+        ("adaptive_log5", 0.9, 1.5),
         ("adaptive_log8", 0.5, 0.9),
         ("bfloat16", 0.75, 1.0),
     ],

@@ -429,7 +429,7 @@ def bias(format: Format, noise: Noise, target: float) -> float:
     gap = float(levels[above] - levels[above - 1])
     share = float(value - levels[above - 1]) / gap
     if noise.key is not None and format in LEANING:  # by so much, and down
-        share -= min(gap, 1.0) / 6 * share * (1 - share)
+        share -= min(gap, 1.0) / 8 * share * (1 - share)
         value = levels[above - 1] + share * gap
     allowed = 5 * gap * math.sqrt(share * (1 - share) / drawn.numel()) + 1e-5 * gap
     return abs(float(drawn.mean() - value)) / allowed

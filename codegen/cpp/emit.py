@@ -239,7 +239,7 @@ class _Emitter:
                 continue
             if v.space is Space.BLOCK and v.opcode in REDUCTIONS:
                 if id(v) in self.held:
-                    lines.append(f"  {self._name(v)} = {c_type(v)}{{}};")
+                    lines.append(f"  {self._name(v)} = {c_type(v)}{{}};{self._note(v)}")
                 else:
                     lines.append(f"  {c_type(v)} {c_name(v.name)}{{}};")
             elif id(v) in self.held:

@@ -123,8 +123,8 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   stq::i32b exp_avg_0_new_absmax{};
   stq::i32v exp_avg_sq_0_new_int_and[size][stq::kPlanes];
   stq::i32b exp_avg_sq_0_new_absmax{};
-  held.exp_avg_sq_0_new_block_sum = stq::f32b{};
-  held.exp_avg_sq_0_new_block_sum_1 = stq::f32b{};
+  held.exp_avg_sq_0_new_block_sum = stq::f32b{};  // exp_avg_sq_0_new
+  held.exp_avg_sq_0_new_block_sum_1 = stq::f32b{};  // exp_avg_sq_0_new
   held.first = first;
   held.blocks = blocks;
   const stq::i32b exp_avg_0_word = stq::load_words(row.exp_avg_0_scales + first, blocks, 1);  // exp_avg_0
