@@ -14,7 +14,7 @@ WIDTH = 4096
 PARAMETERS = (1_000_000, 10_000_000, 100_000_000, 500_000_000)
 TENSORS = (10, 100, 1000, 2000)
 SMALL = 4096
-"""Elements of a tensor where tensors are counted: next to no arithmetic."""
+"""Elements of a tensor where tensors are counted."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,16 @@ def by_parameters(contender: Contender, most: int, rounds: int) -> list[Point]:
 
 
 def by_tensors(contender: Contender, most: int, rounds: int) -> list[Point]:
-    """Microseconds per tensor of 4,096 elements beyond what the elements cost, from the slope
-    between each size and the smallest."""
-    totals = []
+    """Microseconds per tensor of 4,096 elements, beyond what one tensor of as many elements as
+    all of them takes."""
+    found = []
     for count in (t for t in TENSORS if t <= most):
-        (timing,) = compare([(SMALL,)] * count, [contender], rounds=rounds)
-        totals.append(Point(count, timing.ns * SMALL * count / 1e3))
-    return [
-        Point(p.size, (p.value - totals[0].value) / (p.size - totals[0].size)) for p in totals[1:]
-    ]
+        many, one = (
+            compare(shapes, [contender], rounds=rounds)[0].ns
+            for shapes in ([(SMALL,)] * count, [(SMALL * count,)])
+        )
+        found.append(Point(count, (many - one) * SMALL * count / (count - 1) / 1e3))
+    return found
 
 
 def by_threads(
