@@ -161,3 +161,12 @@ def test_at_32_bits_what_a_step_compiles_itself_is_compiled() -> None:
     with pytest.warns(EagerStepWarning):
         run(CompilesItself, precision=32)
     assert calls
+
+
+def test_a_state_that_a_step_makes_may_be_the_only_packed_one() -> None:
+    """It has the widest of all pins until its key is known, and is packed while Dynamo traces."""
+    eager, _ = run(CastsInPlace)
+    params, optimizer = run(CastsInPlace, precision={"*": 32, "v": 8}, min_numel=MIN_NUMEL)
+    formats = {(row.state, row.format) for row in stq.report(optimizer).rows if len(row.shape) == 2}
+    assert formats == {("m", "float32"), ("v", "adaptive_log8")}
+    torch.testing.assert_close(vector(params), vector(eager), rtol=0.05, atol=0.01)
