@@ -29,7 +29,7 @@ from stq_compile import interrupts
 from stq_compile.birth import newborn
 from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, Format, MatrixKind, choose_format
 from stq_compile.halves import FLOAT_DTYPES
-from stq_compile.matrices import is_semidefinite
+from stq_compile.matrices import is_orthonormal, is_semidefinite, square_orthonormal
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
 from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
 
@@ -115,7 +115,9 @@ class WorkingSet(TorchDispatchMode):
         if id(storage) not in self._owners:
             return storage.read(self._codec)
         if storage.working is None:
-            storage.working = storage.read(self._codec)
+            values = storage.read(self._codec)
+            basis = storage.format.kind == "orthogonal"
+            storage.working = square_orthonormal(values) if basis else values
             self._decoded.add(storage)
         return storage.working
 
@@ -194,8 +196,8 @@ def encoded_as(
         return None
     unfit = not format.signed and bool((seen < 0).any())
     if format.matrix is not None:
-        orthogonal = format.matrix == matrix == "orthogonal"
-        unfit = not orthogonal and not (format.whole and is_semidefinite(seen))
+        fits = is_semidefinite if format.whole else is_orthonormal
+        unfit = not format.matrix == matrix == "orthogonal" and not fits(seen)
     if format == CONSTANT or unfit:
         width = width if format == CONSTANT else format.width
         wanted = format_for(seen, width, matrix, cut=whole is not None)
@@ -208,15 +210,15 @@ def format_for(
 ) -> Format:
     """The format of a state of which nothing is known but its values, and ``matrix`` perhaps.
 
-    Without it, a matrix that is symmetric and positive semidefinite counts as one that stays so
-    (what does not is found out when it is next encoded). ``cut``: processes hold parts of it, so
-    that none can factor it; it gets 16 bits then.
+    Without it, a square matrix that is symmetric and positive semidefinite, or has orthonormal
+    columns, counts as one that stays so (what does not is found out when it is next encoded).
+    ``cut``: processes hold parts of it, so that none can factor it; it gets 16 bits then.
     """
     if width == FLOAT32.width:
         return FLOAT32
     if matrix != "orthogonal":
         fits = is_semidefinite(values, known=matrix == "semidefinite")
-        matrix = "semidefinite" if fits else None
+        matrix = "semidefinite" if fits else "orthogonal" if is_orthonormal(values) else None
     if matrix == "semidefinite" and cut:
         return BFLOAT16
     nonnegative = not bool((values < 0).any())
