@@ -5,7 +5,7 @@ not encoded after each operator that writes it. A `WorkingSet` keeps the decoded
 states of one parameter; when the step turns to the states of another parameter, and when it ends,
 what was written is encoded, once. So a state is rounded once a step, as in a compiled step, and no
 more than one parameter's states are in float32 at a time (all of them in a ``foreach`` optimizer,
-whose every operator takes all of them).
+whose operators take all of them).
 
 A step may go over its parameters twice, and hand values from the first time to the second in a
 state (AdaHessian's Hutchinson estimates, whose squares it then averages and divides by). Such a
@@ -132,8 +132,13 @@ class WorkingSet(TorchDispatchMode):
     def _turn_to(self, owners: set[int | None], *, ended: bool = False) -> None:
         """Encode and forget the decoded states of all other owners; normalizers first.
 
-        ``ended``: the step will not come back to any of them.
+        Not while the step stays with owners whose states are decoded: one that goes through a list
+        tensor by tensor, between ``foreach`` operators on all of them, goes on with values that
+        were not rounded. ``ended``: the step will not come back to any of them.
         """
+        present = {self._owners[id(s)][0] for s in self._decoded}
+        if owners <= present and not ended:
+            return
         done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
         made: list[Replacement] = []
         for storage in sorted(done, key=lambda s: s.format.normalized):
