@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.variables.builder import is_dynamic_source
 
 import stq_compile as stq
 from stq_compile import PackedState
 from stq_compile.errors import EagerStepWarning
+from stq_compile.symbolic_math import symbolic_numbers
 from test_hard_optimizers import MIN_NUMEL, Base, run, run_all_ways, vector
 
 
@@ -96,6 +98,20 @@ class NoneStates(Base):
                 p.sub_(m.mul_(0.9).add_(p.grad), alpha=0.1 * group["lr"])
 
 
+class Counts(Base):
+    """Counts its steps in Python, in states and in the group."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        group = self.param_groups[0]
+        s["step"] = s.get("step", 0) + 1
+        if s["step"] > group.get("seen", 0):
+            group["seen"] = s["step"]
+        v = s.setdefault("v", torch.zeros_like(p))
+        v.mul_(0.9).addcmul_(p.grad, p.grad, value=0.1)
+        root = (v / (1 - 0.9 ** s["step"])).sqrt().add_(1e-8)
+        p.addcdiv_(p.grad, root, value=-lr / (1 + 0.1 * group["seen"]))
+
+
 HABITS = [CastsInPlace, WritesOut, NumberFirst, Chosen, NoneStates]
 SLOW = (NumberFirst,)
 
@@ -170,3 +186,25 @@ def test_a_state_that_a_step_makes_may_be_the_only_packed_one() -> None:
     formats = {(row.state, row.format) for row in stq.report(optimizer).rows if len(row.shape) == 2}
     assert formats == {("m", "float32"), ("v", "adaptive_log8")}
     torch.testing.assert_close(vector(params), vector(eager), rtol=0.05, atol=0.01)
+
+
+def test_a_count_costs_one_graph() -> None:
+    """The first step makes states, the second serves all others: it counts from the outset."""
+    eager, _ = run(Counts)
+    params, optimizer = run(Counts, precision=32)
+    torch.testing.assert_close(vector(params), vector(eager), rtol=1e-6, atol=1e-7)
+    assert stq.report(optimizer).compiles == 2
+
+
+def test_sources_that_the_user_names_stay() -> None:
+    config: Any = torch.compiler.config
+    with (
+        config.patch(dynamic_sources="L['x']"),
+        symbolic_numbers(frozenset({"step", "not, a name"})),
+    ):
+        assert config.dynamic_sources.split(",")[0] == "L['x']"
+        assert is_dynamic_source("L['self'].param_groups[0]['step']")
+        assert is_dynamic_source("L['self'].state[list(dict.keys(L['self'].state))[0]]['step']")
+        assert not is_dynamic_source("L['self'].param_groups[0]['steps']")
+        assert not is_dynamic_source("L['self'].step")
+    assert not is_dynamic_source("L['self'].param_groups[0]['step']")
