@@ -72,6 +72,15 @@ class EagerStepWarning(StqWarning):
     )
 
 
+class MixedErrorsWarning(StqWarning):
+    message = (
+        "{optimizer}: its step multiplies matrices and runs eagerly, so that there is no graph to "
+        "say whether a product mixes the rounding errors of states with fewer than {width} bits "
+        "({states}). Where one does, as in Muon and SOAP, such a state trains worse: "
+        "precision={{{key!r}: {width}}} gives it the bits that it needs then."
+    )
+
+
 class ParamRoundingWarning(StqWarning):
     message = (
         "{optimizer}: param_rounding={rounding!r} has no effect on steps that run eagerly: its "

@@ -96,6 +96,8 @@ class Session:
         self.weights: set[StateKey] = set()
         self.gradients: dict[StateKey, StorageWeakRef] = {}  # whose gradients were packed as states
         self.eager_reason = ""
+        self.multiplies = False  # whether an eager step multiplied matrices
+        self.warned_of_products = False
         self.transitions = 0
         self.look_bytes = 0
         self.recorded = False

@@ -44,15 +44,19 @@ OVERWRITES = {
 }  # fmt: skip
 """Operators after which nothing of the former values of their first argument is left."""
 
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+
 
 class WorkingSet(TorchDispatchMode):
     """Runs the operators of a ``with`` block on decoded states; encodes what was written.
 
     ``min_numel``: constants of so many elements or more are born packed; None leaves them alone.
+    ``multiplied`` says afterwards whether the block multiplied matrices.
     """
 
     def __init__(self, owners: Owners, min_numel: int | None, codec: Codec = REFERENCE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.multiplied = False
         self._min_numel = min_numel
         self._codec = codec
         self._ask = owners
@@ -70,6 +74,7 @@ class WorkingSet(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.multiplied = self.multiplied or func in PRODUCTS
         packed = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PackedState)]
         if not packed and self._min_numel is not None:
             born = newborn(func, args, kwargs, self._min_numel)

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 import stq_compile as stq
 from stq_compile import working_set
-from stq_compile.errors import CheckpointError, FormatMismatchError, IndefiniteStateError
+from stq_compile.errors import (
+    CheckpointError,
+    FormatMismatchError,
+    IndefiniteStateError,
+    MixedErrorsWarning,
+)
 from stq_compile.formats import (
     BFLOAT16,
     FLOAT32,
@@ -583,6 +588,21 @@ def test_eager_steps_find_bases_by_their_values(monkeypatch: pytest.MonkeyPatch)
     entries, optimizer = run(RotatedEagerly, 12, options)
     assert formats(optimizer)["basis"] == "softsign4"
     assert distance(RotatedEagerly, 12, ours) < 0.8 * distance(RotatedEagerly, 12, entries)
+
+
+@pytest.mark.parametrize(("width", "states"), [(4, "m"), (8, "")])
+def test_eager_steps_that_multiply_warn_of_few_bits(width: int, states: str) -> None:
+    """Once, and of states that are no matrices by themselves."""
+    p = nn.Parameter(normal(48, 40).float())
+    optimizer = stq.compile(RotatedEagerly([p]), precision=width, min_numel=1000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            p.grad = gradient(p, step)
+            optimizer.step()
+    found = [str(w.message) for w in caught if isinstance(w.message, MixedErrorsWarning)]
+    assert len(found) == bool(states)
+    assert all(f"fewer than 8 bits ({states})" in message for message in found)
 
 
 def test_a_basis_that_an_eager_step_spoils_is_taken_as_it_is() -> None:
