@@ -244,12 +244,12 @@ IN_DOUBLE = 1 << 20
 
 def is_like(value: Tensor, param: Any) -> bool:
     """Whether a state is a copy of the weights, or an average of them: slow weights, starting
-    points, the iterate of a schedule-free optimizer.
+    points, the iterate of a schedule-free optimizer. In their own shape, or in another one.
 
     A block's rounding error is a fraction of its largest weight, and a step moves weights by much
     less than that; such a state needs 16 bits to follow (design/0013).
     """
-    if not isinstance(param, Tensor) or value.shape != param.shape:
+    if not isinstance(param, Tensor) or value.numel() != param.numel():
         return False
     values = value.dequantize() if isinstance(value, PackedState) else value.detach()
     flat = values.flatten(), param.detach().flatten()

@@ -13,7 +13,7 @@ import stq_compile as stq
 from stq_compile import PackedState
 from stq_compile.errors import EagerStepWarning
 from stq_compile.symbolic_math import symbolic_numbers
-from test_hard_optimizers import MIN_NUMEL, Base, run, run_all_ways, vector
+from test_hard_optimizers import MIN_NUMEL, Base, make_params, run, run_all_ways, vector
 
 
 class CastsInPlace(Base):
@@ -112,6 +112,17 @@ class Counts(Base):
         p.addcdiv_(p.grad, root, value=-lr / (1 + 0.1 * group["seen"]))
 
 
+class FlatStart(Base):
+    """Keeps its starting point flat, and goes on by its distance from it (Prodigy)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s["start"], s["far"] = p.flatten().clone(), 0.0
+        away = (s["start"] - p.flatten()).dot(p.grad.flatten()) / p.grad.norm()
+        s["far"] = max(s["far"], float(away))
+        p.sub_(p.grad, alpha=lr * (1e-3 + s["far"]) / float(p.grad.norm()))
+
+
 HABITS = [CastsInPlace, WritesOut, NumberFirst, Chosen, NoneStates]
 SLOW = (NumberFirst,)
 
@@ -208,3 +219,13 @@ def test_sources_that_the_user_names_stay() -> None:
         assert not is_dynamic_source("L['self'].param_groups[0]['steps']")
         assert not is_dynamic_source("L['self'].step")
     assert not is_dynamic_source("L['self'].param_groups[0]['step']")
+
+
+@pytest.mark.filterwarnings("ignore::stq_compile.errors.EagerStepWarning")
+def test_a_copy_of_the_weights_in_another_shape_is_one() -> None:
+    eager, _ = run(FlatStart)
+    params, optimizer = run(FlatStart, precision=8, min_numel=MIN_NUMEL)
+    formats = {row.format for row in stq.report(optimizer).rows if row.width < 32}
+    assert formats == {"softsign12"}
+    moved = vector(eager) - vector(make_params())
+    assert (vector(params) - vector(eager)).norm() < 0.25 * moved.norm()
