@@ -62,6 +62,7 @@ class WorkingSet(TorchDispatchMode):
         self._ask = owners
         self._owners = owners()
         self._decoded: set[PackedStorage] = set()
+        self._present: set[int | None] = set()  # whose states these are
         self._written: set[PackedStorage] = set()
         self._met: dict[PackedStorage, bool] = {}  # whether nothing of before the step is in it
         self._held: dict[PackedStorage, Format] = {}  # in bfloat16, and in what before
@@ -124,6 +125,7 @@ class WorkingSet(TorchDispatchMode):
             basis = storage.format.kind == "orthogonal"
             storage.working = square_orthonormal(values) if basis else values
             self._decoded.add(storage)
+            self._present.add(self._owners[id(storage)][0])
         return storage.working
 
     def _write(self, storage: PackedStorage, values: Tensor) -> None:
@@ -141,9 +143,9 @@ class WorkingSet(TorchDispatchMode):
         tensor by tensor, between ``foreach`` operators on all of them, goes on with values that
         were not rounded. ``ended``: the step will not come back to any of them.
         """
-        present = {self._owners[id(s)][0] for s in self._decoded}
-        if owners <= present and not ended:
+        if owners <= self._present and not ended:
             return
+        self._present &= owners
         done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
         made: list[Replacement] = []
         for storage in sorted(done, key=lambda s: s.format.normalized):
