@@ -27,6 +27,7 @@ from stq_compile.attributes import set_at
 from stq_compile.backend import close_session
 from stq_compile.birth import forget, init_states
 from stq_compile.closures import calls_closure_first
+from stq_compile.copies import look_at_copies
 from stq_compile.eager import announce, keeps_gradients, pack_states, run_eagerly
 from stq_compile.errors import (
     ChangedTensorError,
@@ -135,6 +136,7 @@ class Driver:
         A closure that the step merely calls first is called here, before the compiled step. What
         else a step does with its arguments, it does eagerly.
         """
+        look_at_copies(self.session)
         arguments = [a for a in (*args, *kwargs.values()) if a is not None]
         if not arguments:
             return self.run(optimizer)

@@ -81,6 +81,14 @@ class MixedErrorsWarning(StqWarning):
     )
 
 
+class CopyPrecisionWarning(StqWarning):
+    message = (
+        "{optimizer}: after {steps} steps the weights are no farther from their copies among the "
+        "states ({states}) than those are rounded: what the step makes of the difference is "
+        "mostly rounding. precision={{{pins}}} keeps the copies exact, from the first step on."
+    )
+
+
 class ParamRoundingWarning(StqWarning):
     message = (
         "{optimizer}: param_rounding={rounding!r} has no effect on steps that run eagerly: its "

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reporting", "reporting.*"),
     ("session",),
     ("repro", "saved_state", "shard_blocks"),
-    ("checkpoint", "dcp", "eager"),
+    ("checkpoint", "copies", "dcp", "eager"),
     ("backend", "state_report"),
     ("closures", "steps", "symbolic_math"),
     ("driver",),
