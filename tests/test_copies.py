@@ -55,7 +55,7 @@ def run(steps: int = LOOKS[-1] + 3, precision: Any = 8, **how: Any) -> list[str]
 @pytest.mark.parametrize("eager", [False, True])
 def test_what_is_drowned_is_said_once_with_the_remedy(eager: bool) -> None:
     (message,) = run(lr=1e-7, eager=eager)
-    assert "precision={'start': 32}" in message
+    assert "With 'start': 32 in the option precision" in message
     assert run(lr=1e-7, eager=eager, precision={"*": 8, "start": 32}) == []
 
 
