@@ -70,6 +70,7 @@ OPCODES: dict[str, tuple[tuple[Type, ...], Type]] = {
     "int_select": ((B, I, I), I),
     "int_add": ((I, I), I),
     "int_sub": ((I, I), I),
+    "int_mul": ((I, I), I),  # the low 32 bits
     "int_and": ((I, I), I),
     "int_or": ((I, I), I),
     "int_min": ((I, I), I),
@@ -209,11 +210,9 @@ class Builder:
         self.prefix = ""
         self._known: dict[tuple[object, ...], Value] = {}
         self._names: dict[str, int] = {o.name: 0 for o in operands}
-        self.units: dict[int, tuple[Value, Value]] = {}
-        """Of values that were made as a square, by ``id``: the root and its reciprocal, bounded."""
         self.words: dict[int, tuple[Value, Value]] = {}
-        """Of scale words that were made of two parts, by ``id``: the upper and the lower one, which
-        are known before the word (and of a scale of zero, the lower one may be another)."""
+        """Of scale words that were made here, by ``id``: the scale's bits, and how far apart those
+        of its levels are, both of which are known before the word."""
 
     def op(self, opcode: str, *args: Argument, name: str = "") -> Value:
         """A pure operation, in the highest space of its arguments.

@@ -11,12 +11,12 @@ import math
 from stq_compile.codegen.expand import (
     absmax,
     adaptive_range,
-    exp2,
     log2,
+    lowest_level,
     magnitude_bits,
-    octave_range_of,
     reciprocal,
     scale_up,
+    unit,
 )
 from stq_compile.codegen.ir import Argument, Builder, Value
 from stq_compile.error_law import (
@@ -29,7 +29,7 @@ from stq_compile.error_law import (
     NEAR_END,
     TINY,
 )
-from stq_compile.formats import MAX_RANGE, MIDRISE_CLIP, Format
+from stq_compile.formats import FORMATS, MIDRISE_CLIP, OCTAVE, Format
 from stq_compile.reference import LOWEST_BITS
 
 
@@ -93,14 +93,13 @@ def _softsign(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> 
 
 def _adaptive_log(b: Builder, new: Value, old: Value, format: Format, law: _Law) -> Value:
     scale, magnitude, increment = _relative(b, new, old, 20)
-    below = b.op("int_sub", magnitude_bits(b, new), b.op("bits_of", scale))
-    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS), format.width)
-    octave_range = octave_range_of(b, step)
+    step, end = _range(b, new, scale, format)
     moved = b.op("div", increment, b.op("max", magnitude, TINY))
-    distance = b.op("mul", octave_range, math.log(2) / format.top_code)
+    spacing = b.op("mul", b.op("add", step, 1.0), format.spacing * OCTAVE)
+    distance = b.op("mul", spacing, math.log(2))
     variance = law.variance(distance, b.op("min", moved, FARTHEST), 1.0)
     square = b.op("mul", magnitude, magnitude)
-    lifted = b.op("sub", exp2(b, b.op("neg", octave_range)), magnitude)
+    lifted = b.op("sub", b.op("mul", end, reciprocal(b, scale)), magnitude)
     lifted = b.op("max", lifted, 0.0)
     total = b.op("fma", variance, square, b.op("mul", lifted, lifted))
     bounded = b.op("min", total, b.op("mul", square, 4.0))
@@ -110,8 +109,8 @@ def _adaptive_log(b: Builder, new: Value, old: Value, format: Format, law: _Law)
 def _midrise(
     b: Builder, new: Value, old: Value, normalizer: Value, format: Format, law: _Law
 ) -> Value:
-    unit = b.op("sqrt", normalizer)
-    inverse = reciprocal(b, unit)
+    of = unit(b, normalizer, format)
+    inverse = reciprocal(b, of)
     value = b.op("select", b.read("valid"), b.op("mul", new, inverse), 0.0)
     half = format.top_code / 2
     if format.width in MIDRISE_CLIP:
@@ -126,19 +125,27 @@ def _midrise(
     size = b.op("abs", value)
     clipped = b.op("max", b.op("sub", size, b.op("mul", step, half)), 0.0)
     variance = b.op("fma", clipped, clipped, law.variance(step, moved, size))
-    return b.op("mul", unit, b.op("sqrt", variance))
+    return b.op("mul", of, b.op("sqrt", variance))
 
 
 def range_end(b: Builder, old: Value) -> Value:
     """`error_law.range_end`."""
     word = scale_up(b, absmax(b, old), 20)
     scale = b.op("from_bits", b.op("shift_left", word, 20))
-    below = b.op("int_sub", magnitude_bits(b, old), b.op("bits_of", scale))
-    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS), BOUNDED)
-    end = b.op("mul", scale, 2.0**-MAX_RANGE)
+    step, end = _range(b, old, scale, FORMATS[f"adaptive_log{BOUNDED}"])
     near = b.op("le", old, b.op("mul", end, NEAR_END))
     there = b.op("and", near, b.op("ge", step, LARGEST_STEP))
     return b.op("select", there, end, 0.0)
+
+
+def _range(b: Builder, x: Value, scale: Value, format: Format) -> tuple[Value, Value]:
+    """The steps of the range less one, and the lowest level."""
+    scale_bits = b.op("bits_of", scale)
+    below = b.op("int_sub", magnitude_bits(b, x), scale_bits)
+    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS), format.width)
+    spacing = b.op("int_mul", b.op("int_add", b.op("to_int", step), 1), format.spacing)
+    end = b.op("from_bits", lowest_level(b, scale_bits, spacing, format))
+    return step, b.op("select", b.op("gt", scale, 0.0), end, 0.0)
 
 
 def factors(b: Builder, old: Value, new: Value, grad: Value) -> list[Value]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stq_compile.codegen.ir import OPCODES, REDUCTIONS, Kernel, Space, Value
+from stq_compile.codegen.ir import OPCODES, REDUCTIONS, Kernel, Space, Type, Value
 
 
 @dataclass
@@ -23,6 +23,10 @@ class Phase:
     tables: list[Value] = field(default_factory=list)  # once per block
     planes: list[Value] = field(default_factory=list)  # once per plane
     after: list[Value] = field(default_factory=list)  # reductions' results, packing, scale words
+
+    @property
+    def body(self) -> list[Value]:
+        return [*self.blocks, *self.tables, *self.planes, *self.after]
 
 
 INLINE = ("iota", "valid")
@@ -35,7 +39,8 @@ MADE_ANYWHERE = ("random24", "random", "valid", "valid_count", "iota")
 def _movable(v: Value) -> bool:
     """Whether an operation may run at any time."""
     pure = v.opcode in OPCODES or v.opcode in MADE_ANYWHERE
-    return pure and v.space is not Space.TENSOR
+    early = v.space is Space.TENSOR or (v.space is Space.BLOCK and v.type is Type.BOOL)
+    return pure and not early
 
 
 class Schedule:

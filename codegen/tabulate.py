@@ -1,4 +1,4 @@
-"""Decoding by table: what depends on at most 4 bits of a code is computed once per value of them.
+"""Decoding by table: what depends on a code of at most 4 bits is computed once per value of it.
 
 A block at ``w`` bits has ``2^w <= 16`` distinct codes, one register of floats. Every float that is
 a function of one such code and of block values is evaluated on ``iota`` in the ``TABLE`` space and
@@ -22,10 +22,6 @@ def tabulate(kernel: Kernel) -> Kernel:
         if isinstance(code, Value) and v.width <= MAX_WIDTH:
             roots.append(code)
             widths[id(code)] = v.width
-        elif isinstance(code, Value):
-            for part, width in _parts(kernel, code, v.width):
-                roots.append(part)
-                widths[id(part)] = width
     iota = Value("iota", "iota", (), Space.TABLE, Type.INT)
     body, replaced = [iota], dict[int, Value]()
     codes: dict[int, Value] = {}  # by width: the code of each entry, over and over
@@ -33,14 +29,7 @@ def tabulate(kernel: Kernel) -> Kernel:
     owner = {id(v): root for root in roots for v in dependents[id(root)]}
     tables: dict[int, Value] = {}
     outside = _used_outside(kernel, {k: id(r) for k, r in owner.items()})
-    masked = {id(r): r for r in roots if r.opcode == "int_and"}
-    for v in kernel.body:  # a lookup takes the low 4 bits by itself
-        for a in v.args:
-            if id(a) in masked and owner.get(id(v)) is not a:
-                del masked[id(a)]
     for v in kernel.body:
-        if id(v) in masked:
-            continue
         args = tuple(replaced.get(id(a), a) if isinstance(a, Value) else a for a in v.args)
         root = owner.get(id(v))
         if root is None:
@@ -49,6 +38,8 @@ def tabulate(kernel: Kernel) -> Kernel:
             body.append(clone)
             continue
         width = widths[id(root)]
+        if width == MAX_WIDTH:
+            codes[width] = iota
         if width not in codes:
             args = (iota, float((1 << width) - 1))
             codes[width] = Value(
@@ -65,24 +56,13 @@ def tabulate(kernel: Kernel) -> Kernel:
         tables[id(v)] = table
         body.append(table)
         if id(v) in outside:
-            code = replaced[id(root.args[0] if id(root) in masked else root)]
-            found = Value(v.name, "lookup", (table, code), Space.ELEMENT, v.type, origin=v.origin)
+            args = (table, replaced[id(root)])
+            found = Value(v.name, "lookup", args, Space.ELEMENT, v.type, origin=v.origin)
             replaced[id(v)] = found
             body.append(found)
     if len(body) == len(kernel.body) + 1:
         body = body[1:]
     return Kernel(kernel.name, kernel.operands, body, kernel.summary)
-
-
-def _parts(kernel: Kernel, code: Value, width: int) -> list[tuple[Value, int]]:
-    """What is computed from the low 4 bits of a wider code, and from the bits above."""
-    found = []
-    for v in kernel.body:
-        if v.args and v.args[0] is code and v.opcode == "int_and" and v.args[1] == 15:
-            found.append((v, MAX_WIDTH))
-        elif v.args and v.args[0] is code and v.opcode == "shift_right" and v.args[1] == 4:
-            found.append((v, width - MAX_WIDTH))
-    return found
 
 
 def _dependents(kernel: Kernel, root: Value) -> list[Value]:

@@ -21,8 +21,8 @@ Loaded under other options: widths and planner carry over if ``precision`` is th
 next decision follows the new options (the first step decides at once if the budget is exceeded or a
 width is not on the ladder). With another ``precision``, or from a run with a planner to one without
 it, the states are converted to the widths that the new options give, and a planner starts anew.
-Version 1 had no planner; it loads as a checkpoint of a run without one. Up to version 3 states were
-of their parameter's shape, and not in lists.
+Up to version 4 the codes of ``adaptive_log`` and ``midrise8`` stood for other numbers; such a
+checkpoint is refused, and what wrote it can save it in the float32 form.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ from stq_compile.state_tree import rebuilt, tensors
 from stq_compile.step_graph import PARAM_ERROR, Source
 from stq_compile.storage import PackedStorage
 
-VERSION = 4
-READABLE = (1, 2, 3, 4)
+VERSION = 5
 HEADER = "stq"
 StateFormat = Literal["packed", "fp32"]
 
@@ -257,8 +256,11 @@ def _saved_params(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[A
 
 def _read_header(session: Session, found: Import, header: Mapping[str, Any]) -> None:
     version = header.get("version")
-    if version not in READABLE:
-        raise CheckpointError(entry=f"{HEADER}.version", found=version, expected=VERSION)
+    if version != VERSION:
+        raise CheckpointError(
+            entry=f"{HEADER}.version", found=version,
+            expected=f'{VERSION}; save it with format="fp32" where it was written',
+        )  # fmt: skip
     found.seed = whole_number(header.get("seed"), f"{HEADER}.seed")
     found.steps = whole_number(header.get("steps"), f"{HEADER}.steps")
     found.transitions = whole_number(header.get("transitions", 0), f"{HEADER}.transitions")

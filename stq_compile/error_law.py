@@ -23,7 +23,7 @@ Levels, with ``x`` the value in units of the block's scale:
 
     softsign      D = (1 + x)^2 / 2K             (K levels a side)
     adaptive_log  D = x R ln 2 / L               and what lies below the range is lifted to its end
-    midrise       D = step, in units of the root of the normalizer; and the clip, where there is one
+    midrise       D = step, in units of the format's; and the clip, where there is one
     bfloat16      D = 2^-7.5 x                   (2^-8 to 2^-7)
 
 `tests/test_error_law.py` compares the law with what `stq_compile.reference` does to simulated
@@ -40,8 +40,10 @@ from torch import Tensor
 from stq_compile import reference
 from stq_compile.formats import (
     BLOCK,
+    FORMATS,
     MAX_RANGE,
     MIDRISE_CLIP,
+    OCTAVE,
     RANGE_STEP,
     Format,
     block_count,
@@ -147,13 +149,13 @@ def _softsign(x: Tensor, before: Tensor, format: Format, law: _Law) -> Tensor:
 
 
 def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law: _Law) -> Tensor:
-    scale, step = _range(x, valid, format.width)
+    scale, step = _range(x, valid, format)
     magnitude, increment = _relative(x, before, scale)
-    octave_range = (step + 1) * RANGE_STEP
+    spacing = (step + 1) * (format.spacing * OCTAVE)
     moved = (increment / magnitude.clamp_min(TINY)).clamp_max(FARTHEST)
-    distance = (octave_range * (math.log(2) / format.top_code)).expand_as(x)
+    distance = (spacing * math.log(2)).expand_as(x)
     variance = law.variance(distance, moved, torch.ones_like(x)) * magnitude.square()
-    lifted = (torch.exp2(-octave_range) - magnitude).clamp_min(0.0)
+    lifted = (_end(scale, step, format) * _inverse(scale) - magnitude).clamp_min(0.0)
     # An error in a divisor has a bounded effect, its linear one is not: twice the value at most.
     bounded = torch.minimum(variance + lifted.square(), 4 * magnitude.square())
     return scale * bounded.sqrt()
@@ -162,8 +164,8 @@ def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law:
 def _midrise(
     x: Tensor, before: Tensor, normalizer: Tensor, valid: Tensor, format: Format, law: _Law
 ) -> Tensor:
-    unit = normalizer.sqrt()
-    inverse = torch.where(unit > 0, 1 / unit, 0.0)
+    unit = reference.midrise_unit(normalizer, format)
+    inverse = _inverse(unit)
     value = torch.where(valid, x * inverse, 0.0)
     count = valid.sum(1, keepdim=True).clamp_min(1)
     half = format.top_code / 2
@@ -187,8 +189,9 @@ def range_end(old: Tensor) -> Tensor:
     it was stored or not.
     """
     x, valid = _blocks(old), _blocks(torch.ones_like(old)) > 0
-    scale, step = _range(x, valid, BOUNDED)
-    end = scale * 2.0**-MAX_RANGE
+    format = FORMATS[f"adaptive_log{BOUNDED}"]
+    scale, step = _range(x, valid, format)
+    end = _end(scale, step, format)
     there = valid & (step == LARGEST_STEP) & (x <= NEAR_END * end)
     return torch.where(there, end, 0.0).view(-1)[: old.numel()]
 
@@ -196,8 +199,9 @@ def range_end(old: Tensor) -> Tensor:
 def range_ends(x: Tensor, width: int) -> Tensor:
     """The least value that the block of every element has in ``adaptive_log``, ``[numel]``."""
     blocks, valid = _blocks(x), _blocks(torch.ones_like(x)) > 0
-    scale, step = _range(blocks, valid, width)
-    ends = scale * torch.exp2(-(step + 1) * RANGE_STEP)
+    format = FORMATS[f"adaptive_log{width}"]
+    scale, step = _range(blocks, valid, format)
+    ends = _end(scale, step, format)
     return ends.expand_as(blocks).reshape(-1)[: x.numel()]
 
 
@@ -247,16 +251,28 @@ def _scale(x: Tensor, drop: int) -> Tensor:
     return reference.float_from_bits(reference.block_scale(x, drop) << drop)
 
 
-def _range(x: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _range(x: Tensor, valid: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Scale of every block in ``adaptive_log``, and the steps of its range less one."""
     scale = _scale(x, 20)
     distance = reference.magnitude_bits(x) - reference.magnitude_bits(scale)
     distance = distance.clamp_min(reference.LOWEST_BITS)
-    return scale, reference.adaptive_range(distance, valid, width)
+    return scale, reference.adaptive_range(distance, valid, format.width)
+
+
+def _end(scale: Tensor, step: Tensor, format: Format) -> Tensor:
+    """The lowest level of every block."""
+    below = (step.to(torch.int32) + 1) * (format.spacing * format.top_code)
+    return torch.where(
+        scale > 0, reference.float_from_bits(reference.magnitude_bits(scale) - below), 0.0
+    )
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, 1 / scale, 0.0)
 
 
 def _relative(x: Tensor, before: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitude and increment in units of the scale; at most 1 and `FARTHEST`."""
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    inverse = _inverse(scale)
     magnitude = (x.abs() * inverse).clamp_max(1.0)
     return magnitude, ((x - before).abs() * inverse).clamp_max(FARTHEST)

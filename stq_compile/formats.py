@@ -3,10 +3,14 @@
 A block is 128 consecutive elements that share one 16-bit scale word. Four kinds of code:
 
 ``softsign``      signed, unit scale; levels ``+-k / (2K - k)``, ``k = 0..K = 2^(w-1) - 1``
-``midrise``       signed, in units of a normalizer ``d`` (a state whose root divides this one in the
-                  update); evenly spaced levels ``(code - (2^w - 1)/2) * step * d``
-``adaptive_log``  non-negative; levels ``s * 2^(-R * (1 - code/L))``, ``L = 2^w - 1``; the block
-                  carries its largest element ``s`` and its range ``R`` in octaves
+``midrise``       signed, in units of the root ``d`` of a normalizer (a state whose root divides
+                  this one in the update), at 8 bits of a power of two near it; evenly spaced
+                  levels ``(code - (2^w - 1)/2) * step * d``
+``adaptive_log``  non-negative; levels evenly spaced in their bit patterns, from the block's largest
+                  element ``s`` down over its range ``R``: ``bits(s) - (L - code) * spacing``,
+                  ``L = 2^w - 1``. A float's bit pattern, read as an integer, is its logarithm up to
+                  0.086 octaves (Mitchell, "Computer multiplication and division using binary
+                  logarithms", 1962), so levels are within 6% of ``s * 2^(-R * (1 - code/L))``
 ``ulp``           signed, no blocks: multiples of 2^-8 in [-1/2, 1/2), the error of a parameter of
                   16 bits in units of its last place (design/0016)
 ``orthogonal``    ``softsign`` levels, to nearest; who reads such a matrix makes its columns
@@ -62,7 +66,8 @@ MIXED_WIDTH = 8
 MATRIX_WIDTH = 4
 """The least width of ``orthogonal`` and ``cholesky``: at 3 bits neither does its work."""
 
-# adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k.
+# adaptive_log: the range R of a block, in octaves, is (k + 1) * RANGE_STEP for a 5-bit k, and the
+# spacing of its levels k + 1 times `Format.spacing`.
 MAX_RANGE = 14.0
 RANGE_STEP = MAX_RANGE / 32
 TAIL_DEVIATIONS = {2: 1.2815515, 3: 1.2815515, 4: 1.5, 5: 2.0, 6: 2.0, 8: 2.5}
@@ -72,9 +77,14 @@ the shorter the range is. And noise widens the range, which widens the distance 
 with it the noise: at few levels that runs away if the range reaches far and the average is slow
 (design/0008). Up to 3 bits it ends at the 10th percentile of a normal distribution."""
 
-MEAN_PULL = 1.0 / 6.0
+MEAN_PULL = 1.0 / 8.0
 """How much stochastic rounding of ``adaptive_log`` leans down, per octave between two levels: up
-with probability ``f - c f (1 - f)``, ``c`` this times the distance in octaves, one at most."""
+with probability ``f - c f (1 - f)`` and terms in ``c^2``, ``c`` this times the distance in octaves,
+one at most. It is the random number that is bent: ``n + c (n^2 - 1/4)`` for ``n`` in (-1/2, 1/2).
+The mean update, whose divisor is the root, is then right within some percent (design/0002).
+"""
+PULLED = 6
+"""The widest width that leans: at 8 bits levels are a 20th of an octave apart at most."""
 
 MIDRISE_CLIP = {2: 1.6, 3: 2.6}
 """Clip of the normalized value in units of its root mean square, from trials on small GPTs; wider
@@ -85,6 +95,9 @@ MIDRISE_SLACK = 1.0 - 2.0**-20
 MIDRISE_LARGEST_UNIT = 2.0**64
 """A unit beyond the root of every finite float32. Where a normalizer has overflowed, this is the
 unit, so that its state stays finite; the update divides by the infinity as ever."""
+POWER_UNIT_WIDTH = 8
+"""The width of ``midrise`` whose unit is a power of two, within a factor of 1.42 of the root: two
+integer operations and no root, for an error that is a third larger and small at 8 bits."""
 MIDRISE_SHRINK = 1.0 - 2.0**-19
 """What their values lose, so that none lies beyond the last level and no code has to be cut off."""
 
@@ -104,16 +117,6 @@ BEND_COEFFICIENTS = (
 )
 OCTAVE = 2.0**-23
 """The share of an octave that one unit of a bit pattern stands for."""
-# 2^f on f in [-1/2, 1/2]: relative error 1.6e-7 in float32, and exactly 1 at 0, so that the top
-# code of a block is its scale and rewriting a block does not raise it.
-EXP2_COEFFICIENTS = (
-    1.0,
-    0.6931470036506653,
-    0.24022243916988373,
-    0.05550732836127281,
-    0.009671512991189957,
-    0.001326472731307149,
-)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,22 @@ class Format:
     def top_code(self) -> int:
         """The largest valid code."""
         return (1 << self.width) - (2 if self.kind in ("softsign", "orthogonal") else 1)
+
+    @property
+    def spacing(self) -> int:
+        """``adaptive_log``: how far apart the bit patterns of levels are, per step of the range."""
+        return int(RANGE_STEP / OCTAVE) // self.top_code
+
+    @property
+    def noise_scale(self) -> float:
+        """What makes a random int32 a number in (-1/2, 1/2) that, added to a position, never moves
+        what is on a level: the ends are cut off by what a position of this width is rounded."""
+        return (1.0 - 2.0 ** (self.width - 20)) * 2.0**-32
+
+    @property
+    def power_unit(self) -> bool:
+        """Whether the unit is a power of two near the normalizer's root, and not the root."""
+        return self.normalized and self.width == POWER_UNIT_WIDTH
 
     @property
     def block_bytes(self) -> int:

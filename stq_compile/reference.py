@@ -7,12 +7,15 @@ rounding of the sum can differ from a true fma only in a double-rounding case, a
 2^29).
 
 Stochastic rounding is unbiased in the value for ``softsign``, ``midrise`` (inside its clip)
-and ``bfloat16``. For ``adaptive_log`` it leans down from the logarithm of the value: where
-the logarithm is unbiased, an average of squares, which is linear in what is stored, grows by half
-the variance of the noise at every step, and the updates that it divides shrink (design/0008).
+and ``bfloat16``. For ``adaptive_log`` it is unbiased in the bit pattern at 8 bits, and leans down
+from it at fewer: the pattern is nearly a logarithm, and where a logarithm is unbiased, an average
+of squares, which is linear in what is stored, grows by half the variance of the noise at every
+step, and the updates that it divides shrink (design/0008).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,7 +25,6 @@ from stq_compile.errors import FormatMismatchError
 from stq_compile.formats import (
     BEND_COEFFICIENTS,
     BLOCK,
-    EXP2_COEFFICIENTS,
     LANES,
     MAX_RANGE,
     MEAN_PULL,
@@ -32,6 +34,7 @@ from stq_compile.formats import (
     MIDRISE_SLACK,
     OCTAVE,
     PLANES,
+    PULLED,
     RANGE_STEP,
     TAIL_DEVIATIONS,
     ULP_STEP,
@@ -43,9 +46,12 @@ from stq_compile.rounding import Noise, random_bits
 
 INFINITY_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
+LEAST_SCALE_BITS = {16: 1 << 23, 20: 15 << 23}
+"""Patterns of the least scales that are not zero, by the bits that they lose: 2^-126, whose inverse
+is finite, and for ``adaptive_log`` 2^-112, from which its widest range ends at 2^-126."""
 LOWEST_BITS = int(-(MAX_RANGE + 1) / OCTAVE)
-"""Distance of bit patterns at which elements below a block's range are cut off; one octave farther
-than the range, so that the bend does not bring them back."""
+"""Distance of bit patterns below the scale at which elements are cut off: one octave farther than
+the widest range."""
 CHUNK_BLOCKS = 1 << 14
 """Blocks converted at a time, so that temporaries stay at some tens of megabytes."""
 
@@ -98,8 +104,11 @@ def encode(
         if format.kind == "bfloat16":
             codes[start : start + count] = _bfloat16_bits(part, noise, first_block + block)
             continue
-        uniform = noise.uniform(first_block + block, blocks, x.device)
         tile = _pad(part)
+        if format.kind in ("ulp", "softsign"):
+            uniform = noise.uniform(first_block + block, blocks, x.device)
+        else:
+            centered = noise.centered(first_block + block, blocks, x.device)
         if format.kind == "ulp":
             codes[start : start + count] = _ulp_codes(tile, uniform).view(-1)[:count]
             continue
@@ -107,11 +116,11 @@ def encode(
         if format.kind == "softsign":
             code, scale = _encode_softsign(tile, format, uniform)
         elif format.kind == "adaptive_log":
-            code, scale = _encode_adaptive_log(tile, valid, format, uniform)
+            code, scale = _encode_adaptive_log(tile, valid, format, centered)
         else:
             assert normalizer is not None
-            unit = root(_pad(normalizer[start : start + span]))
-            code, scale = _encode_midrise(tile, unit, valid, format, uniform)
+            unit = _pad(normalizer[start : start + span])
+            code, scale = _encode_midrise(tile, unit, valid, format, centered)
         codes[block : block + blocks] = pack(torch.where(valid, code, 0), format.width)
         scales[block : block + blocks] = scale.to(torch.int16)
     return codes, scales
@@ -145,8 +154,7 @@ def decode(
             value = _decode_adaptive_log(code, word, format)
         else:
             assert normalizer is not None
-            unit = root(_pad(normalizer[start : start + count]))
-            unit = torch.fmin(unit, torch.tensor(MIDRISE_LARGEST_UNIT))
+            unit = midrise_unit(_pad(normalizer[start : start + count]), format)
             value = _decode_midrise(code, word, format) * unit
         out[start : start + count] = value.view(-1)[:count]
     return out
@@ -205,48 +213,27 @@ def block_sum(x: Tensor) -> Tensor:
 
 
 def log2(x: Tensor) -> Tensor:
-    """Polynomial log2 of ``x >= 0``, error 2.2e-6 octaves; log2(0) is -127."""
-    bits = x.contiguous().view(torch.int32)
-    return octaves(bits, bits - ONE_BITS, torch.tensor(ONE_BITS, dtype=torch.int32))
+    """Polynomial log2 of ``x >= 0``, error 2.2e-6 octaves; log2(0) is -127.
 
-
-def octaves(bits: Tensor, distance: Tensor, unit_bits: Tensor) -> Tensor:
-    """log2 of floats in a unit: from their bits, the distance to the unit's bits, and the latter.
-
-    The distance may have been cut off below.
+    The bit pattern, which is a logarithm but for a bend between powers of two, and that bend.
     """
-    factor, weight = _bend(unit_bits)
-    line = fma(distance.float(), torch.tensor(OCTAVE), -(factor * weight))
-    return fma(*_bend(bits), line)
-
-
-def _bend(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """What a bit pattern lacks as a logarithm, in octaves, as two factors."""
-    x = float_from_bits((bits & 0x7FFFFF) | ONE_BITS) - 1.5
-    p = torch.full_like(x, BEND_COEFFICIENTS[-1])
+    bits = x.contiguous().view(torch.int32)
+    line = (bits - ONE_BITS).float() * OCTAVE
+    m = float_from_bits((bits & 0x7FFFFF) | ONE_BITS) - 1.5
+    p = torch.full_like(m, BEND_COEFFICIENTS[-1])
     for c in reversed(BEND_COEFFICIENTS[:-1]):
-        p = fma(p, x, c)
-    return p, fma(x, x, -0.25)
-
-
-def exp2(x: Tensor) -> Tensor:
-    """Polynomial 2^x for -126 < x <= 0, relative error 1.6e-7, exact at 0."""
-    whole = torch.floor(x + 0.5)
-    f = x - whole
-    p = torch.full_like(f, EXP2_COEFFICIENTS[-1])
-    for c in reversed(EXP2_COEFFICIENTS[:-1]):
-        p = fma(p, f, c)
-    return p * float_from_bits((whole.to(torch.int32) + 127) << 23)
+        p = fma(p, m, c)
+    return fma(p, fma(m, m, -0.25), line)
 
 
 def _scale_up(absmax: Tensor, drop: int) -> Tensor:
     """Upper bits of a magnitude's pattern, rounded up, after dropping ``drop`` low bits.
 
-    Never below 2^-126 unless zero, so that its reciprocal is finite; never rounded up to
-    infinity; infinity and NaN are kept, so that a broken block can be seen.
+    Never below `LEAST_SCALE_BITS` unless zero; never rounded up to infinity; infinity and NaN are
+    kept, so that a broken block can be seen.
     """
     rounded = (absmax + ((1 << drop) - 1)) >> drop
-    low, high = 0x00800000 >> drop, (INFINITY_BITS >> drop) - 1
+    low, high = LEAST_SCALE_BITS[drop] >> drop, (INFINITY_BITS >> drop) - 1
     kept = torch.where(absmax > INFINITY_BITS, 0x7FC00000 >> drop, INFINITY_BITS >> drop)
     bounded = torch.where(absmax == 0, 0, rounded.clamp(low, high))
     return torch.where(absmax >= INFINITY_BITS, kept, bounded)
@@ -296,25 +283,37 @@ def _decode_softsign(code: Tensor, word: Tensor, format: Format) -> Tensor:
 
 
 def _encode_adaptive_log(
-    x: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
+    x: Tensor, valid: Tensor, format: Format, noise: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     levels = float(format.top_code)
     top = block_scale(x, 20)
     bits, scale_bits = magnitude_bits(x), top << 20
     distance = torch.maximum(bits - scale_bits, torch.tensor(LOWEST_BITS, dtype=torch.int32))
     step = adaptive_range(distance, valid, format.width)
-    octave_range = (step + 1.0) * RANGE_STEP
-    ratio = torch.full_like(octave_range, levels) / octave_range
-    bounded = torch.maximum(octaves(bits, distance, scale_bits), -octave_range)
-    t = fma(bounded, ratio, levels)
-    if isinstance(uniform, Tensor):
-        f = t - torch.floor(t)
-        pull = torch.clamp_max(octave_range * (1.0 / levels), 1.0) * MEAN_PULL
-        t = fma(fma(f, -f, f), -pull, t)
-    code = torch.clamp(torch.floor(t + uniform), 0.0, levels)
+    spacing = (step + 1.0) * float(format.spacing)
+    spacing = torch.where(scale_bits < INFINITY_BITS, spacing, math.inf)
+    per_bit = torch.ones_like(spacing) / spacing
+    leaning = isinstance(noise, Tensor) and format.width <= PULLED
+    pull = torch.clamp_max(spacing * OCTAVE, 1.0) * (MEAN_PULL if leaning else 0.0)
+    quarter = 0.25 * pull
+    t = torch.maximum(fma(distance.float(), per_bit, levels + 0.5 - quarter), 0.5 - quarter)
+    code = _code(t, noise, format, pull)
     word = (top << 5) | step.to(torch.int32)
     word = torch.where(top == 0, 0, word)
-    return torch.nan_to_num(code, nan=0.0).to(torch.int32), word.view(-1)
+    return code, word.view(-1)
+
+
+def _code(t: Tensor, noise: Tensor | float, format: Format, pull: Tensor | None = None) -> Tensor:
+    """The whole part of a position plus 1/2, after the noise; 0 of what is no number.
+
+    With ``pull`` the noise is ``n (1 + pull n)`` for what is ``n`` without.
+    """
+    if isinstance(noise, Tensor):
+        scale = torch.tensor(format.noise_scale)
+        if pull is not None:
+            scale = fma(noise, pull * format.noise_scale**2, scale)
+        t = fma(noise, scale, t)
+    return torch.nan_to_num(torch.floor(t), nan=0.0).to(torch.int32)
 
 
 def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
@@ -333,37 +332,44 @@ def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
-    """More than 16 codes are decoded as a square, whose root is a product: two tables of 16 in a
-    kernel, which decodes the root beside its square. (That of a rounded square is the number that
-    was squared: correctly rounded, in binary, and unless the square is denormal.)"""
-    octave_range = ((word & 31).float() + 1.0) * RANGE_STEP
-    scale = float_from_bits((word >> 5) << 20)
-    if format.width <= 4:
-        ratio = octave_range * (1.0 / format.top_code)
-        return scale * exp2((code - format.top_code).float() * ratio)
-    ratio = octave_range * (0.5 / format.top_code)
-    high = (code >> 4) - (format.top_code >> 4)
-    low = (code & 15) - 15
-    coarse = root_below(scale) * exp2((high << 4).float() * ratio)
-    level = coarse * exp2(low.float() * ratio)
-    return level * level
-
-
-def root_below(scale: Tensor) -> Tensor:
-    """The root, or the float below it if its square would exceed ``scale``: the top code of a block
-    must not decode to more than its scale, or rewriting the block would raise that."""
-    near = root(scale)
-    return torch.where(near * near > scale, float_from_bits(near.view(torch.int32) - 1), near)
+    """Where the scale is zero or no number, so is every element."""
+    top = word >> 5
+    number = (top > 0) & (top < INFINITY_BITS >> 20)
+    spacing = torch.where(number, ((word & 31) + 1) * format.spacing, 0)
+    return float_from_bits(((top << 20) - format.top_code * spacing) + code * spacing)
 
 
 # midrise ------------------------------------------------------------------------------------
 
 
+def midrise_unit(normalizer: Tensor, format: Format) -> Tensor:
+    """What the values of a normalized format are in units of."""
+    if not format.power_unit:
+        return torch.fmin(root(normalizer), torch.tensor(MIDRISE_LARGEST_UNIT))
+    return float_from_bits(_half_exponent(normalizer) + (64 << 23))
+
+
+def _inverse_unit(normalizer: Tensor, format: Format) -> Tensor:
+    """1 / `midrise_unit`; of a root of zero, that of the largest unit."""
+    if not format.power_unit:
+        inverse = _reciprocal(root(normalizer))
+        return torch.fmax(inverse, torch.tensor(1.0 / MIDRISE_LARGEST_UNIT))
+    return float_from_bits((190 << 23) - _half_exponent(normalizer))
+
+
+def _half_exponent(x: Tensor) -> Tensor:
+    """The exponent of ``x >= 0``, halved and rounded down, where a float has its exponent.
+
+    (64 more is the exponent of a power of two near the root; 190 less it, that of its inverse.)
+    """
+    return (x.contiguous().view(torch.int32) >> 1) & 0x3F800000
+
+
 def _encode_midrise(
-    x: Tensor, unit: Tensor, valid: Tensor, format: Format, uniform: Tensor | float
+    x: Tensor, normalizer: Tensor, valid: Tensor, format: Format, noise: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     half = format.top_code / 2
-    u = x * torch.fmax(_reciprocal(unit), torch.tensor(1.0 / MIDRISE_LARGEST_UNIT))
+    u = x * _inverse_unit(normalizer, format)
     if format.width in MIDRISE_CLIP:
         share = _reciprocal(valid.sum(1, keepdim=True).float())
         reach = root(block_sum(u * u) * share) * (MIDRISE_CLIP[format.width] / half)
@@ -373,9 +379,8 @@ def _encode_midrise(
     inverse = _reciprocal(float_from_bits(step << 16))
     if format.width not in MIDRISE_CLIP:
         inverse = inverse * MIDRISE_SHRINK
-    t = fma(u, inverse, half)
-    code = torch.clamp(torch.floor(t + uniform), 0.0, float(format.top_code))
-    return torch.nan_to_num(code, nan=0.0).to(torch.int32), step.view(-1)
+    t = torch.clamp(fma(u, inverse, half + 0.5), 0.5, format.top_code + 0.5)
+    return _code(t, noise, format), step.view(-1)
 
 
 def _decode_midrise(code: Tensor, word: Tensor, format: Format) -> Tensor:

@@ -105,11 +105,24 @@ class Noise:
         """Uniform numbers in [0, 1), float32 ``[blocks, 128]``, or 0.5 for nearest rounding."""
         if self.key is None:
             return 0.5
+        return (self._bits(self.key, first_block, blocks, device) >> 8).float() * 2.0**-24
+
+    def centered(
+        self, first_block: int, blocks: int, device: torch.device | None = None
+    ) -> Tensor | float:
+        """Random integers in [-2^31, 2^31], float32 ``[blocks, 128]``, or 0 for nearest rounding.
+
+        The same numbers as `uniform`, half a turn on, and cheaper in a kernel by a shift.
+        """
+        if self.key is None:
+            return 0.0
+        bits = self._bits(self.key, first_block, blocks, device)
+        return ((bits ^ 0x80000000) - 0x80000000).float()
+
+    def _bits(self, key: int, first_block: int, blocks: int, device: torch.device | None) -> Tensor:
         if self.index is None:
-            bits = random_bits(self.key, first_block, blocks, device)
-        else:
-            bits = bits_of_blocks(self.key, self.index[first_block : first_block + blocks])
-        return (bits >> 8).float() * 2.0**-24
+            return random_bits(key, first_block, blocks, device)
+        return bits_of_blocks(key, self.index[first_block : first_block + blocks])
 
     def of_elements(
         self, numel: int, first_block: int = 0, device: torch.device | None = None

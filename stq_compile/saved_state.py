@@ -386,11 +386,13 @@ def _without_diagonal(piece: Piece, where: str) -> Piece:
 
 def _check_codes(piece: Piece, format: Format, where: str) -> None:
     words = piece.scales.to(torch.int32) & 0xFFFF
-    limit = 0x7F7 << 5 | 31 if format.kind == "adaptive_log" else 0x7F7F
-    if words.numel() and int(words.max()) > limit:
+    drop, range_bits = (20, 5) if format.kind == "adaptive_log" else (16, 0)
+    scales = (words >> range_bits) << drop
+    least = reference.LEAST_SCALE_BITS[drop]
+    if bool(((words != 0) & ((scales < least) | (scales >= reference.INFINITY_BITS))).any()):
         raise CheckpointError(
             entry=f"{where}.scales",
-            found="a negative, infinite or NaN scale",
+            found="a negative, infinite or NaN scale, or one below the least",
             expected="finite scales",
         )
     for start in range(0, piece.codes.shape[0], reference.CHUNK_BLOCKS):

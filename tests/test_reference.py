@@ -21,7 +21,6 @@ from stq_compile.errors import FormatMismatchError
 from stq_compile.formats import (
     BEND_COEFFICIENTS,
     CONSTANT,
-    EXP2_COEFFICIENTS,
     FLOAT32,
     FORMATS,
     TAIL_DEVIATIONS,
@@ -29,7 +28,7 @@ from stq_compile.formats import (
     Format,
 )
 from stq_compile.layout import pack, unpack
-from stq_compile.reference import decode, encode, exp2, fma, log2
+from stq_compile.reference import decode, encode, fma, log2
 from stq_compile.rounding import NEAREST, Noise
 
 Doubles = NDArray[np.float64]
@@ -68,8 +67,20 @@ def words_of(scales: Tensor) -> Ints:
 
 def spread_words(format: Format, count: int) -> Ints:
     """Scale words from the smallest to the largest finite one."""
-    low, high = (8 << 5, (0x7F7 << 5) + 31) if format.kind == "adaptive_log" else (0x80, 0x7F7F)
+    low, high = (8 * 15 << 5, (0x7F7 << 5) + 31) if format.kind == "adaptive_log" else (128, 0x7F7F)
     return np.linspace(low, high, count).astype(np.int64)
+
+
+def straight_log2(x: Doubles) -> Doubles:
+    """Exact at powers of two, straight between them; of zero -300."""
+    fraction, exponent = np.frexp(x)
+    return np.where(x > 0, exponent - 2 + 2 * fraction, -300.0)
+
+
+def unit_of(format: Format, v: Doubles) -> Doubles:
+    """The root of a normalizer, or the power of two next to it."""
+    power = np.where(v > 0, 2.0 ** np.floor(np.frexp(v)[1] / 2), 2.0**-63)
+    return np.asarray(power if format.width == 8 else np.sqrt(v))
 
 
 def all_levels(format: Format, word: Ints) -> Any:
@@ -81,16 +92,14 @@ def all_levels(format: Format, word: Ints) -> Any:
         return unit_levels * float_of(word << 16)[:, None]
     if format.kind == "midrise":
         return (code - (2**format.width - 1) / 2) * float_of(word << 16)[:, None]
-    octaves = ((word & 31) + 1)[:, None] * 14 / 32
-    share = code / (2**format.width - 1)
-    return float_of((word >> 5) << 20)[:, None] * 2 ** (-octaves * (1 - share))
+    octaves = ((word & 31) + 1)[:, None] * (14 / 32 * 2**23 // (2**format.width - 1))
+    below = (2**format.width - 1 - code) * octaves
+    return float_of((word >> 5 << 20)[:, None] - below.astype(np.int64))
 
 
 def measured(format: Format, values: Doubles) -> Doubles:
-    """What "nearest" and "unbiased" refer to: the value, or its log2 (zero counts as 2^-300)."""
-    if format.kind != "adaptive_log":
-        return values
-    return np.asarray(np.log2(np.maximum(values, 2.0**-300)))
+    """What "nearest" refers to: the value, or its bit pattern in octaves."""
+    return straight_log2(values) if format.kind == "adaptive_log" else values
 
 
 def sample(format: Format, blocks: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -125,10 +134,12 @@ def test_every_code_decodes_to_the_documented_level(format: Format) -> None:
     scales = torch.from_numpy(np.repeat(word, 2).astype(np.uint16).view(np.int16))
     v = torch.full((codes.numel(),), 2.0) if format.normalized else None
     got = decode(pack(codes, format.width), scales, format, codes.numel(), v).double().numpy()
-    levels = all_levels(format, word) * (math.sqrt(2) if format.normalized else 1)
+    levels = all_levels(format, word)
+    if format.normalized:
+        levels *= unit_of(format, np.array(2.0))
     expected = np.take_along_axis(np.repeat(levels, 2, axis=0), codes.long().numpy(), 1)
     finite = np.abs(expected) < 3.4e38
-    relative = 2e-6 if format.kind == "adaptive_log" else 2e-7
+    relative = 0 if format.kind == "adaptive_log" else 2e-7
     np.testing.assert_allclose(
         got.reshape(-1, 128)[finite], expected[finite], rtol=relative, atol=2.0**-149
     )
@@ -136,21 +147,14 @@ def test_every_code_decodes_to_the_documented_level(format: Format) -> None:
 
 @by_name(SCALED)
 def test_the_top_code_decodes_to_the_scale_itself(format: Format) -> None:
-    """Or else a block would get the next larger scale each time that it is rewritten.
-
-    What is decoded as a square may lie two ulp below, which is rounded up to the same scale.
-    """
+    """Or else a block would get the next larger scale each time that it is rewritten."""
     word = spread_words(format, 2000)
     codes = torch.full((len(word), 128), format.top_code, dtype=torch.int32)
     scales = torch.from_numpy(word.astype(np.uint16).view(np.int16))
     got = decode(pack(codes, format.width), scales, format, codes.numel()).view(-1, 128)
     shift = DROPPED_BITS[format.kind]
     expected = float_of((word >> 5 if shift == 20 else word) << shift)
-    top = got[:, 0].double().numpy()
-    if format.kind == "adaptive_log" and format.width > 4:
-        assert ((top <= expected) & (top >= expected * (1 - 2.0**-22))).all()
-    else:
-        assert np.array_equal(top, expected)
+    assert np.array_equal(got[:, 0].double().numpy(), expected)
 
 
 @by_name(SCALED)
@@ -175,7 +179,7 @@ def test_denormal_numbers_are_lifted_by_less_than_the_smallest_normal_number(
     x = torch.arange(1, 1 << 23, 6554, dtype=torch.int32).view(torch.float32)
     x = torch.cat([x, 2 * x])
     values = decode(*encode(x, format, NEAREST), format, x.numel())
-    assert ((values - x).abs() <= 2.0**-126).all()
+    assert ((values - x).abs() <= 1.001 * 2.0**-126).all()
     assert (values > 0).all()
 
 
@@ -190,7 +194,7 @@ def worst_excess(format: Format, noise: Noise, seed: int) -> float:
     table = all_levels(format, words_of(scales))[:, None, :]
     values = x.view(-1, 128).double().numpy()[:, :, None]
     if v is not None:
-        unit = np.sqrt(v.view(-1, 128).double().numpy())[:, :, None]
+        unit = unit_of(format, v.view(-1, 128).double().numpy())[:, :, None]
         table, values = table * unit, np.where(unit > 0, values, 0.0)
     levels = measured(format, table)
     distance = np.abs(measured(format, values) - levels)
@@ -200,12 +204,12 @@ def worst_excess(format: Format, noise: Noise, seed: int) -> float:
 
 
 # Where two levels are equally near, float32 arithmetic may take the farther one by this much.
-TOLERANCE = {"softsign": 1e-5, "midrise": 1e-5, "adaptive_log": 3e-3}
+TOLERANCE = {"softsign": 1e-5, "midrise": 5e-4, "adaptive_log": 1e-4}
 
 
 def tolerance(format: Format) -> float:
     """In gaps between levels, of which float32 sees the less the more there are."""
-    return TOLERANCE[format.kind] * max(1, 2 ** (format.width - 8))
+    return TOLERANCE[format.kind] * 2 ** (format.width - 8) + 1e-5
 
 
 @by_name(BLOCKED)
@@ -218,6 +222,9 @@ def test_the_search_sees_a_shifted_threshold(format: Format) -> None:
     class Shifted(Noise):
         def uniform(self, first_block: int, blocks: int, device: Any = None) -> float:
             return 0.48
+
+        def centered(self, first_block: int, blocks: int, device: Any = None) -> Tensor:
+            return torch.full((blocks, 128), -0.02 * 2.0**32)
 
     assert worst_excess(format, Shifted(None), seed=format.width) > 2 * tolerance(format)
 
@@ -254,7 +261,8 @@ def expected_scale(absmax: float, mantissa_bits: int) -> float:
     fraction, exponent = math.frexp(absmax)
     digits = 1 << (mantissa_bits + 1)
     largest = math.ldexp(digits - 1, 128 - mantissa_bits - 1)
-    return min(max(math.ldexp(math.ceil(fraction * digits), exponent) / digits, 2.0**-126), largest)
+    least = 2.0**-126 if mantissa_bits == 7 else 2.0**-112
+    return min(max(math.ldexp(math.ceil(fraction * digits), exponent) / digits, least), largest)
 
 
 def magnitudes() -> Tensor:
@@ -277,7 +285,7 @@ def test_the_scale_is_the_largest_magnitude_rounded_up(format: Format) -> None:
     scale = float_of((word >> 5 if drop == 20 else word) << drop)
     assert scale.tolist() == [expected_scale(float(m), 23 - drop) for m in absmax]
     wide = absmax.double().numpy()
-    inside = (wide >= 2.0**-126) & (wide <= expected_scale(3.4e38, 23 - drop))
+    inside = (wide >= 2.0**-112) & (wide <= expected_scale(3.4e38, 23 - drop))
     assert (scale[inside] >= wide[inside]).all()
     assert (scale[inside] / wide[inside] < 1 + 2.0 ** (drop - 23)).all()
 
@@ -286,11 +294,6 @@ def test_the_scale_is_the_largest_magnitude_rounded_up(format: Format) -> None:
 @pytest.mark.parametrize("tail", [128, 77, 1])
 def test_the_range_follows_mean_and_deviation_of_log2(format: Format, tail: int) -> None:
     """Recomputed in float64 from the valid elements alone; the last block has ``tail`` of them."""
-
-    def straight_log2(x: Doubles) -> Doubles:
-        """Exact at powers of two, straight between them."""
-        fraction, exponent = np.frexp(x)
-        return np.where(x > 0, exponent - 2 + 2 * fraction, -127.0)
 
     rng = np.random.default_rng(tail)
     spread = np.repeat(rng.uniform(0, 8, 65), 128)[: 64 * 128 + tail]
@@ -311,7 +314,7 @@ def normalized_sample(format: Format, tail: int) -> tuple[Doubles, Doubles]:
     x, v = sample(format, 60, seed=tail)
     assert v is not None
     x, v = x[: 59 * 128 + tail], v[: 59 * 128 + tail]
-    root = np.sqrt(v.double().numpy())
+    root = unit_of(format, v.double().numpy())
     u = np.divide(x.double().numpy(), root, out=np.zeros_like(root), where=root > 0)
     return u, float_of(words_of(encode(x, format, NEAREST, v)[1]) << 16)
 
@@ -436,15 +439,6 @@ def test_log2_polynomial() -> None:
     x = np.linspace(-0.5, 0.5, 10001)
     bend = np.log2(x + 1.5) - (x + 0.5)
     assert np.abs((x**2 - 0.25) * np.polyval(BEND_COEFFICIENTS[::-1], x) - bend).max() < 2.3e-6
-
-
-def test_exp2_polynomial() -> None:
-    x = -torch.cat([torch.linspace(0, 14, 500_001), torch.linspace(14, 125.9, 500_001)])
-    assert (exp2(x).double() / torch.exp2(x.double()) - 1).abs().max() < 1.8e-7
-    whole = -torch.arange(126.0)
-    assert torch.equal(exp2(whole), torch.exp2(whole)), "whole octaves must be exact"
-    f = np.linspace(-0.5, 0.5, 10001)
-    assert np.abs(np.polyval(EXP2_COEFFICIENTS[::-1], f) / np.exp2(f) - 1).max() < 1.1e-7
 
 
 def test_fma_is_rounded_once() -> None:

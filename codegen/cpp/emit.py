@@ -1,12 +1,14 @@
 """C++ from a kernel: one function per tile of blocks, and the loop over all tiles (`run`).
 
 Elements are computed plane by plane (16 lanes, 8 planes a block), in the phases of
-`stq_compile.codegen.schedule`. Emission is deterministic: the same kernel gives the same bytes.
+`stq_compile.codegen.schedule`. Before the last phase but one stands the last phase of the tile
+before: it fills the time in which ranges and scales are waited for (design/0012). Emission is
+deterministic: the same kernel gives the same bytes.
 """
 
 from __future__ import annotations
 
-from stq_compile.codegen.cpp.run import MEASURE, STEP
+from stq_compile.codegen.cpp.run import HELD_TILES, MEASURE, STEP, TILES
 from stq_compile.codegen.cpp.syntax import (
     TEMPLATES,
     c_name,
@@ -16,7 +18,6 @@ from stq_compile.codegen.cpp.syntax import (
     int_literal,
     pointer,
 )
-from stq_compile.codegen.hoist import MASK, hoist, only_for_tables
 from stq_compile.codegen.ir import (
     OPCODES,
     REDUCTIONS,
@@ -49,9 +50,7 @@ class _Emitter:
         self.schedule = Schedule(kernel)
         self.said: set[str] = set()
         self.measures = kernel.slots > 0
-        self.hoisted = hoist(kernel)
-        self.key_of = {id(t): group.key for group in self.hoisted for t in group.tables}
-        self.unused = only_for_tables(kernel, self.hoisted)
+        self.held = self._held()
         self.exact = {
             id(a)
             for v in kernel.body
@@ -65,7 +64,7 @@ class _Emitter:
             f'// {self.kernel.summary}\n#include "stq_kernel.h"',
             self._row(),
             self._scalars(),
-            *self._constants(),
+            *self._finish(),
             self._tile(),
             self._run(),
         ]
@@ -82,7 +81,7 @@ class _Emitter:
 
     def _run(self) -> str:
         if not self.measures:
-            return STEP
+            return STEP.replace("@tiles", HELD_TILES if self.held else TILES)
         (operand,) = (c_name(o.name) for o in self.kernel.operands if o.kind is OperandKind.SUMS)
         return MEASURE.replace("@slots", str(self.kernel.slots)).replace("@sums", operand)
 
@@ -149,65 +148,76 @@ class _Emitter:
         self.said.add(v.origin)
         return f"  // {text}"
 
-    # Tables that are computed once.
-    def _constants(self) -> list[str]:
-        if not self.hoisted:
-            return []
-        lines = ["// Decoding tables by the range of a block, in units of its scale."]
-        lines += ["struct Tables {"]
-        for group in self.hoisted:
-            lines += [f"  stq::f32v {c_name(t.name)}[{MASK + 1}];" for t in group.tables]
-        lines += ["  Tables() {", f"    for (int i = 0; i <= {MASK}; ++i) {{"]
-        lines += ["      constexpr int j = 0;"]
-        for group in self.hoisted:
-            lines.append("      {")
-            key = group.key
-            lines.append(
-                f"        const stq::i32b {c_name(key.name)} = stq::each(i);{self._note(key)}"
-            )
-            lines += [f"        {self._constant(v)}{self._note(v)}" for v in group.body]
-            for t in group.tables:
-                last = "[0]" if id(t) in self.schedule.crossing else ""
-                lines.append(f"        this->{c_name(t.name)}[i] = {c_name(t.name)}{last};")
-            lines.append("      }")
-        return ["\n".join([*lines, "    }", "  }", "};", "static const Tables tables;"])]
+    # The last phase, where it is held back.
+    def _held(self) -> dict[int, Value]:
+        """What the last phase needs of earlier ones, if it waits for the next tile's first ones.
 
-    def _constant(self, v: Value) -> str:
-        """A step on the way to a table; what crosses is an array, here of one."""
-        name, expression = c_name(v.name), self._expression(v)
-        if v.space is Space.TABLE and id(v) in self.schedule.crossing:
-            return f"const {c_type(v)} {name}[1] = {{{expression}}};"
-        return f"const {c_type(v)} {name} = {expression};"
+        It does where there are three phases and the last one has no element of a tensor at hand.
+        """
+        *others, last = self.schedule.phases
+        memory = {o.name for o in self.kernel.operands if o.kind in WHOLE}
+        if self.measures or len(others) < 2 or any(v.operand in memory for v in last.body):
+            return {}
+        made = {id(v): v for phase in others for v in phase.body}
+        used = (a for v in last.body for a in v.args if isinstance(a, Value))
+        return {id(a): a for a in used if id(a) in made}
+
+    def _finish(self) -> list[str]:
+        if not self.held:
+            return []
+        held = ["struct Held {", "  int64_t first;", "  int blocks;"]
+        for v in self.held.values():
+            size = {Space.TABLE: "[stq::kTile]", Space.ELEMENT: "[stq::kTile][stq::kPlanes]"}
+            held.append(f"  {c_type(v)} {c_name(v.name)}{size.get(v.space, '')};")
+        lines = [
+            "template <bool tail>",
+            "STQ_INLINE void finish(const Row& row, const Scalars& s, uint64_t step,",
+            "                       const Held& held, int count) {",
+            "  constexpr int size = tail ? 1 : stq::kTile;",
+            "  const int64_t first = held.first;",
+            "  const int blocks = held.blocks;",
+            *self._crossing(self.schedule.phases[-1]),
+            *self._phase(self.schedule.phases[-1]),
+        ]
+        return ["\n".join([*held, "};"]), "\n".join([*lines, "}"])]
 
     # The tile function.
     def _tile(self) -> str:
         more = ", int64_t stride, double* totals" if self.measures else ""
-        place = "first + j * stride" if self.measures else "first + j"
+        more = ", Held& held, const Held* before" if self.held else more
+        phases = self.schedule.phases[:-1] if self.held else self.schedule.phases
         lines = [
             "template <bool tail>",
             "STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,",
             f"                     int blocks, int count{more}) {{",
             "  constexpr int size = tail ? 1 : stq::kTile;",
             *self._tail_buffers(),
-            *self._crossing(),
+            *self._crossing(*phases),
         ]
-        for phase in self.schedule.phases:
-            blocks = [v for v in phase.blocks if id(v) not in self.unused]
-            lines += [f"  {self._block(v)}{self._note(v)}" for v in blocks]
-            tables = [
-                f"    {self._table(v)}{self._note(v)}"
-                for v in phase.tables
-                if id(v) not in self.unused
-            ]
-            elements = self._pointers(phase) + self._planes(phase)
-            elements += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
-            for body in (tables, elements):
-                if body:
-                    lines.append("  for (int j = 0; j < blocks; ++j) {")
-                    lines.append(f"    const int64_t index = {place};")
-                    lines += [*body, "  }"]
+        if self.held:
+            lines += ["  held.first = first;", "  held.blocks = blocks;"]
+        for phase in phases:
+            if self.held and phase is phases[-1]:
+                call = "finish<false>(row, s, step, *before, stq::kBlock)"
+                lines.append(f"  if (before != nullptr) {call};")
+            lines += self._phase(phase)
         lines += self._copy_back()
         return "\n".join([*lines, "}"])
+
+    def _phase(self, phase: Phase) -> list[str]:
+        place = "first + j * stride" if self.measures else "first + j"
+        lines = [f"  {self._block(v)}{self._note(v)}" for v in phase.blocks]
+        tables = [
+            f"    {self._assign(v, self._expression(v))}{self._note(v)}" for v in phase.tables
+        ]
+        elements = self._pointers(phase) + self._planes(phase)
+        elements += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
+        for body in (tables, elements):
+            if body:
+                lines.append("  for (int j = 0; j < blocks; ++j) {")
+                lines.append(f"    const int64_t index = {place};")
+                lines += [*body, "  }"]
+        return lines
 
     def _tail_buffers(self) -> list[str]:
         """The last, partial block of a tensor is computed in buffers padded with zeros."""
@@ -221,11 +231,19 @@ class _Emitter:
             lines.append(f"  if constexpr (tail) {copy};")
         return lines
 
-    def _crossing(self) -> list[str]:
+    def _crossing(self, *phases: Phase) -> list[str]:
         lines = []
+        inside = {id(v) for phase in phases for v in phase.body}
         for v in self.kernel.body:
+            if id(v) not in inside:
+                continue
             if v.space is Space.BLOCK and v.opcode in REDUCTIONS:
-                lines.append(f"  {c_type(v)} {c_name(v.name)}{{}};")
+                if id(v) in self.held:
+                    lines.append(f"  {self._name(v)} = {c_type(v)}{{}};{self._note(v)}")
+                else:
+                    lines.append(f"  {c_type(v)} {c_name(v.name)}{{}};")
+            elif id(v) in self.held:
+                continue
             elif v.space is not Space.BLOCK and id(v) in self.schedule.crossing:
                 planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
                 lines.append(f"  {c_type(v)} {c_name(v.name)}[size]{planes};")
@@ -265,10 +283,10 @@ class _Emitter:
     def _assign(self, v: Value, expression: str) -> str:
         """Define a value where it lives: in the tile, in the planes of a block, or nowhere else."""
         if v.space is Space.BLOCK:
-            return f"{c_name(v.name)}[j] = {expression};"
+            return f"{self._name(v)}[j] = {expression};"
         if id(v) in self.schedule.crossing:
             planes = "[p]" if v.space is Space.ELEMENT else ""
-            return f"{c_name(v.name)}[j]{planes} = {expression};"
+            return f"{self._name(v)}[j]{planes} = {expression};"
         if id(v) in self.schedule.gathered:
             return f"{c_name(v.name)}[p] = {expression};"
         return f"const {c_type(v)} {c_name(v.name)} = {expression};"
@@ -282,14 +300,11 @@ class _Emitter:
             expression = "stq::each(tail ? static_cast<float>(count) : 128.0f)"
         else:
             expression = self._expression(v)
-        return f"const {c_type(v)} {c_name(v.name)} = {expression};"
+        type_ = "" if id(v) in self.held else f"const {c_type(v)} "
+        return f"{type_}{self._name(v)} = {expression};"
 
-    def _table(self, v: Value) -> str:
-        """A table of one block, made or looked up."""
-        key = self.key_of.get(id(v))
-        if key is None:
-            return self._assign(v, self._expression(v))
-        return self._assign(v, f"tables.{c_name(v.name)}[{c_name(key.name)}[j]]")
+    def _name(self, v: Value) -> str:
+        return f"held.{c_name(v.name)}" if id(v) in self.held else c_name(v.name)
 
     def _planes(self, phase: Phase) -> list[str]:
         if not phase.planes:
@@ -344,9 +359,7 @@ class _Emitter:
             return f"totals[{v.slot}] += {self._argument(v.args[0], Space.ELEMENT)};"
         code = v.args[0]
         assert isinstance(code, Value)
-        planes = (
-            f"{c_name(code.name)}[j]" if id(code) in self.schedule.crossing else c_name(code.name)
-        )
+        planes = self._name(code) + "[j]" * (id(code) in self.schedule.crossing)
         return f"stq::pack<{v.width}>({operand}, {planes});"
 
     def _expression(self, v: Value) -> str:
@@ -373,7 +386,7 @@ class _Emitter:
     def _argument(self, a: Value | float, space: Space, t: Type = Type.FLOAT) -> str:
         if not isinstance(a, Value):
             return float_literal(a) if t is Type.FLOAT else int_literal(a)
-        name = c_name(a.name)
+        name = self._name(a)
         if a.space is Space.TENSOR:
             return f"s.{name}"
         if a.opcode in INLINED:

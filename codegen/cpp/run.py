@@ -27,16 +27,9 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       while (start[r + 1] <= b) ++r;
       const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
+      const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
-      for (; i < stop && i < last; i += stq::kTile) {
-        const int64_t left = (stop < last ? stop : last) - i;
-        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
-      }
-      if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count);
-      }
+@tiles
       b = start[r] + stop;
     }
   }
@@ -48,6 +41,34 @@ extern "C" int64_t scratch_bytes(int64_t n_rows, int) {
 }
 
 extern "C" int64_t row_bytes() { return sizeof(Row); }"""
+
+
+TILES = """\
+      for (; i < whole; i += stq::kTile) {
+        const int64_t left = whole - i;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+      }
+      if (stop > last) {
+        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
+        tile<true>(rows[r], s[r], step, last, 1, count);
+      }"""
+
+HELD_TILES = """\
+      Held pair[2];
+      const Held* before = nullptr;  // the tile whose last phase is still to come
+      for (int at = 0; i < whole; i += stq::kTile, at ^= 1) {
+        const int64_t left = whole - i;
+        const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
+        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock, pair[at], before);
+        before = &pair[at];
+      }
+      if (before != nullptr) finish<false>(rows[r], s[r], step, *before, stq::kBlock);
+      if (stop > last) {
+        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
+        tile<true>(rows[r], s[r], step, last, 1, count, pair[0], nullptr);
+        finish<true>(rows[r], s[r], step, pair[0], count);
+      }"""
 
 
 MEASURE = """\

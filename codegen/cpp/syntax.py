@@ -27,6 +27,7 @@ TEMPLATES: dict[str, str] = {
     "int_select": "stq::select({0}, {1}, {2})",
     "int_add": "{0} + {1}",
     "int_sub": "{0} - {1}",
+    "int_mul": "{0} * {1}",
     "int_and": "{0} & {1}",
     "int_or": "{0} | {1}",
     "int_min": "stq::min({0}, {1})",
@@ -79,8 +80,8 @@ RESERVED = frozenset((
     "while", "xor",
     # names of the generated code
     "blocks", "count", "first", "first_block", "index", "j", "numel", "p", "row", "run", "s",
-    "scalars", "size", "std", "step", "stq", "stride", "offset", "tables", "tail", "tile", "totals",
-    "i", "this", "Tables",
+    "scalars", "size", "std", "step", "stq", "stride", "offset", "tail", "tile", "totals",
+    "held", "before", "finish",
 ))
 # fmt: on
 

@@ -45,11 +45,15 @@ def border(number: int) -> str:
 
 
 def groups(schedule: Schedule) -> list[Group]:
-    """All groups in execution order; operations for the whole phase go to its first one."""
+    """All groups in execution order."""
+    users: dict[int, list[int]] = {}
+    for v in schedule.kernel.body:
+        for a in v.args:
+            users.setdefault(id(a), []).append(id(v))
     found: list[Group] = []
     for number, phase in enumerate(schedule.phases, 1):
         parts = _split(phase)
-        parts[0].uniform = phase.blocks + phase.tables
+        _place(phase.blocks + phase.tables, parts, users)
         for i, part in enumerate(parts):
             part.title = f"Phase {number}" + (f", part {i + 1}." if len(parts) > 1 else ".")
         found += parts
@@ -57,6 +61,14 @@ def groups(schedule: Schedule) -> list[Group]:
         used = {id(a) for later in found[i + 1 :] for v in later.body for a in v.args}
         group.leaving = [v for v in group.body if id(v) in used]
     return found
+
+
+def _place(uniform: list[Value], parts: list[Group], users: dict[int, list[int]]) -> None:
+    """Operations for a whole phase go to the first of its groups that needs them."""
+    number = {id(v): i for i, part in enumerate(parts) for v in part.planes + part.after}
+    for v in reversed(uniform):
+        number[id(v)] = min((number[u] for u in users.get(id(v), ()) if u in number), default=-1)
+        parts[number[id(v)]].uniform.insert(0, v)
 
 
 def _split(phase: Phase) -> list[Group]:

@@ -56,6 +56,7 @@ TEMPLATES: dict[str, str] = {
     "int_select": "tl.where({0}, {1}, {2})",
     "int_add": "{0} + {1}",
     "int_sub": "{0} - {1}",
+    "int_mul": "{0} * {1}",
     "int_and": "{0} & {1}",
     "int_or": "{0} | {1}",
     "int_min": "tl.minimum({0}, {1})",

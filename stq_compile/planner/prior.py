@@ -18,7 +18,7 @@ AVERAGE = {2: 0.70, 3: 0.30, 4: 0.055, 5: 0.011, 6: 0.0027, 8: 1.6e-4, 16: 1.2e-
 """A signed state in units of its own block."""
 NORMALIZED = {**AVERAGE, 2: 0.45, 3: 0.25}
 """A signed state in units of the root of another one."""
-SECOND_MOMENT = {2: 0.18, 3: 0.065, 4: 0.022, 5: 9.5e-3, 6: 3.4e-3, 8: 4.9e-4, 16: 3.3e-5}
+SECOND_MOMENT = {2: 0.25, 3: 0.065, 4: 0.022, 5: 9.5e-3, 6: 3.4e-3, 8: 4.9e-4, 16: 3.3e-5}
 """A non-negative state."""
 ROUGH = {2: 2.0, 3: 0.92, 4: 0.55, 5: 0.27, 6: 0.11, 8: 0.026, 16: 3e-3}
 """A state whose sign, or a comparison of it, makes the update."""

@@ -117,7 +117,7 @@ def _computes(line: str, v: Value) -> bool:
     """Whether the line assigns a value, or is the store of an operand."""
     if v.opcode in STORES:
         return f"// -> {v.operand}" in line
-    return re.match(rf"(const [\w:]+ )?{v.name}_?(\[\w+\])* = ", line) is not None
+    return re.match(rf"(const [\w:]+ |held\.)?{v.name}_?(\[\w+\])* = ", line) is not None
 
 
 def test_lines_of_the_optimizer_are_named() -> None:

@@ -90,14 +90,14 @@ def midrise_levels(x: Floats, width: int) -> Floats:
     return step * (np.arange(2**width) - half)
 
 
+def linear(y: Floats) -> Floats:
+    """Logarithms that are linear between powers of two, which is how a float's bits read."""
+    mantissa, exponent = np.frexp(y)
+    return np.asarray(exponent + 2 * mantissa)
+
+
 def log_levels(x: Floats, width: int) -> Floats:
-    """Octaves below the scale; the range is estimated from logarithms that are linear between
-    powers of two, which is how a float's bits read."""
-
-    def linear(y: Floats) -> Floats:
-        mantissa, exponent = np.frexp(y)
-        return exponent + 2 * mantissa
-
+    """Octaves below the scale, by `linear`."""
     octaves = np.maximum(linear(x) - linear(rounded_up(x.max(1, keepdims=True), 4)), -15)
     wanted = TAIL_DEVIATIONS[width] * octaves.std(1, keepdims=True) - octaves.mean(1, keepdims=True)
     steps = np.clip(np.ceil(wanted / (14 / 32)), 1, 32)
@@ -112,13 +112,17 @@ def nearest(x: Floats, levels: Floats) -> Floats:
 def signed(x: Floats, width: int, unit: Floats | None = None) -> Floats:
     if unit is None:
         return nearest(x, softsign_levels(x, width))
+    if width == 8:
+        unit = 2.0 ** np.floor(np.frexp(unit**2)[1] / 2)
     value = x / unit
     return unit * nearest(value, midrise_levels(value, width))
 
 
 def positive(x: Floats, width: int) -> Floats:
-    scale = rounded_up(x.max(1, keepdims=True), 4)
-    return scale * 2.0 ** nearest(np.log2(x / scale), log_levels(x, width))
+    scale = linear(rounded_up(x.max(1, keepdims=True), 4))
+    found = scale + nearest(linear(x) - scale, log_levels(x, width))
+    whole = np.floor(found)
+    return np.ldexp((1 + found - whole) / 2, whole.astype(int) - 1)
 
 
 # Updates. ---------------------------------------------------------------------------------------

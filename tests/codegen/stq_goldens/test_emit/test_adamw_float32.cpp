@@ -103,9 +103,10 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       while (start[r + 1] <= b) ++r;
       const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
+      const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
-      for (; i < stop && i < last; i += stq::kTile) {
-        const int64_t left = (stop < last ? stop : last) - i;
+      for (; i < whole; i += stq::kTile) {
+        const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
         tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
       }

@@ -41,45 +41,77 @@ static void scalars(const Row& row, Scalars& s) {
   s.div_1 = static_cast<float>(div_1);
 }
 
-// Decoding tables by the range of a block, in units of its scale.
-struct Tables {
-  stq::f32v exp_avg_sq_0_mul_3_table[32];
-  Tables() {
-    for (int i = 0; i <= 31; ++i) {
-      constexpr int j = 0;
-      {
-        const stq::i32b exp_avg_sq_0_int_and = stq::each(i);  // exp_avg_sq_0
-        const stq::i32v code_of_3_bits = stq::iota() & 7;  // exp_avg_sq_0
-        const stq::i32v exp_avg_sq_0_int_sub_table = code_of_3_bits - 7;  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_to_float_1_table = stq::to_float(exp_avg_sq_0_int_sub_table);  // exp_avg_sq_0
-        const stq::f32b exp_avg_sq_0_to_float = stq::to_float(exp_avg_sq_0_int_and);  // exp_avg_sq_0
-        const stq::f32b exp_avg_sq_0_add = exp_avg_sq_0_to_float + 1.0f;  // exp_avg_sq_0
-        const stq::f32b exp_avg_sq_0_mul = exp_avg_sq_0_add * 0.4375f;  // exp_avg_sq_0
-        const stq::f32b exp_avg_sq_0_mul_1 = exp_avg_sq_0_mul * 0.14285715f;  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_mul_2_table = exp_avg_sq_0_to_float_1_table * exp_avg_sq_0_mul_1[j];  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_add_1_table = exp_avg_sq_0_mul_2_table + 0.5f;  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_floor_table = stq::floor(exp_avg_sq_0_add_1_table);  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_sub_table = exp_avg_sq_0_mul_2_table - exp_avg_sq_0_floor_table;  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_fma_table = stq::fma(exp_avg_sq_0_sub_table, stq::all(0.0013264727f), stq::all(0.009671513f));  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_fma_1_table = stq::fma(exp_avg_sq_0_fma_table, exp_avg_sq_0_sub_table, stq::all(0.05550733f));  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_fma_2_table = stq::fma(exp_avg_sq_0_fma_1_table, exp_avg_sq_0_sub_table, stq::all(0.24022244f));  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_fma_3_table = stq::fma(exp_avg_sq_0_fma_2_table, exp_avg_sq_0_sub_table, stq::all(0.693147f));  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_fma_4_table = stq::fma(exp_avg_sq_0_fma_3_table, exp_avg_sq_0_sub_table, stq::all(1.0f));  // exp_avg_sq_0
-        const stq::i32v exp_avg_sq_0_to_int_table = stq::to_int(exp_avg_sq_0_floor_table);  // exp_avg_sq_0
-        const stq::i32v exp_avg_sq_0_int_add_table = exp_avg_sq_0_to_int_table + 127;  // exp_avg_sq_0
-        const stq::i32v exp_avg_sq_0_shift_left_1_table = exp_avg_sq_0_int_add_table << 23;  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_from_bits_1_table = stq::from_bits(exp_avg_sq_0_shift_left_1_table);  // exp_avg_sq_0
-        const stq::f32v exp_avg_sq_0_mul_3_table = exp_avg_sq_0_fma_4_table * exp_avg_sq_0_from_bits_1_table;  // exp_avg_sq_0
-        this->exp_avg_sq_0_mul_3_table[i] = exp_avg_sq_0_mul_3_table;
-      }
-    }
-  }
+struct Held {
+  int64_t first;
+  int blocks;
+  stq::f32b exp_avg_sq_0_new_block_sum;
+  stq::f32b exp_avg_sq_0_new_block_sum_1;
+  stq::i32b exp_avg_sq_0_new_int_lt_2;
+  stq::i32b exp_avg_sq_0_new_shift_left;
+  stq::i32b exp_avg_sq_0_new_int_eq_1;
+  stq::f32v exp_avg_sq_0_new_to_float[stq::kTile][stq::kPlanes];
 };
-static const Tables tables;
+
+template <bool tail>
+STQ_INLINE void finish(const Row& row, const Scalars& s, uint64_t step,
+                       const Held& held, int count) {
+  constexpr int size = tail ? 1 : stq::kTile;
+  const int64_t first = held.first;
+  const int blocks = held.blocks;
+  const stq::f32b exp_avg_sq_0_new_valid_count = stq::each(tail ? static_cast<float>(count) : 128.0f);  // exp_avg_sq_0_new  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+  const stq::f32b exp_avg_sq_0_new_div = 1.0f / exp_avg_sq_0_new_valid_count;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul = held.exp_avg_sq_0_new_block_sum * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_2 = held.exp_avg_sq_0_new_block_sum_1 * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_3 = exp_avg_sq_0_new_mul * exp_avg_sq_0_new_mul;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub = exp_avg_sq_0_new_mul_2 - exp_avg_sq_0_new_mul_3;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_max = stq::max(exp_avg_sq_0_new_sub, stq::each(0.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sqrt = stq::sqrt(exp_avg_sq_0_new_max);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_neg = -(exp_avg_sq_0_new_mul);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_fma = stq::fma(exp_avg_sq_0_new_sqrt, stq::each(1.2815515f), exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_4 = exp_avg_sq_0_new_fma * 2.724784e-07f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_ceil = stq::ceil(exp_avg_sq_0_new_mul_4);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_ceil - 1.0f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_max_1 = stq::max(exp_avg_sq_0_new_sub_1, stq::each(0.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_min = stq::min(exp_avg_sq_0_new_max_1, stq::each(31.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_add = exp_avg_sq_0_new_min + 1.0f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_add * 524288.0f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_select = stq::select(held.exp_avg_sq_0_new_int_lt_2, exp_avg_sq_0_new_mul_5, stq::each(INFINITY));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_div_1 = 1.0f / exp_avg_sq_0_new_select;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_select * 1.1920929e-07f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_6, stq::each(1.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_min_1 * 0.16666667f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_8 = exp_avg_sq_0_new_mul_7 * 0.25f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub_2 = 0.5f - exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub_3 = 7.5f - exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_shift_right_1 = held.exp_avg_sq_0_new_shift_left >> 15;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_shift_right_1 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_select_5 = stq::select(held.exp_avg_sq_0_new_int_eq_1, stq::each(0), exp_avg_sq_0_new_int_or);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_9 = exp_avg_sq_0_new_mul_7 * 5.420928e-20f;  // exp_avg_sq_0_new
+  for (int j = 0; j < blocks; ++j) {
+    const int64_t index = first + j;
+    uint8_t* exp_avg_sq_0_codes = row.exp_avg_sq_0_codes + index * 48;
+    stq::BlockKey exp_avg_sq_0_key = stq::block_key(row.exp_avg_sq_0_key, step, row.first_block + index);
+    stq::i32v getitem_2[stq::kPlanes];
+#pragma GCC unroll 8
+    for (int p = 0; p < stq::kPlanes; ++p) {
+      const stq::f32v exp_avg_sq_0_new_fma_1 = stq::fma(held.exp_avg_sq_0_new_to_float[j][p], stq::all(exp_avg_sq_0_new_div_1[j]), stq::all(exp_avg_sq_0_new_sub_3[j]));  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_max_2 = stq::max(exp_avg_sq_0_new_fma_1, stq::all(exp_avg_sq_0_new_sub_2[j]));  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random(exp_avg_sq_0_key);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_to_float_1 = stq::to_float(exp_avg_sq_0_new_exp_avg_sq_0_key);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_2 = stq::fma(exp_avg_sq_0_new_to_float_1, stq::all(exp_avg_sq_0_new_mul_9[j]), stq::all(2.3282887e-10f));  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_3 = stq::fma(exp_avg_sq_0_new_to_float_1, exp_avg_sq_0_new_fma_2, exp_avg_sq_0_new_max_2);  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_fma_3);  // exp_avg_sq_0_new
+      getitem_2[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_to_int_1, stq::all(0));  // exp_avg_sq_0_new
+    }
+    stq::pack<3>(exp_avg_sq_0_codes, getitem_2);  // -> exp_avg_sq_0_codes
+    row.exp_avg_sq_0_scales[index] = static_cast<uint16_t>(exp_avg_sq_0_new_int_select_5[j]);  // -> exp_avg_sq_0_scales
+  }
+}
 
 template <bool tail>
 STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,
-                     int blocks, int count) {
+                     int blocks, int count, Held& held, const Held* before) {
   constexpr int size = tail ? 1 : stq::kTile;
   float param_0_tail[tail ? stq::kBlock : 1] = {};
   if constexpr (tail) std::memcpy(param_0_tail, row.param_0 + first * stq::kBlock, count * 4);
@@ -91,28 +123,37 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   stq::i32b exp_avg_0_new_absmax{};
   stq::i32v exp_avg_sq_0_new_int_and[size][stq::kPlanes];
   stq::i32b exp_avg_sq_0_new_absmax{};
-  stq::f32b exp_avg_sq_0_new_block_sum{};
-  stq::f32b exp_avg_sq_0_new_block_sum_1{};
-  stq::f32v exp_avg_sq_0_new_fma_12[size][stq::kPlanes];
+  held.exp_avg_sq_0_new_block_sum = stq::f32b{};  // exp_avg_sq_0_new
+  held.exp_avg_sq_0_new_block_sum_1 = stq::f32b{};  // exp_avg_sq_0_new
+  held.first = first;
+  held.blocks = blocks;
   const stq::i32b exp_avg_0_word = stq::load_words(row.exp_avg_0_scales + first, blocks, 1);  // exp_avg_0
   const stq::i32b exp_avg_0_shift_left = exp_avg_0_word << 16;  // exp_avg_0
   const stq::f32b exp_avg_0_from_bits = stq::from_bits(exp_avg_0_shift_left);  // exp_avg_0
   const stq::i32b exp_avg_sq_0_word = stq::load_words(row.exp_avg_sq_0_scales + first, blocks, 1);  // exp_avg_sq_0
-  const stq::i32b exp_avg_sq_0_int_and = exp_avg_sq_0_word & 31;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_shift_right = exp_avg_sq_0_word >> 5;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_shift_left = exp_avg_sq_0_shift_right << 20;  // exp_avg_sq_0
-  const stq::f32b exp_avg_sq_0_from_bits = stq::from_bits(exp_avg_sq_0_shift_left);  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_lt = exp_avg_sq_0_shift_left < 2139095040;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_lt_1 = 0 < exp_avg_sq_0_shift_left;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_and = exp_avg_sq_0_int_lt_1 & exp_avg_sq_0_int_lt;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_and = exp_avg_sq_0_word & 31;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_add = exp_avg_sq_0_int_and + 1;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_mul = exp_avg_sq_0_int_add * 524288;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_select = stq::select(exp_avg_sq_0_and, exp_avg_sq_0_int_mul, stq::each(0));  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_mul_1 = exp_avg_sq_0_int_select * 7;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_sub = exp_avg_sq_0_shift_left - exp_avg_sq_0_int_mul_1;  // exp_avg_sq_0
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
-    const stq::i32v code_of_4_bits = stq::iota() & 15;  // exp_avg_0
-    const stq::i32v exp_avg_0_int_sub_table = code_of_4_bits - 7;  // exp_avg_0
+    const stq::i32v exp_avg_0_int_sub_table = stq::iota() - 7;  // exp_avg_0
     const stq::f32v exp_avg_0_to_float_table = stq::to_float(exp_avg_0_int_sub_table);  // exp_avg_0
     const stq::f32v exp_avg_0_abs_table = stq::abs(exp_avg_0_to_float_table);  // exp_avg_0
     const stq::f32v exp_avg_0_sub_table = 14.0f - exp_avg_0_abs_table;  // exp_avg_0
     const stq::f32v exp_avg_0_div_table = exp_avg_0_to_float_table / exp_avg_0_sub_table;  // exp_avg_0
     exp_avg_0_table[j] = exp_avg_0_div_table * exp_avg_0_from_bits[j];  // exp_avg_0
-    const stq::f32v exp_avg_sq_0_mul_3_table = tables.exp_avg_sq_0_mul_3_table[exp_avg_sq_0_int_and[j]];  // exp_avg_sq_0
-    const stq::f32v exp_avg_sq_0_table = exp_avg_sq_0_from_bits[j] * exp_avg_sq_0_mul_3_table;  // exp_avg_sq_0
+    const stq::i32v code_of_3_bits = stq::iota() & 7;  // exp_avg_sq_0
+    const stq::i32v exp_avg_sq_0_int_mul_2_table = code_of_3_bits * exp_avg_sq_0_int_select[j];  // exp_avg_sq_0
+    const stq::i32v exp_avg_sq_0_int_add_1_table = exp_avg_sq_0_int_mul_2_table + exp_avg_sq_0_int_sub[j];  // exp_avg_sq_0
+    const stq::f32v exp_avg_sq_0_table = stq::from_bits(exp_avg_sq_0_int_add_1_table);  // exp_avg_sq_0
     mul_2_1_table[j] = exp_avg_sq_0_table * 0.99f;  // mul_2  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
   }
   for (int j = 0; j < blocks; ++j) {
@@ -148,7 +189,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::i32v exp_avg_0_new_int_and = exp_avg_0_new_bits_of & 2147483647;  // exp_avg_0_new
       const stq::i32v exp_avg_0_new_int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_0_new_int_and, stq::all(0));  // exp_avg_0_new
       exp_avg_0_new_absmax_lanes = stq::max(exp_avg_0_new_absmax_lanes, exp_avg_0_new_int_select);  // exp_avg_0_new
-      const stq::i32v exp_avg_sq_0_new_bits_of = stq::bits_of(fma_1_1);  // exp_avg_sq_0_new  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+      const stq::i32v exp_avg_sq_0_new_bits_of = stq::bits_of(fma_1_1);  // exp_avg_sq_0_new
       exp_avg_sq_0_new_int_and[j][p] = exp_avg_sq_0_new_bits_of & 2147483647;  // exp_avg_sq_0_new
       const stq::i32v exp_avg_sq_0_new_int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_int_and[j][p], stq::all(0));  // exp_avg_sq_0_new
       exp_avg_sq_0_new_absmax_lanes = stq::max(exp_avg_sq_0_new_absmax_lanes, exp_avg_sq_0_new_int_select);  // exp_avg_sq_0_new
@@ -157,6 +198,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     exp_avg_0_new_absmax[j] = stq::max_lanes(exp_avg_0_new_absmax_lanes);  // exp_avg_0_new
     exp_avg_sq_0_new_absmax[j] = stq::max_lanes(exp_avg_sq_0_new_absmax_lanes);  // exp_avg_sq_0_new
   }
+  if (before != nullptr) finish<false>(row, s, step, *before, stq::kBlock);
   const stq::i32b exp_avg_0_new_int_add = exp_avg_0_new_absmax + 65535;  // exp_avg_0_new
   const stq::i32b exp_avg_0_new_shift_right = exp_avg_0_new_int_add >> 16;  // exp_avg_0_new
   const stq::i32b exp_avg_0_new_int_max = stq::max(exp_avg_0_new_shift_right, stq::each(128));  // exp_avg_0_new
@@ -174,7 +216,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b exp_avg_0_new_select = stq::select(exp_avg_0_new_gt, exp_avg_0_new_div, stq::each(0.0f));  // exp_avg_0_new
   const stq::i32b exp_avg_sq_0_new_int_add = exp_avg_sq_0_new_absmax + 1048575;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_shift_right = exp_avg_sq_0_new_int_add >> 20;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_max = stq::max(exp_avg_sq_0_new_shift_right, stq::each(8));  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_max = stq::max(exp_avg_sq_0_new_shift_right, stq::each(120));  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_min = stq::min(exp_avg_sq_0_new_int_max, stq::each(2039));  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_eq = exp_avg_sq_0_new_absmax == 0;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_select_1 = stq::select(exp_avg_sq_0_new_int_eq, stq::each(0), exp_avg_sq_0_new_int_min);  // exp_avg_sq_0_new
@@ -182,18 +224,9 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::i32b exp_avg_sq_0_new_int_select_2 = stq::select(exp_avg_sq_0_new_int_lt, stq::each(2044), stq::each(2040));  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_lt_1 = exp_avg_sq_0_new_absmax < 2139095040;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_select_3 = stq::select(exp_avg_sq_0_new_int_lt_1, exp_avg_sq_0_new_int_select_1, exp_avg_sq_0_new_int_select_2);  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_shift_left = exp_avg_sq_0_new_int_select_3 << 20;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_and_1 = exp_avg_sq_0_new_shift_left & 8388607;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_int_and_1 | 1065353216;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_from_bits = stq::from_bits(exp_avg_sq_0_new_int_or);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub_2 = exp_avg_sq_0_new_from_bits - 1.5f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma_1 = stq::fma(exp_avg_sq_0_new_sub_2, stq::each(-0.02584127f), stq::each(0.044273555f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma_2 = stq::fma(exp_avg_sq_0_new_fma_1, exp_avg_sq_0_new_sub_2, stq::each(-0.07677639f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma_3 = stq::fma(exp_avg_sq_0_new_fma_2, exp_avg_sq_0_new_sub_2, stq::each(0.15269805f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma_4 = stq::fma(exp_avg_sq_0_new_fma_3, exp_avg_sq_0_new_sub_2, stq::each(-0.33985254f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma_5 = stq::fma(exp_avg_sq_0_new_sub_2, exp_avg_sq_0_new_sub_2, stq::each(-0.25f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_fma_4 * exp_avg_sq_0_new_fma_5;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_neg_1 = -(exp_avg_sq_0_new_mul_6);  // exp_avg_sq_0_new
+  held.exp_avg_sq_0_new_shift_left = exp_avg_sq_0_new_int_select_3 << 20;  // exp_avg_sq_0_new
+  held.exp_avg_sq_0_new_int_lt_2 = held.exp_avg_sq_0_new_shift_left < 2139095040;  // exp_avg_sq_0_new
+  held.exp_avg_sq_0_new_int_eq_1 = held.exp_avg_sq_0_new_shift_left == 0;  // exp_avg_sq_0_new
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     uint8_t* exp_avg_0_codes = row.exp_avg_0_codes + index * 64;
@@ -203,7 +236,6 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::f32v exp_avg_sq_0_new_block_sum_1_lanes{};
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v exp_avg_0_new_exp_avg_0_key = stq::random24(exp_avg_0_key);  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_abs = stq::abs(fma_1[j][p]);  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_mul = exp_avg_0_new_abs * exp_avg_0_new_select[j];  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_min = stq::min(exp_avg_0_new_mul, stq::all(1.0f));  // exp_avg_0_new
@@ -216,6 +248,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v exp_avg_0_new_mul_2 = exp_avg_0_new_sub * exp_avg_0_new_sub_1;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_mul_3 = exp_avg_0_new_add * 1.1983726e+06f;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_mul_4 = exp_avg_0_new_mul_2 * exp_avg_0_new_mul_3;  // exp_avg_0_new
+      const stq::f32v exp_avg_0_new_exp_avg_0_key = stq::random24(exp_avg_0_key);  // exp_avg_0_new
       const stq::i32v exp_avg_0_new_lt = exp_avg_0_new_exp_avg_0_key < exp_avg_0_new_mul_4;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_add_1 = exp_avg_0_new_floor + 1.0f;  // exp_avg_0_new
       const stq::f32v exp_avg_0_new_select_1 = stq::select(exp_avg_0_new_lt, exp_avg_0_new_add_1, exp_avg_0_new_floor);  // exp_avg_0_new
@@ -223,80 +256,18 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v exp_avg_0_new_add_2 = exp_avg_0_new_copysign + 7.0f;  // exp_avg_0_new
       const stq::i32v exp_avg_0_new_to_int = stq::to_int(exp_avg_0_new_add_2);  // exp_avg_0_new
       getitem[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_0_new_to_int, stq::all(0));  // exp_avg_0_new
-      const stq::i32v exp_avg_sq_0_new_int_sub = exp_avg_sq_0_new_int_and[j][p] - exp_avg_sq_0_new_shift_left[j];  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_int_sub = exp_avg_sq_0_new_int_and[j][p] - held.exp_avg_sq_0_new_shift_left[j];  // exp_avg_sq_0_new
       const stq::i32v exp_avg_sq_0_new_int_max_1 = stq::max(exp_avg_sq_0_new_int_sub, stq::all(-125829120));  // exp_avg_sq_0_new
       const stq::i32v exp_avg_sq_0_new_int_select_4 = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_int_max_1, stq::all(0));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_to_float = stq::to_float(exp_avg_sq_0_new_int_select_4);  // exp_avg_sq_0_new
-      exp_avg_sq_0_new_block_sum_lanes = p == 0 ? exp_avg_sq_0_new_to_float : exp_avg_sq_0_new_block_sum_lanes + exp_avg_sq_0_new_to_float;  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_mul_1 = exp_avg_sq_0_new_to_float * exp_avg_sq_0_new_to_float;  // exp_avg_sq_0_new
+      held.exp_avg_sq_0_new_to_float[j][p] = stq::to_float(exp_avg_sq_0_new_int_select_4);  // exp_avg_sq_0_new
+      exp_avg_sq_0_new_block_sum_lanes = p == 0 ? held.exp_avg_sq_0_new_to_float[j][p] : exp_avg_sq_0_new_block_sum_lanes + held.exp_avg_sq_0_new_to_float[j][p];  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_mul_1 = held.exp_avg_sq_0_new_to_float[j][p] * held.exp_avg_sq_0_new_to_float[j][p];  // exp_avg_sq_0_new
       exp_avg_sq_0_new_block_sum_1_lanes = p == 0 ? exp_avg_sq_0_new_mul_1 : exp_avg_sq_0_new_block_sum_1_lanes + exp_avg_sq_0_new_mul_1;  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_to_float_1 = stq::to_float(exp_avg_sq_0_new_int_max_1);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_6 = stq::fma(exp_avg_sq_0_new_to_float_1, stq::all(1.1920929e-07f), stq::all(exp_avg_sq_0_new_neg_1[j]));  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_int_and_2 = exp_avg_sq_0_new_int_and[j][p] & 8388607;  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_int_or_1 = exp_avg_sq_0_new_int_and_2 | 1065353216;  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_from_bits_1 = stq::from_bits(exp_avg_sq_0_new_int_or_1);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_sub_3 = exp_avg_sq_0_new_from_bits_1 - 1.5f;  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_7 = stq::fma(exp_avg_sq_0_new_sub_3, stq::all(-0.02584127f), stq::all(0.044273555f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_8 = stq::fma(exp_avg_sq_0_new_fma_7, exp_avg_sq_0_new_sub_3, stq::all(-0.07677639f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_9 = stq::fma(exp_avg_sq_0_new_fma_8, exp_avg_sq_0_new_sub_3, stq::all(0.15269805f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_10 = stq::fma(exp_avg_sq_0_new_fma_9, exp_avg_sq_0_new_sub_3, stq::all(-0.33985254f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_11 = stq::fma(exp_avg_sq_0_new_sub_3, exp_avg_sq_0_new_sub_3, stq::all(-0.25f));  // exp_avg_sq_0_new
-      exp_avg_sq_0_new_fma_12[j][p] = stq::fma(exp_avg_sq_0_new_fma_10, exp_avg_sq_0_new_fma_11, exp_avg_sq_0_new_fma_6);  // exp_avg_sq_0_new
     }
-    exp_avg_sq_0_new_block_sum[j] = stq::sum_lanes(exp_avg_sq_0_new_block_sum_lanes);  // exp_avg_sq_0_new
-    exp_avg_sq_0_new_block_sum_1[j] = stq::sum_lanes(exp_avg_sq_0_new_block_sum_1_lanes);  // exp_avg_sq_0_new
+    held.exp_avg_sq_0_new_block_sum[j] = stq::sum_lanes(exp_avg_sq_0_new_block_sum_lanes);  // exp_avg_sq_0_new
+    held.exp_avg_sq_0_new_block_sum_1[j] = stq::sum_lanes(exp_avg_sq_0_new_block_sum_1_lanes);  // exp_avg_sq_0_new
     stq::pack<4>(exp_avg_0_codes, getitem);  // -> exp_avg_0_codes
     row.exp_avg_0_scales[index] = static_cast<uint16_t>(exp_avg_0_new_int_select_3[j]);  // -> exp_avg_0_scales
-  }
-  const stq::f32b exp_avg_sq_0_new_valid_count = stq::each(tail ? static_cast<float>(count) : 128.0f);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_div = 1.0f / exp_avg_sq_0_new_valid_count;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul = exp_avg_sq_0_new_block_sum * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_2 = exp_avg_sq_0_new_block_sum_1 * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_3 = exp_avg_sq_0_new_mul * exp_avg_sq_0_new_mul;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub = exp_avg_sq_0_new_mul_2 - exp_avg_sq_0_new_mul_3;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_max = stq::max(exp_avg_sq_0_new_sub, stq::each(0.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sqrt = stq::sqrt(exp_avg_sq_0_new_max);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_neg = -(exp_avg_sq_0_new_mul);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma = stq::fma(exp_avg_sq_0_new_sqrt, stq::each(1.2815515f), exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_4 = exp_avg_sq_0_new_fma * 2.724784e-07f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_ceil = stq::ceil(exp_avg_sq_0_new_mul_4);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_ceil - 1.0f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_max_1 = stq::max(exp_avg_sq_0_new_sub_1, stq::each(0.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_min = stq::min(exp_avg_sq_0_new_max_1, stq::each(31.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_add = exp_avg_sq_0_new_min + 1.0f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_add * 0.4375f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_div_1 = 7.0f / exp_avg_sq_0_new_mul_5;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_neg_2 = -(exp_avg_sq_0_new_mul_5);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_mul_5 * 0.14285715f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_7, stq::each(1.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_8 = exp_avg_sq_0_new_min_1 * 0.16666667f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_neg_3 = -(exp_avg_sq_0_new_mul_8);  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_shift_left_1 = exp_avg_sq_0_new_int_select_3 << 5;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_or_2 = exp_avg_sq_0_new_shift_left_1 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_eq_1 = exp_avg_sq_0_new_int_select_3 == 0;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_select_5 = stq::select(exp_avg_sq_0_new_int_eq_1, stq::each(0), exp_avg_sq_0_new_int_or_2);  // exp_avg_sq_0_new
-  for (int j = 0; j < blocks; ++j) {
-    const int64_t index = first + j;
-    uint8_t* exp_avg_sq_0_codes = row.exp_avg_sq_0_codes + index * 48;
-    stq::BlockKey exp_avg_sq_0_key = stq::block_key(row.exp_avg_sq_0_key, step, row.first_block + index);
-    stq::i32v getitem_2[stq::kPlanes];
-#pragma GCC unroll 8
-    for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random24(exp_avg_sq_0_key);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_max_2 = stq::max(exp_avg_sq_0_new_fma_12[j][p], stq::all(exp_avg_sq_0_new_neg_2[j]));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_13 = stq::fma(exp_avg_sq_0_new_max_2, stq::all(exp_avg_sq_0_new_div_1[j]), stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fraction = stq::fraction(exp_avg_sq_0_new_fma_13);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_neg_4 = -(exp_avg_sq_0_new_fraction);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_14 = stq::fma(exp_avg_sq_0_new_fraction, exp_avg_sq_0_new_neg_4, exp_avg_sq_0_new_fraction);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_15 = stq::fma(exp_avg_sq_0_new_fma_14, stq::all(exp_avg_sq_0_new_neg_3[j]), exp_avg_sq_0_new_fma_13);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_16 = stq::fma(exp_avg_sq_0_new_exp_avg_sq_0_key, stq::all(5.9604645e-08f), exp_avg_sq_0_new_fma_15);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_min_2 = stq::min(exp_avg_sq_0_new_fma_16, stq::all(7.0f));  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_min_2);  // exp_avg_sq_0_new
-      getitem_2[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_to_int_1, stq::all(0));  // exp_avg_sq_0_new
-    }
-    stq::pack<3>(exp_avg_sq_0_codes, getitem_2);  // -> exp_avg_sq_0_codes
-    row.exp_avg_sq_0_scales[index] = static_cast<uint16_t>(exp_avg_sq_0_new_int_select_5[j]);  // -> exp_avg_sq_0_scales
   }
   if constexpr (tail) std::memcpy(row.param_0 + first * stq::kBlock, param_0_tail, count * 4);
 }
@@ -321,15 +292,21 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       while (start[r + 1] <= b) ++r;
       const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
+      const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
-      for (; i < stop && i < last; i += stq::kTile) {
-        const int64_t left = (stop < last ? stop : last) - i;
+      Held pair[2];
+      const Held* before = nullptr;  // the tile whose last phase is still to come
+      for (int at = 0; i < whole; i += stq::kTile, at ^= 1) {
+        const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock, pair[at], before);
+        before = &pair[at];
       }
+      if (before != nullptr) finish<false>(rows[r], s[r], step, *before, stq::kBlock);
       if (stop > last) {
         const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count);
+        tile<true>(rows[r], s[r], step, last, 1, count, pair[0], nullptr);
+        finish<true>(rows[r], s[r], step, pair[0], count);
       }
       b = start[r] + stop;
     }

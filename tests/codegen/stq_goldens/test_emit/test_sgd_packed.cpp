@@ -33,8 +33,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b momentum_buffer_0_from_bits = stq::from_bits(momentum_buffer_0_shift_left);  // momentum_buffer_0
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
-    const stq::i32v code_of_4_bits = stq::iota() & 15;  // momentum_buffer_0
-    const stq::i32v momentum_buffer_0_int_sub_table = code_of_4_bits - 7;  // momentum_buffer_0
+    const stq::i32v momentum_buffer_0_int_sub_table = stq::iota() - 7;  // momentum_buffer_0
     const stq::f32v momentum_buffer_0_to_float_table = stq::to_float(momentum_buffer_0_int_sub_table);  // momentum_buffer_0
     const stq::f32v momentum_buffer_0_abs_table = stq::abs(momentum_buffer_0_to_float_table);  // momentum_buffer_0
     const stq::f32v momentum_buffer_0_sub_table = 14.0f - momentum_buffer_0_abs_table;  // momentum_buffer_0
@@ -88,7 +87,6 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     stq::i32v getitem[stq::kPlanes];
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v momentum_buffer_0_new_momentum_buffer_0_key = stq::random24(momentum_buffer_0_key);  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_abs = stq::abs(add_tensor[j][p]);  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul = momentum_buffer_0_new_abs * momentum_buffer_0_new_select[j];  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_min = stq::min(momentum_buffer_0_new_mul, stq::all(1.0f));  // momentum_buffer_0_new
@@ -101,6 +99,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v momentum_buffer_0_new_mul_2 = momentum_buffer_0_new_sub * momentum_buffer_0_new_sub_1;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul_3 = momentum_buffer_0_new_add * 1.1983726e+06f;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_mul_4 = momentum_buffer_0_new_mul_2 * momentum_buffer_0_new_mul_3;  // momentum_buffer_0_new
+      const stq::f32v momentum_buffer_0_new_momentum_buffer_0_key = stq::random24(momentum_buffer_0_key);  // momentum_buffer_0_new
       const stq::i32v momentum_buffer_0_new_lt = momentum_buffer_0_new_momentum_buffer_0_key < momentum_buffer_0_new_mul_4;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_add_1 = momentum_buffer_0_new_floor + 1.0f;  // momentum_buffer_0_new
       const stq::f32v momentum_buffer_0_new_select_1 = stq::select(momentum_buffer_0_new_lt, momentum_buffer_0_new_add_1, momentum_buffer_0_new_floor);  // momentum_buffer_0_new
@@ -135,9 +134,10 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       while (start[r + 1] <= b) ++r;
       const int64_t last = rows[r].numel / stq::kBlock;  // whole blocks of this tensor
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
+      const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
-      for (; i < stop && i < last; i += stq::kTile) {
-        const int64_t left = (stop < last ? stop : last) - i;
+      for (; i < whole; i += stq::kTile) {
+        const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
         tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
       }
