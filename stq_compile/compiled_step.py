@@ -329,7 +329,7 @@ class CompiledStep:
         self._packed_wide = {
             o.returned
             for u, o in self._created_by()
-            if u.widened and o.dtype in HALF_DTYPES and o.shape != ()
+            if o.shape != () and self._is_packed_wide(o, u)
         }
 
     @cached_property
@@ -350,6 +350,16 @@ class CompiledStep:
         if operand.dtype not in FLOAT_DTYPES:
             return FLOAT32
         return CONSTANT if unit.unfused and format != FLOAT32 else format
+
+    def _is_packed_wide(self, operand: Operand, unit: StepGraph) -> bool:
+        """Whether a created state of 32 bits is a `PackedState` nevertheless: one that stands for
+        16 bits, or that may get fewer when its key is known. Then an ordinary tensor would have to
+        be replaced while Dynamo is tracing it."""
+        if unit.widened and operand.dtype in HALF_DTYPES:
+            return True
+        options = self.session.options
+        large = operand.dtype == torch.float32 and operand.numel >= options.min_numel
+        return large and options.may_pack_created(operand.source.name)
 
     def _resolve(self, operand: Operand) -> Any:
         key = operand.source.key

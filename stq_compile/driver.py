@@ -9,8 +9,6 @@ Driver.step     closures; what cannot be compiled at all
 from __future__ import annotations
 
 import functools
-import inspect
-import itertools
 import logging
 import threading
 import time
@@ -29,6 +27,7 @@ from stq_compile.attributes import set_at
 from stq_compile.backend import close_session
 from stq_compile.birth import forget, init_states
 from stq_compile.closures import calls_closure_first
+from stq_compile.copies import look_at_copies
 from stq_compile.eager import announce, keeps_gradients, pack_states, run_eagerly
 from stq_compile.errors import (
     ChangedTensorError,
@@ -50,14 +49,13 @@ from stq_compile.passes.runner import TRACING
 from stq_compile.runtime import recording
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.state_tree import Leaf
-from stq_compile.symbolic_math import symbolic_math
+from stq_compile.steps import captured_step, own_code, raw_step
+from stq_compile.symbolic_math import symbolic_math, symbolic_numbers
 
 Backend = Callable[[Any, Exemplars | None], Any]
 """Compiles a graph module that was captured of exemplars, or of the whole optimizer."""
 
 LOG = logging.getLogger(__name__)
-
-_COUNTER = itertools.count()
 
 OTHERS_TRACE = "symbolically trace a dynamo-optimized function"
 """What Dynamo says where any thread of the process is tracing (`passes.runner.TRACING`)."""
@@ -76,6 +74,7 @@ class Driver:
         self.exemplary = may_have_exemplars(type(session.optimizer))
         self.whole = _Capture(self._backend, type(session.optimizer))
         self.captures: list[_Capture] = []  # of exemplars, the oldest first
+        self.counters: frozenset[str] = frozenset()  # keys of whole numbers that the step changes
 
     def _backend(self, gm: Any, exemplars: Exemplars | None) -> Any:
         if self.session.out_of_graphs:
@@ -137,6 +136,7 @@ class Driver:
         A closure that the step merely calls first is called here, before the compiled step. What
         else a step does with its arguments, it does eagerly.
         """
+        look_at_copies(self.session)
         arguments = [a for a in (*args, *kwargs.values()) if a is not None]
         if not arguments:
             return self.run(optimizer)
@@ -178,6 +178,7 @@ class Driver:
         if not admits_step(session):
             return None
         before, session.changing = session.steps, False
+        numbers = {} if session.compiles else whole_numbers(optimizer)
         born: list[torch.Tensor] = []
         loaded: list[tuple[Leaf, torch.Tensor]] = []
         try:
@@ -195,6 +196,9 @@ class Driver:
             if not isinstance(error, Exception):
                 raise
             return self._failed(optimizer, error, untouched, loaded)
+        if compiles == 0:
+            now = whole_numbers(optimizer).items()
+            self.counters = frozenset(place[1] for place, n in now if numbers.get(place) != n)
         again = 0 < compiles < session.compiles
         reason = keeps_gradients(session) if again else ""
         if reason and not session.sharded:
@@ -279,7 +283,7 @@ class Driver:
                 if "fail_on_recompile" in str(error):
                     raise self._too_many_graphs() from error
                 raise
-        with symbolic_math():
+        with symbolic_math(), symbolic_numbers(self.counters):
             capture = self._capture(optimizer)
             try:
                 return self._run(capture, optimizer)
@@ -332,7 +336,7 @@ class _Capture:
         self, backend: Backend, optimizer: type[Optimizer], exemplars: Exemplars | None = None
     ) -> None:
         self.backend = weakref.WeakMethod(backend)
-        self.raw = raw_step(optimizer)
+        self.raw = captured_step(optimizer)
         self.exemplars = exemplars
         self.code: types.CodeType | None = None
         self.forget()
@@ -378,6 +382,18 @@ def _live(method: weakref.WeakMethod[Callable[..., Any]]) -> Callable[..., Any]:
     return found
 
 
+def whole_numbers(optimizer: Optimizer) -> dict[tuple[int, str], int]:
+    """Those in the states of parameters and in the groups, by the ``id`` of their owner and key."""
+    owners = [*optimizer.state.items(), *((group, group) for group in optimizer.param_groups)]
+    return {
+        (id(owner), key): value
+        for owner, held in owners
+        if isinstance(held, dict)
+        for key, value in held.items()
+        if type(value) is int and isinstance(key, str)
+    }
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what it came from, out of Dynamo's wrapping."""
     cause: BaseException | None = error
@@ -406,27 +422,3 @@ def translated(error: BaseException, cls: type[Optimizer]) -> StqError | None:
     if isinstance(error, dynamo_exc.TorchDynamoException):
         return GraphBreakError(optimizer=optimizer, reason=str(error))
     return None
-
-
-def raw_step(cls: type[Optimizer]) -> Callable[..., Any]:
-    """``cls.step`` without torch's profiling and gradient-mode wrappers."""
-    step: Callable[..., Any] = inspect.unwrap(cls.step)
-    return step
-
-
-def own_code(function: Callable[..., Any]) -> types.FunctionType:
-    """A copy with a code object of its own, under a name of its own.
-
-    Dynamo's cache and its recompile limit belong to a code object, and what it remembers of inputs
-    that changed belongs to a name; optimizers of one class should share neither.
-    """
-    assert isinstance(function, types.FunctionType)
-    copy = types.FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{next(_COUNTER)}"),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy

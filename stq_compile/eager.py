@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from stq_compile.errors import (
     EagerStepMemoryError,
     EagerStepWarning,
+    MixedErrorsWarning,
     NonFiniteGradientError,
     ParamRoundingWarning,
     first_line,
     is_out_of_memory,
 )
-from stq_compile.formats import FLOAT32
+from stq_compile.formats import FLOAT32, MIXED_WIDTH
 from stq_compile.halves import HALF_DTYPES
 from stq_compile.nonfinite import admits_step
 from stq_compile.packed_state import PackedState
@@ -69,6 +70,7 @@ def run_eagerly(session: Session, step: Callable[..., Any], *args: Any, **kwargs
 def _run(
     session: Session, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    _warn_of_products(session)
     wide = session.options.precision == FLOAT32.width
     _give_back_gradients(session)
     calls = any(map(callable, (*args, *kwargs.values())))
@@ -105,6 +107,29 @@ def _packed(session: Session, codec: Codec) -> Iterator[None]:
     working = WorkingSet(lambda: _owners(session), min_numel, codec)
     with working, torch.compiler.set_stance("force_eager"):
         yield
+    session.multiplies = session.multiplies or working.multiplied
+
+
+def _warn_of_products(session: Session) -> None:
+    """Say once of which states it is not known whether a product mixes their errors (design/0022).
+
+    Before a step and not after it: a warning may be an error.
+    """
+    if session.warned_of_products or not session.multiplies:
+        return
+    session.warned_of_products = True
+    keys = []
+    for leaf, _ in session.leaves():
+        value = leaf.value
+        if isinstance(value, PackedState) and value.ndim > 1 and value.format.kind == "softsign":
+            keys += [leaf.key] if value.format.width < MIXED_WIDTH else []
+    if keys:
+        names = list(dict.fromkeys(keys))
+        optimizer = type(session.optimizer).__name__
+        warning = MixedErrorsWarning(
+            optimizer=optimizer, states=", ".join(names), key=names[0], width=MIXED_WIDTH
+        )
+        warnings.warn(warning, stacklevel=3)
 
 
 class _Skipped(Exception):

@@ -72,6 +72,24 @@ class EagerStepWarning(StqWarning):
     )
 
 
+class MixedErrorsWarning(StqWarning):
+    message = (
+        "{optimizer}: its step multiplies matrices and runs eagerly, so that there is no graph to "
+        "say whether a product mixes the rounding errors of states with fewer than {width} bits "
+        "({states}). Where one does, as in Muon and SOAP, such a state trains worse: with "
+        "{key!r}: {width} in the option precision it has the bits that it needs then."
+    )
+
+
+class CopyPrecisionWarning(StqWarning):
+    message = (
+        "{optimizer}: after {steps} steps the weights are no farther from their copies among the "
+        "states ({states}) than those are rounded: what the step makes of the difference is "
+        "mostly rounding. With {pins} in the option precision (and tolerance or target_bits, where "
+        "the other states are to be planned) they are exact, from the first step on."
+    )
+
+
 class ParamRoundingWarning(StqWarning):
     message = (
         "{optimizer}: param_rounding={rounding!r} has no effect on steps that run eagerly: its "

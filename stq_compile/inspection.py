@@ -25,7 +25,7 @@ from stq_compile.capture import Captured, capture, param_sources, params_of
 from stq_compile.checks import check_program
 from stq_compile.codegen.target import CPU, Target
 from stq_compile.compiler import FRONT, back, front
-from stq_compile.driver import own_code, raw_step, translated
+from stq_compile.driver import translated
 from stq_compile.errors import StqError, UnsupportedOptimizerError
 from stq_compile.exemplars import extend
 from stq_compile.failures import reporting_defects
@@ -35,6 +35,7 @@ from stq_compile.options import Options
 from stq_compile.passes.runner import Pass, Stage, iter_passes
 from stq_compile.session import Session
 from stq_compile.step_graph import Operand, Program, Role, Source
+from stq_compile.steps import captured_step, own_code, raw_step
 
 LOG = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ def _capture(optimizer: Optimizer, sources: Mapping[int, Source]) -> Captured:
         found.append(capture(gm, optimizer, sources))
         return _stop
 
-    step = torch.compile(own_code(raw_step(type(optimizer))), backend=backend, fullgraph=True)
+    step = torch.compile(own_code(captured_step(type(optimizer))), backend=backend, fullgraph=True)
     try:
         with torch.no_grad():
             step(optimizer)

@@ -32,6 +32,8 @@ Empty = Callable[[Format, int, torch.device | None], tuple[Tensor, Tensor]]
 SHIFTS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4)
 """What is added to the diagonal, relative to itself, until a matrix can be factored: float32 sums
 of ``X X^T`` with fewer columns than rows have eigenvalues of about -1e-7."""
+ORTHONORMAL = 1e-3
+"""How far products of the columns of an orthonormal matrix may be from zero and one."""
 SYMMETRY = 1e-4
 """How far apart two mirrored entries may be, relative to the root of their diagonal entries."""
 
@@ -43,6 +45,25 @@ def orthonormal(matrix: Tensor) -> Tensor:
     v = tall.float()
     v = torch.addmm(v, v, v.T @ v, beta=1.5, alpha=-0.5)
     return (v if tall is matrix else v.T).to(matrix.dtype)
+
+
+def square_orthonormal(values: Tensor) -> Tensor:
+    """`orthonormal` of a square matrix in a tensor of any shape, ``[n * n]`` or ``[1, n, n]``."""
+    n = side(values.numel())
+    return orthonormal(values.reshape(n, n)).view(values.shape)
+
+
+def is_orthonormal(values: Tensor) -> bool:
+    """Whether values are those of a square matrix with orthonormal columns."""
+    n = math.isqrt(values.numel())
+    if n < 2 or n * n != values.numel():
+        return False
+    v = values.reshape(n, n).float()
+    if not bool(((v * v).sum(0) - 1).abs().max() <= ORTHONORMAL):  # seen without the product
+        return False
+    off = v.T @ v
+    off.diagonal().sub_(1)
+    return bool(off.abs().max() <= ORTHONORMAL)
 
 
 def is_semidefinite(values: Tensor, *, known: bool = True) -> bool:

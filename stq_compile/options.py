@@ -116,14 +116,20 @@ class Options:
         The widest that any entry gives to a state of this parameter, so that nothing is lost
         before the key is known.
         """
+        return max(self._widths_of_created(param))
+
+    def may_pack_created(self, param: str) -> bool:
+        """Whether such a state may get less than 32 bits when its key is known."""
+        return min(self._widths_of_created(param)) < 32 and not self.excludes(param)
+
+    def _widths_of_created(self, param: str) -> list[int]:
+        """What the entries, or their absence, give to states of a parameter."""
         if isinstance(self.precision, int):
-            return self.precision
+            return [self.precision]
         unmatched = self.unplanned_width if self.planned else DEFAULT_PRECISION
         splits = [(*key.rpartition(":"), width) for key, width in (self.precision or {}).items()]
         widths = [w for p, _, _, w in splits if fnmatch.fnmatchcase(param, p or "*")]
-        if self.planned:
-            widths.append(unmatched)
-        return max(widths, default=unmatched)
+        return widths if widths and not self.planned else [*widths, unmatched]
 
     @property
     def unplanned_width(self) -> int:

@@ -27,7 +27,7 @@ from stq_compile.codec import CompiledCodec
 from stq_compile.formats import MatrixKind
 from stq_compile.half_params import HalfParams
 from stq_compile.halves import HALF_DTYPES
-from stq_compile.matrices import orthonormal
+from stq_compile.matrices import orthonormal, square_orthonormal
 from stq_compile.packed_state import PackedState, in_order_of
 from stq_compile.passes.in_place import reuse_memory
 from stq_compile.runtime import Resolve, changed, live
@@ -59,8 +59,9 @@ class Cell(NamedTuple):
         value = self._decoded(codec, halves)
         if self.operand.region is not None:
             value = whole_of(value, self.operand.region, self.mesh)
-        packed = isinstance(self.value, PackedState)
-        return orthonormal(value) if packed and self.value.format.kind == "orthogonal" else value
+        if isinstance(self.value, PackedState) and self.value.format.kind == "orthogonal":
+            return orthonormal(value) if value.ndim == 2 else square_orthonormal(value)
+        return value
 
     def _decoded(self, codec: Codec, halves: HalfParams | None) -> Any:
         value = self.value

@@ -94,8 +94,11 @@ class Session:
         self.compiles = 0
         self.compiled_at: list[int] = []
         self.weights: set[StateKey] = set()
+        self.distances: dict[str, float] = {}  # the largest from copies of weights, by key
         self.gradients: dict[StateKey, StorageWeakRef] = {}  # whose gradients were packed as states
         self.eager_reason = ""
+        self.multiplies = False  # whether an eager step multiplied matrices
+        self.warned_of_products = False
         self.transitions = 0
         self.look_bytes = 0
         self.recorded = False

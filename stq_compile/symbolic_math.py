@@ -3,14 +3,19 @@
 Dynamo replaces ``math.f`` of a symbolic number by ``torch._sym_f`` where torch has that, and where
 it has not, it compiles one graph for each value of the number: ``1 - math.pow(beta, step)`` would
 cost one graph per step. These are the missing ones, in place while a step is captured.
+
+And it takes a number for a constant until it has seen it change, which costs a graph more: what
+is known to count is named to it (`symbolic_numbers`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,3 +62,23 @@ def symbolic_math() -> Iterator[None]:
             for name, function in MISSING.items() if _blocks == 0 else ():
                 if getattr(torch, name) is function:
                     delattr(torch, name)
+
+
+@contextmanager
+def symbolic_numbers(keys: frozenset[str]) -> Iterator[None]:
+    """During the block, Dynamo makes whole numbers with these keys in an optimizer's states and
+    groups inputs of a graph, as soon as it sees them. The setting is this thread's alone."""
+    config: Any = torch.compiler.config
+    before = config.dynamic_sources  # the user's
+    config.dynamic_sources = ",".join(filter(None, [before, _sources(keys)]))
+    try:
+        yield
+    finally:
+        config.dynamic_sources = before
+
+
+@cache
+def _sources(keys: frozenset[str]) -> str:
+    """Patterns of Dynamo's names for them; its list of these cannot hold every key."""
+    names = sorted(key for key in keys if re.fullmatch(r"\w+", key))
+    return ",".join(rf".*\.(state|param_groups)\[.*\['{name}'\]$" for name in names)

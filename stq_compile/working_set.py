@@ -5,7 +5,7 @@ not encoded after each operator that writes it. A `WorkingSet` keeps the decoded
 states of one parameter; when the step turns to the states of another parameter, and when it ends,
 what was written is encoded, once. So a state is rounded once a step, as in a compiled step, and no
 more than one parameter's states are in float32 at a time (all of them in a ``foreach`` optimizer,
-whose every operator takes all of them).
+whose operators take all of them).
 
 A step may go over its parameters twice, and hand values from the first time to the second in a
 state (AdaHessian's Hutchinson estimates, whose squares it then averages and divides by). Such a
@@ -29,7 +29,7 @@ from stq_compile import interrupts
 from stq_compile.birth import newborn
 from stq_compile.formats import BFLOAT16, CONSTANT, FLOAT32, Format, MatrixKind, choose_format
 from stq_compile.halves import FLOAT_DTYPES
-from stq_compile.matrices import is_semidefinite
+from stq_compile.matrices import is_orthonormal, is_semidefinite, square_orthonormal
 from stq_compile.packed_state import PackedState, is_dense, is_view, run_dense
 from stq_compile.storage import DEVICES, REFERENCE, Codec, PackedStorage, Replacement
 
@@ -44,20 +44,25 @@ OVERWRITES = {
 }  # fmt: skip
 """Operators after which nothing of the former values of their first argument is left."""
 
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+
 
 class WorkingSet(TorchDispatchMode):
     """Runs the operators of a ``with`` block on decoded states; encodes what was written.
 
     ``min_numel``: constants of so many elements or more are born packed; None leaves them alone.
+    ``multiplied`` says afterwards whether the block multiplied matrices.
     """
 
     def __init__(self, owners: Owners, min_numel: int | None, codec: Codec = REFERENCE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.multiplied = False
         self._min_numel = min_numel
         self._codec = codec
         self._ask = owners
         self._owners = owners()
         self._decoded: set[PackedStorage] = set()
+        self._present: set[int | None] = set()  # whose states these are
         self._written: set[PackedStorage] = set()
         self._met: dict[PackedStorage, bool] = {}  # whether nothing of before the step is in it
         self._held: dict[PackedStorage, Format] = {}  # in bfloat16, and in what before
@@ -70,6 +75,7 @@ class WorkingSet(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.multiplied = self.multiplied or func in PRODUCTS
         packed = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PackedState)]
         if not packed and self._min_numel is not None:
             born = newborn(func, args, kwargs, self._min_numel)
@@ -115,8 +121,11 @@ class WorkingSet(TorchDispatchMode):
         if id(storage) not in self._owners:
             return storage.read(self._codec)
         if storage.working is None:
-            storage.working = storage.read(self._codec)
+            values = storage.read(self._codec)
+            basis = storage.format.kind == "orthogonal"
+            storage.working = square_orthonormal(values) if basis else values
             self._decoded.add(storage)
+            self._present.add(self._owners[id(storage)][0])
         return storage.working
 
     def _write(self, storage: PackedStorage, values: Tensor) -> None:
@@ -130,8 +139,13 @@ class WorkingSet(TorchDispatchMode):
     def _turn_to(self, owners: set[int | None], *, ended: bool = False) -> None:
         """Encode and forget the decoded states of all other owners; normalizers first.
 
-        ``ended``: the step will not come back to any of them.
+        Not while the step stays with owners whose states are decoded: one that goes through a list
+        tensor by tensor, between ``foreach`` operators on all of them, goes on with values that
+        were not rounded. ``ended``: the step will not come back to any of them.
         """
+        if owners <= self._present and not ended:
+            return
+        self._present &= owners
         done = [s for s in self._decoded if self._owners[id(s)][0] not in owners]
         made: list[Replacement] = []
         for storage in sorted(done, key=lambda s: s.format.normalized):
@@ -194,8 +208,8 @@ def encoded_as(
         return None
     unfit = not format.signed and bool((seen < 0).any())
     if format.matrix is not None:
-        orthogonal = format.matrix == matrix == "orthogonal"
-        unfit = not orthogonal and not (format.whole and is_semidefinite(seen))
+        fits = is_semidefinite if format.whole else is_orthonormal
+        unfit = not format.matrix == matrix == "orthogonal" and not fits(seen)
     if format == CONSTANT or unfit:
         width = width if format == CONSTANT else format.width
         wanted = format_for(seen, width, matrix, cut=whole is not None)
@@ -208,15 +222,15 @@ def format_for(
 ) -> Format:
     """The format of a state of which nothing is known but its values, and ``matrix`` perhaps.
 
-    Without it, a matrix that is symmetric and positive semidefinite counts as one that stays so
-    (what does not is found out when it is next encoded). ``cut``: processes hold parts of it, so
-    that none can factor it; it gets 16 bits then.
+    Without it, a square matrix that is symmetric and positive semidefinite, or has orthonormal
+    columns, counts as one that stays so (what does not is found out when it is next encoded).
+    ``cut``: processes hold parts of it, so that none can factor it; it gets 16 bits then.
     """
     if width == FLOAT32.width:
         return FLOAT32
     if matrix != "orthogonal":
         fits = is_semidefinite(values, known=matrix == "semidefinite")
-        matrix = "semidefinite" if fits else None
+        matrix = "semidefinite" if fits else "orthogonal" if is_orthonormal(values) else None
     if matrix == "semidefinite" and cut:
         return BFLOAT16
     nonnegative = not bool((values < 0).any())
@@ -232,12 +246,12 @@ IN_DOUBLE = 1 << 20
 
 def is_like(value: Tensor, param: Any) -> bool:
     """Whether a state is a copy of the weights, or an average of them: slow weights, starting
-    points, the iterate of a schedule-free optimizer.
+    points, the iterate of a schedule-free optimizer. In their own shape, or in another one.
 
     A block's rounding error is a fraction of its largest weight, and a step moves weights by much
     less than that; such a state needs 16 bits to follow (design/0013).
     """
-    if not isinstance(param, Tensor) or value.shape != param.shape:
+    if not isinstance(param, Tensor) or value.numel() != param.numel():
         return False
     values = value.dequantize() if isinstance(value, PackedState) else value.detach()
     flat = values.flatten(), param.detach().flatten()

@@ -210,6 +210,19 @@ def test_what_one_pass_hands_to_the_next_is_not_rounded_to_zeros(overwrite: bool
         assert all(state.packed.working is None for state in states)
 
 
+def test_a_foreach_step_that_goes_through_its_lists_has_the_values_of_the_step() -> None:
+    """Rounded to one between two operators, a product of rates would be divided by zero (Adai)."""
+    states = [PackedState.zeros_like(torch.empty(256), CONSTANT) for _ in range(2)]
+    for state in states:
+        state.packed.fill(1.0)
+    owners = {id(state.packed): (i, 8) for i, state in enumerate(states)}
+    factors = 1.0 - torch.linspace(0, 0.9, 256).pow(4).clamp(min=1e-4)
+    with WorkingSet(lambda: owners, None):
+        torch._foreach_mul_(states, [factors, factors])
+        assert all(torch.equal(1.0 - state, 1.0 - factors) for state in states)
+    assert [state.format.name for state in states] == ["adaptive_log8"] * 2
+
+
 class Twice(Base):
     """Sharpness-aware: moves, calls the closure again, and moves on from where it was."""
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.variables.builder import is_dynamic_source
 
 import stq_compile as stq
 from stq_compile import PackedState
 from stq_compile.errors import EagerStepWarning
-from test_hard_optimizers import MIN_NUMEL, Base, run, run_all_ways, vector
+from stq_compile.symbolic_math import symbolic_numbers
+from test_hard_optimizers import MIN_NUMEL, Base, make_params, run, run_all_ways, vector
 
 
 class CastsInPlace(Base):
@@ -96,6 +98,31 @@ class NoneStates(Base):
                 p.sub_(m.mul_(0.9).add_(p.grad), alpha=0.1 * group["lr"])
 
 
+class Counts(Base):
+    """Counts its steps in Python, in states and in the group."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        group = self.param_groups[0]
+        s["step"] = s.get("step", 0) + 1
+        if s["step"] > group.get("seen", 0):
+            group["seen"] = s["step"]
+        v = s.setdefault("v", torch.zeros_like(p))
+        v.mul_(0.9).addcmul_(p.grad, p.grad, value=0.1)
+        root = (v / (1 - 0.9 ** s["step"])).sqrt().add_(1e-8)
+        p.addcdiv_(p.grad, root, value=-lr / (1 + 0.1 * group["seen"]))
+
+
+class FlatStart(Base):
+    """Keeps its starting point flat, and goes on by its distance from it (Prodigy)."""
+
+    def update(self, p: Tensor, s: dict[str, Any], lr: float) -> None:
+        if not s:
+            s["start"], s["far"] = p.flatten().clone(), 0.0
+        away = (s["start"] - p.flatten()).dot(p.grad.flatten()) / p.grad.norm()
+        s["far"] = max(s["far"], float(away))
+        p.sub_(p.grad, alpha=lr * (1e-3 + s["far"]) / float(p.grad.norm()))
+
+
 HABITS = [CastsInPlace, WritesOut, NumberFirst, Chosen, NoneStates]
 SLOW = (NumberFirst,)
 
@@ -161,3 +188,44 @@ def test_at_32_bits_what_a_step_compiles_itself_is_compiled() -> None:
     with pytest.warns(EagerStepWarning):
         run(CompilesItself, precision=32)
     assert calls
+
+
+def test_a_state_that_a_step_makes_may_be_the_only_packed_one() -> None:
+    """It has the widest of all pins until its key is known, and is packed while Dynamo traces."""
+    eager, _ = run(CastsInPlace)
+    params, optimizer = run(CastsInPlace, precision={"*": 32, "v": 8}, min_numel=MIN_NUMEL)
+    formats = {(row.state, row.format) for row in stq.report(optimizer).rows if len(row.shape) == 2}
+    assert formats == {("m", "float32"), ("v", "adaptive_log8")}
+    torch.testing.assert_close(vector(params), vector(eager), rtol=0.05, atol=0.01)
+
+
+def test_a_count_costs_one_graph() -> None:
+    """The first step makes states, the second serves all others: it counts from the outset."""
+    eager, _ = run(Counts)
+    params, optimizer = run(Counts, precision=32)
+    torch.testing.assert_close(vector(params), vector(eager), rtol=1e-6, atol=1e-7)
+    assert stq.report(optimizer).compiles == 2
+
+
+def test_sources_that_the_user_names_stay() -> None:
+    config: Any = torch.compiler.config
+    with (
+        config.patch(dynamic_sources="L['x']"),
+        symbolic_numbers(frozenset({"step", "not, a name"})),
+    ):
+        assert config.dynamic_sources.split(",")[0] == "L['x']"
+        assert is_dynamic_source("L['self'].param_groups[0]['step']")
+        assert is_dynamic_source("L['self'].state[list(dict.keys(L['self'].state))[0]]['step']")
+        assert not is_dynamic_source("L['self'].param_groups[0]['steps']")
+        assert not is_dynamic_source("L['self'].step")
+    assert not is_dynamic_source("L['self'].param_groups[0]['step']")
+
+
+@pytest.mark.filterwarnings("ignore::stq_compile.errors.EagerStepWarning")
+def test_a_copy_of_the_weights_in_another_shape_is_one() -> None:
+    eager, _ = run(FlatStart)
+    params, optimizer = run(FlatStart, precision=8, min_numel=MIN_NUMEL)
+    formats = {row.format for row in stq.report(optimizer).rows if row.width < 32}
+    assert formats == {"softsign12"}
+    moved = vector(eager) - vector(make_params())
+    assert (vector(params) - vector(eager)).norm() < 0.25 * moved.norm()

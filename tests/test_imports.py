@@ -38,9 +38,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reporting", "reporting.*"),
     ("session",),
     ("repro", "saved_state", "shard_blocks"),
-    ("checkpoint", "dcp", "eager"),
+    ("checkpoint", "copies", "dcp", "eager"),
     ("backend", "state_report"),
-    ("closures", "symbolic_math"),
+    ("closures", "steps", "symbolic_math"),
     ("driver",),
     ("api",),
     ("",),  # stq_compile/__init__.py, which imports nothing until it is asked

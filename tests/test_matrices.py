@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 import stq_compile as stq
 from stq_compile import working_set
-from stq_compile.errors import CheckpointError, FormatMismatchError, IndefiniteStateError
+from stq_compile.errors import (
+    CheckpointError,
+    FormatMismatchError,
+    IndefiniteStateError,
+    MixedErrorsWarning,
+)
 from stq_compile.formats import (
     BFLOAT16,
     FLOAT32,
@@ -537,6 +542,78 @@ def test_eager_steps_find_them_by_their_values(monkeypatch: pytest.MonkeyPatch) 
     entries, optimizer = run(Shampoo, 8, {"precision": 8})
     assert formats(optimizer) == {"left": "softsign8", "right": "softsign8"}
     assert distance(Shampoo, 8, entries) > 0.25
+
+
+class Stacked(torch.optim.Optimizer):
+    """Keeps a basis with a dimension of one before it, of which its graph proves nothing."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        for p in self.param_groups[0]["params"]:
+            s = self.state[p]
+            if not s:
+                s["basis"] = torch.linalg.qr(p.grad @ p.grad.T + torch.eye(p.shape[0])).Q[None]
+            s["basis"].copy_(torch.cat([s["basis"][:, 1:], s["basis"][:, :1]], 1))
+            turned = s["basis"][0].T @ p.grad
+            p.sub_(s["basis"][0] @ turned.sign(), alpha=0.02)
+
+
+def test_a_region_finds_bases_of_any_shape_by_their_values() -> None:
+    ours, optimizer = run(lambda params: Stacked(params, {}), 6, {"precision": 8})
+    assert formats(optimizer) == {"basis": "orthogonal8"}
+    assert "eagerly" not in stq.report(optimizer).note
+    assert distance(lambda params: Stacked(params, {}), 6, ours) < 0.2
+
+
+class RotatedEagerly(Rotated):
+    """The same in a step that breaks the graph; from ``scaled`` steps on the basis is none."""
+
+    scaled = 100
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        torch._dynamo.graph_break()
+        super().step()
+        self.scaled -= 1
+        if self.scaled < 0:
+            for s in self.state.values():
+                s["basis"].mul_(0.5)
+
+
+def test_eager_steps_find_bases_by_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"precision": {"*": 32, "basis": 4}}
+    ours, optimizer = run(RotatedEagerly, 12, options)
+    assert formats(optimizer)["basis"] == "orthogonal4"
+    monkeypatch.setattr(working_set, "is_orthonormal", lambda *_: False)
+    entries, optimizer = run(RotatedEagerly, 12, options)
+    assert formats(optimizer)["basis"] == "softsign4"
+    assert distance(RotatedEagerly, 12, ours) < 0.8 * distance(RotatedEagerly, 12, entries)
+
+
+@pytest.mark.parametrize(("width", "states"), [(4, "m"), (8, "")])
+def test_eager_steps_that_multiply_warn_of_few_bits(width: int, states: str) -> None:
+    """Once, and of states that are no matrices by themselves."""
+    p = nn.Parameter(normal(48, 40).float())
+    optimizer = stq.compile(RotatedEagerly([p]), precision=width, min_numel=1000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            p.grad = gradient(p, step)
+            optimizer.step()
+    found = [str(w.message) for w in caught if isinstance(w.message, MixedErrorsWarning)]
+    assert len(found) == bool(states)
+    assert all(f"fewer than 8 bits ({states})" in message for message in found)
+
+
+def test_a_basis_that_an_eager_step_spoils_is_taken_as_it_is() -> None:
+    def make(params: Any) -> torch.optim.Optimizer:
+        optimizer = RotatedEagerly(params)
+        optimizer.scaled = 2
+        return optimizer
+
+    ours, optimizer = run(make, 6, {"precision": {"*": 32, "basis": 8}})
+    assert formats(optimizer)["basis"] == "softsign8"
+    assert distance(make, 6, ours) < 0.05
 
 
 def test_eager_reads_are_symmetric_and_views_write_through() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,3 +76,33 @@ def test_prints_as_a_table() -> None:
     assert "midrise4" in text
     assert "adaptive_log4" in text
     assert "true bits per element" in text
+
+
+class Swaps(torch.optim.Optimizer):
+    """Gives the parameter a state for its memory (SAM), in a step that runs eagerly."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        torch._dynamo.graph_break()
+        for p in self.param_groups[0]["params"]:
+            s = self.state[p]
+            s["old"] = p.data.clone()
+            s.setdefault("m", torch.zeros_like(p)).add_(p.grad)
+            p.data = s["old"]
+            p.sub_(s["m"], alpha=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::stq_compile.errors.EagerStepWarning")
+def test_a_state_in_the_parameters_memory_occupies_none() -> None:
+    p = torch.nn.Parameter(torch.ones(64, 128))
+    optimizer = stq.compile(Swaps([p]), precision=8)
+    p.grad = torch.ones(64, 128)
+    optimizer.step()
+    assert optimizer.state[p]["old"].data_ptr() == p.data_ptr()
+    report = stq.report(optimizer)
+    sizes = {row.state: (row.bytes, row.fp32_bytes) for row in report.rows}
+    assert sizes == {"old": (0, 0), "m": (64 * 130, 4 * 64 * 128)}
+    assert report.bits_per_element == pytest.approx(8 + 1 / 8)

@@ -62,12 +62,25 @@ def run_of(live: Live) -> Run:
 
 
 def rows_of(live: Live) -> tuple[Row, ...]:
-    """What every state occupies now."""
-    return tuple(
-        _row(source.name, key, value, _reason(live, (source.param, key)))
-        for _, source, key, value in live.states()
-        if isinstance(value, Tensor)
-    )
+    """What every state occupies now; one that is in its parameter's own memory, nothing."""
+    rows = []
+    for param, source, key, value in live.states():
+        if isinstance(value, Tensor):
+            row = _row(source.name, key, value, _reason(live, (source.param, key)))
+            if _in_memory_of(param, value):
+                row = dataclasses.replace(
+                    row, bytes=0, fp32_bytes=0, reason="in its parameter's memory"
+                )
+            rows.append(row)
+    return tuple(rows)
+
+
+def _in_memory_of(param: Any, value: Tensor) -> bool:
+    """Whether a state is a view of its parameter, or was made its data (``p.data = state``)."""
+    if not isinstance(param, Tensor) or isinstance(local(value), PackedState):
+        return False
+    ours, theirs = (int(local(t).untyped_storage().data_ptr()) for t in (value, param))
+    return ours == theirs != 0
 
 
 def _reason(live: Live, key: StateKey) -> str:
