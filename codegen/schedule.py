@@ -37,7 +37,8 @@ MADE_ANYWHERE = ("random24", "random", "valid", "valid_count", "iota")
 
 
 def _movable(v: Value) -> bool:
-    """Whether an operation may run at any time."""
+    """Whether an operation may run at any time. Flags of a block are made as early as can be: with
+    them Triton finds the layout of what they decide on (design/0009)."""
     pure = v.opcode in OPCODES or v.opcode in MADE_ANYWHERE
     early = v.space is Space.TENSOR or (v.space is Space.BLOCK and v.type is Type.BOOL)
     return pure and not early
