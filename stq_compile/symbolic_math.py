@@ -68,6 +68,9 @@ def symbolic_math() -> Iterator[None]:
 def symbolic_numbers(keys: frozenset[str]) -> Iterator[None]:
     """During the block, Dynamo makes whole numbers with these keys in an optimizer's states and
     groups inputs of a graph, as soon as it sees them. The setting is this thread's alone."""
+    if not keys:
+        yield
+        return
     config: Any = torch.compiler.config
     before = config.dynamic_sources  # the user's
     config.dynamic_sources = ",".join(filter(None, [before, _sources(keys)]))
