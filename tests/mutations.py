@@ -102,10 +102,7 @@ MUTATIONS = (
     _m("kernel: tie of bfloat16", "codegen/expand.py", 'low = b.op("int_add", odd, 0x7FFF)',
        'low = b.op("int_add", odd, 0x7FFE)', BITS),
     _m("kernel: a thread's first tensor", "codegen/cpp/run.py",
-       "      const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];\n"
-       "      int64_t i = b - start[r];",
-       "      const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];\n"
-       "      int64_t i = 0;",
+       "      int64_t i = b - start[r];\n@tiles", "      int64_t i = 0;\n@tiles",
        "codegen/test_kernel_numerics.py::test_results_do_not_depend_on_the_number_of_threads"),
     _m("kernel: the tail is left out", "codegen/cpp/run.py",
        "        tile<true>(rows[r], s[r], step, last, 1, count);\n", "",

@@ -114,9 +114,9 @@ def test_growth_by_parameters_tensors_and_threads(
     monkeypatch.setattr(growth, "PARAMETERS", (8192, 16384, 10**9))
     monkeypatch.setattr(growth, "TENSORS", (10, 60, 10**6))
     assert [p.size for p in growth.by_parameters(contender, 10**6, 2)] == [8192, 16384]
-    (point,) = growth.by_tensors(contender, 1000, 9)
-    assert point.size == 60
-    assert point.value == pytest.approx(10)  # microseconds a tensor
+    points = growth.by_tensors(contender, 1000, 9)
+    assert [p.size for p in points] == [10, 60]
+    assert [p.value for p in points] == pytest.approx([10, 10])  # microseconds a tensor
     before = torch.get_num_threads()
     by_threads = growth.by_threads(SHAPES, lambda: [contender, contender], (1, 2), 2)
     assert set(by_threads) == {1, 2}

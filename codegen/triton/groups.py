@@ -67,7 +67,8 @@ def _place(uniform: list[Value], parts: list[Group], users: dict[int, list[int]]
     """Operations for a whole phase go to the first of its groups that needs them."""
     number = {id(v): i for i, part in enumerate(parts) for v in part.planes + part.after}
     for v in reversed(uniform):
-        number[id(v)] = min((number[u] for u in users.get(id(v), ()) if u in number), default=-1)
+        needed = [number[u] for u in users.get(id(v), ()) if u in number]
+        number[id(v)] = min(needed, default=len(parts) - 1)
         parts[number[id(v)]].uniform.insert(0, v)
 
 

@@ -61,7 +61,7 @@ MUTANTS = {
     "the block's counter": (r"static_cast<uint64_t>\(block \+ 1\)", "static_cast<uint64_t>(block)"),
     "the shift of the scale": (r"(momentum_buffer_0_word <<) 16", r"\1 15"),
     "the rounding of the scale": (r"(_absmax\S* \+) 65535", r"\1 32767"),
-    "the zero level": (r"(code_of_4_bits\S* -) 7", r"\1 6"),
+    "the zero level": (r"(iota\(\) -) 7", r"\1 6"),
     "the number of valid elements": (r"iota\(\) < count", "iota() <= count"),
     "the learning rate": (r"\* 0\.01f", "* 0.0100001f"),
 }

@@ -79,7 +79,7 @@ STQ_INLINE void finish(const Row& row, const Scalars& s, uint64_t step,
   const stq::f32b exp_avg_sq_0_new_div_1 = 1.0f / exp_avg_sq_0_new_select;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_select * 1.1920929e-07f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_6, stq::each(1.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_min_1 * 0.16666667f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_min_1 * 0.125f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_mul_8 = exp_avg_sq_0_new_mul_7 * 0.25f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_sub_2 = 0.5f - exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_sub_3 = 7.5f - exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new

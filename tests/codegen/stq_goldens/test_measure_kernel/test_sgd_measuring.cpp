@@ -66,8 +66,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b momentum_buffer_0_from_bits = stq::from_bits(momentum_buffer_0_shift_left);  // momentum_buffer_0
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j * stride;
-    const stq::i32v code_of_4_bits = stq::iota() & 15;  // momentum_buffer_0
-    const stq::i32v momentum_buffer_0_int_sub_table = code_of_4_bits - 7;  // momentum_buffer_0
+    const stq::i32v momentum_buffer_0_int_sub_table = stq::iota() - 7;  // momentum_buffer_0
     const stq::f32v momentum_buffer_0_to_float_table = stq::to_float(momentum_buffer_0_int_sub_table);  // momentum_buffer_0
     const stq::f32v momentum_buffer_0_abs_table = stq::abs(momentum_buffer_0_to_float_table);  // momentum_buffer_0
     const stq::f32v momentum_buffer_0_sub_table = 14.0f - momentum_buffer_0_abs_table;  // momentum_buffer_0
