@@ -27,7 +27,15 @@ from stq_compile.formats import (
     ULP_STEP,
     Format,
 )
-from stq_compile.reference import INFINITY_BITS, LEAST_SCALE_BITS, LOWEST_BITS, ONE_BITS
+from stq_compile.reference import (
+    HALF_EXPONENT,
+    INFINITY_BITS,
+    INVERSE_ROOT_BITS,
+    LEAST_SCALE_BITS,
+    LOWEST_BITS,
+    ONE_BITS,
+    ROOT_BITS,
+)
 
 
 def code_kind(format: Format) -> OperandKind:
@@ -88,14 +96,15 @@ def _decode_adaptive_log(b: Builder, code: Value, word: Value, format: Format) -
         scale_bits = b.op("shift_left", b.op("shift_right", word, 5), 20)
         number = b.op("int_lt", scale_bits, INFINITY_BITS)
         number = b.op("and", b.op("int_lt", 0, scale_bits), number)
-        spacing = _whole_spacing(b, number, b.op("int_and", word, 31), format)
+        spacing = whole_spacing(b, b.op("int_and", word, 31), format)
+        spacing = b.op("int_select", number, spacing, 0)
     lowest = lowest_level(b, scale_bits, spacing, format)
     return b.op("from_bits", b.op("int_add", b.op("int_mul", code, spacing), lowest))
 
 
-def _whole_spacing(b: Builder, number: Value, step: Value, format: Format) -> Value:
-    spacing = b.op("int_mul", b.op("int_add", step, 1), format.spacing)
-    return b.op("int_select", number, spacing, 0)
+def whole_spacing(b: Builder, step: Value, format: Format) -> Value:
+    """How far apart the bit patterns of levels are, at a range of so many steps - 1."""
+    return b.op("int_mul", b.op("int_add", step, 1), format.spacing)
 
 
 def lowest_level(b: Builder, scale_bits: Value, spacing: Value, format: Format) -> Value:
@@ -106,20 +115,20 @@ def lowest_level(b: Builder, scale_bits: Value, spacing: Value, format: Format) 
 def unit(b: Builder, normalizer: Value, format: Format) -> Value:
     """`reference.midrise_unit`."""
     if format.power_unit:
-        return b.op("from_bits", b.op("int_add", _half_exponent(b, normalizer), 64 << 23))
+        return b.op("from_bits", b.op("int_add", _half_exponent(b, normalizer), ROOT_BITS))
     return b.op("min", b.op("sqrt", normalizer), MIDRISE_LARGEST_UNIT)
 
 
 def inverse_unit(b: Builder, normalizer: Value, format: Format) -> Value:
     """1 / `unit`; of a root of zero, that of the largest unit."""
     if format.power_unit:
-        return b.op("from_bits", b.op("int_sub", 190 << 23, _half_exponent(b, normalizer)))
+        return b.op("from_bits", b.op("int_sub", INVERSE_ROOT_BITS, _half_exponent(b, normalizer)))
     return b.op("max", reciprocal(b, b.op("sqrt", normalizer)), 1.0 / MIDRISE_LARGEST_UNIT)
 
 
 def _half_exponent(b: Builder, x: Value) -> Value:
     """`reference._half_exponent`."""
-    return b.op("int_and", b.op("shift_right", b.op("bits_of", x), 1), 0x3F800000)
+    return b.op("int_and", b.op("shift_right", b.op("bits_of", x), 1), HALF_EXPONENT)
 
 
 def encode(
@@ -214,7 +223,7 @@ def _encode_adaptive_log(b: Builder, x: Value, state: Stored) -> tuple[Value, Va
     levels = float(format.top_code)
     scale_bits = b.op("shift_left", scale_up(b, absmax(b, x), 20), 20)
     finite = b.op("int_lt", scale_bits, INFINITY_BITS)
-    distance = b.op("int_max", b.op("int_sub", magnitude_bits(b, x), scale_bits), LOWEST_BITS)
+    distance = distance_to(b, x, scale_bits)
     step = adaptive_range(b, distance, format.width)
     spacing = b.op("mul", b.op("add", step, 1.0), float(format.spacing))
     spacing = b.op("select", finite, spacing, math.inf)
@@ -231,8 +240,14 @@ def _encode_adaptive_log(b: Builder, x: Value, state: Stored) -> tuple[Value, Va
     word = b.op("int_or", b.op("shift_right", scale_bits, 15), whole_step)
     word = b.op("int_select", b.op("int_eq", scale_bits, 0), 0, word)
     # Where the scale is zero all codes are the top one, which is what a known word stands for.
-    b.words[id(word)] = (scale_bits, _whole_spacing(b, finite, whole_step, format))
+    whole = b.op("int_select", finite, whole_spacing(b, whole_step, format), 0)
+    b.words[id(word)] = (scale_bits, whole)
     return _code(b, t, state, pull), word
+
+
+def distance_to(b: Builder, x: Value, scale_bits: Value) -> Value:
+    """From the scale's bit pattern to an element's."""
+    return b.op("int_max", b.op("int_sub", magnitude_bits(b, x), scale_bits), LOWEST_BITS)
 
 
 def _counted(b: Builder, distance: Value) -> Value:

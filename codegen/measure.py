@@ -11,12 +11,13 @@ import math
 from stq_compile.codegen.expand import (
     absmax,
     adaptive_range,
+    distance_to,
     log2,
     lowest_level,
-    magnitude_bits,
     reciprocal,
     scale_up,
     unit,
+    whole_spacing,
 )
 from stq_compile.codegen.ir import Argument, Builder, Value
 from stq_compile.error_law import (
@@ -30,7 +31,6 @@ from stq_compile.error_law import (
     TINY,
 )
 from stq_compile.formats import FORMATS, MIDRISE_CLIP, OCTAVE, Format
-from stq_compile.reference import LOWEST_BITS
 
 
 def settled_error(
@@ -141,9 +141,8 @@ def range_end(b: Builder, old: Value) -> Value:
 def _range(b: Builder, x: Value, scale: Value, format: Format) -> tuple[Value, Value]:
     """The steps of the range less one, and the lowest level."""
     scale_bits = b.op("bits_of", scale)
-    below = b.op("int_sub", magnitude_bits(b, x), scale_bits)
-    step = adaptive_range(b, b.op("int_max", below, LOWEST_BITS), format.width)
-    spacing = b.op("int_mul", b.op("int_add", b.op("to_int", step), 1), format.spacing)
+    step = adaptive_range(b, distance_to(b, x, scale_bits), format.width)
+    spacing = whole_spacing(b, b.op("to_int", step), format)
     end = b.op("from_bits", lowest_level(b, scale_bits, spacing, format))
     return step, b.op("select", b.op("gt", scale, 0.0), end, 0.0)
 

@@ -70,19 +70,19 @@ class Schedule:
         that needs crosses anyway (random numbers need nothing); a single operation also if one
         other value crosses instead.
         """
-        self._users: dict[int, list[Value]] = {id(v): [] for v in self.kernel.body}
+        self.users: dict[int, list[Value]] = {id(v): [] for v in self.kernel.body}
         for v in self.kernel.body:
             for a in v.args:
                 if isinstance(a, Value):
-                    self._users[id(a)].append(v)
+                    self.users[id(a)].append(v)
         for v in reversed(self.kernel.body):
-            if _movable(v) and self._users[id(v)]:
+            if _movable(v) and self.users[id(v)]:
                 target = self._needed(v)
                 if target > self._loop(v):
                     self._sink_cone(v, target)
 
     def _needed(self, v: Value) -> int:
-        return min(self._loop(u) for u in self._users[id(v)])
+        return min(self._loop(u) for u in self.users[id(v)])
 
     def _sink_cone(self, v: Value, target: int) -> None:
         """Move ``v`` and what leads to it alone to phase ``target``, if that pays."""
@@ -91,7 +91,7 @@ class Schedule:
             for a in stack.pop().args:
                 if not isinstance(a, Value) or a.space < v.space or id(a) in cone:
                     continue
-                users = self._users[id(a)]
+                users = self.users[id(a)]
                 if _movable(a) and all(id(u) in cone or self._loop(u) >= target for u in users):
                     cone[id(a)] = a
                     stack.append(a)
@@ -102,7 +102,7 @@ class Schedule:
             for a in border.values()
             if a.opcode not in INLINE
             and id(a) not in cone
-            and all(self._loop(u) <= self._loop(a) or id(u) in cone for u in self._users[id(a)])
+            and all(self._loop(u) <= self._loop(a) or id(u) in cone for u in self.users[id(a)])
         ]
         if len(crossing) < (2 if len(cone) == 1 else 1):
             for u in cone.values():

@@ -155,7 +155,7 @@ def _adaptive_log(x: Tensor, before: Tensor, valid: Tensor, format: Format, law:
     moved = (increment / magnitude.clamp_min(TINY)).clamp_max(FARTHEST)
     distance = (spacing * math.log(2)).expand_as(x)
     variance = law.variance(distance, moved, torch.ones_like(x)) * magnitude.square()
-    lifted = (_end(scale, step, format) * _inverse(scale) - magnitude).clamp_min(0.0)
+    lifted = (_end(scale, step, format) * reference.reciprocal(scale) - magnitude).clamp_min(0.0)
     # An error in a divisor has a bounded effect, its linear one is not: twice the value at most.
     bounded = torch.minimum(variance + lifted.square(), 4 * magnitude.square())
     return scale * bounded.sqrt()
@@ -165,7 +165,7 @@ def _midrise(
     x: Tensor, before: Tensor, normalizer: Tensor, valid: Tensor, format: Format, law: _Law
 ) -> Tensor:
     unit = reference.midrise_unit(normalizer, format)
-    inverse = _inverse(unit)
+    inverse = reference.reciprocal(unit)
     value = torch.where(valid, x * inverse, 0.0)
     count = valid.sum(1, keepdim=True).clamp_min(1)
     half = format.top_code / 2
@@ -261,18 +261,13 @@ def _range(x: Tensor, valid: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 def _end(scale: Tensor, step: Tensor, format: Format) -> Tensor:
     """The lowest level of every block."""
-    below = (step.to(torch.int32) + 1) * (format.spacing * format.top_code)
-    return torch.where(
-        scale > 0, reference.float_from_bits(reference.magnitude_bits(scale) - below), 0.0
-    )
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, 1 / scale, 0.0)
+    spacing = (step.to(torch.int32) + 1) * format.spacing
+    end = reference.lowest_level(reference.magnitude_bits(scale), spacing, format)
+    return torch.where(scale > 0, reference.float_from_bits(end), 0.0)
 
 
 def _relative(x: Tensor, before: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitude and increment in units of the scale; at most 1 and `FARTHEST`."""
-    inverse = _inverse(scale)
+    inverse = reference.reciprocal(scale)
     magnitude = (x.abs() * inverse).clamp_max(1.0)
     return magnitude, ((x - before).abs() * inverse).clamp_max(FARTHEST)

@@ -29,14 +29,12 @@ from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.planner.history import LIMIT, Incident
 from stq_compile.planner.planner import StateKey
+from stq_compile.reference import INFINITY_BITS, scale_pattern
 from stq_compile.shards import gradient, local, region_of
 from stq_compile.step_graph import Source
 from stq_compile.storage import PackedStorage
 
 LOG = logging.getLogger(__name__)
-
-EXPONENT = 0x7F80
-"""The exponent of a bfloat16: all of its bits are set in an infinity or a NaN."""
 
 
 @dataclass
@@ -179,6 +177,5 @@ def _count(values: Tensor) -> int:
 def _broken_blocks(storage: PackedStorage) -> Tensor:
     """The numbers of the blocks whose scale is an infinity or a NaN."""
     words = storage.scales.to(torch.int32) & 0xFFFF
-    # The upper 11 bits of a float without its sign, above the range; or its upper 16 bits.
-    patterns = words >> 1 if storage.format.kind == "adaptive_log" else words
-    return ((patterns & EXPONENT) == EXPONENT).nonzero()[:, 0]
+    patterns = scale_pattern(words, storage.format)
+    return ((patterns & INFINITY_BITS) == INFINITY_BITS).nonzero()[:, 0]

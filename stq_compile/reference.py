@@ -46,6 +46,11 @@ from stq_compile.rounding import Noise, random_bits
 
 INFINITY_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
+HALF_EXPONENT = 0x3F800000
+"""What is left of an exponent that was shifted right by one."""
+ROOT_BITS, INVERSE_ROOT_BITS = 64 << 23, 190 << 23
+"""What a halved exponent is added to, for a power of two near the root, and subtracted from, for
+the inverse of that: biased exponents of a number and of its inverse are 254 together."""
 LEAST_SCALE_BITS = {16: 1 << 23, 20: 15 << 23}
 """Patterns of the least scales that are not zero, by the bits that they lose: 2^-126, whose inverse
 is finite, and for ``adaptive_log`` 2^-112, from which its widest range ends at 2^-126."""
@@ -244,7 +249,12 @@ def block_scale(x: Tensor, drop: int) -> Tensor:
     return _scale_up(magnitude_bits(x).amax(1, keepdim=True), drop)
 
 
-def _reciprocal(scale: Tensor) -> Tensor:
+def scale_pattern(word: Tensor, format: Format) -> Tensor:
+    """The bit patterns of scales, from their words as int32."""
+    return word >> 5 << 20 if format.kind == "adaptive_log" else word << 16
+
+
+def reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
 
 
@@ -261,7 +271,7 @@ def _encode_softsign(x: Tensor, format: Format, uniform: Tensor | float) -> tupl
     """
     top = format.top_code // 2
     scale = block_scale(x, 16)
-    inverse = _reciprocal(float_from_bits(scale << 16))
+    inverse = reciprocal(float_from_bits(scale << 16))
     a = torch.fmin(x.abs() * inverse, torch.tensor(1.0))
     w = 1.0 + a
     t = (a * (2.0 * top)) / w
@@ -323,7 +333,7 @@ def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
     mean and deviation need no exact logarithm, and this one is off by 0.09 octaves at most.
     """
     counted = torch.where(valid, distance, 0).float()
-    share = _reciprocal(valid.sum(1, keepdim=True).float())
+    share = reciprocal(valid.sum(1, keepdim=True).float())
     mean = block_sum(counted) * share
     variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
     spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS[width]), -mean)
@@ -333,10 +343,15 @@ def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:
     """Where the scale is zero or no number, so is every element."""
-    top = word >> 5
-    number = (top > 0) & (top < INFINITY_BITS >> 20)
+    scale = scale_pattern(word, format)
+    number = (scale > 0) & (scale < INFINITY_BITS)
     spacing = torch.where(number, ((word & 31) + 1) * format.spacing, 0)
-    return float_from_bits(((top << 20) - format.top_code * spacing) + code * spacing)
+    return float_from_bits(lowest_level(scale, spacing, format) + code * spacing)
+
+
+def lowest_level(scale_bits: Tensor, spacing: Tensor, format: Format) -> Tensor:
+    """The bit pattern that the code 0 of ``adaptive_log`` stands for."""
+    return scale_bits - format.top_code * spacing
 
 
 # midrise ------------------------------------------------------------------------------------
@@ -346,23 +361,20 @@ def midrise_unit(normalizer: Tensor, format: Format) -> Tensor:
     """What the values of a normalized format are in units of."""
     if not format.power_unit:
         return torch.fmin(root(normalizer), torch.tensor(MIDRISE_LARGEST_UNIT))
-    return float_from_bits(_half_exponent(normalizer) + (64 << 23))
+    return float_from_bits(_half_exponent(normalizer) + ROOT_BITS)
 
 
 def _inverse_unit(normalizer: Tensor, format: Format) -> Tensor:
     """1 / `midrise_unit`; of a root of zero, that of the largest unit."""
     if not format.power_unit:
-        inverse = _reciprocal(root(normalizer))
+        inverse = reciprocal(root(normalizer))
         return torch.fmax(inverse, torch.tensor(1.0 / MIDRISE_LARGEST_UNIT))
-    return float_from_bits((190 << 23) - _half_exponent(normalizer))
+    return float_from_bits(INVERSE_ROOT_BITS - _half_exponent(normalizer))
 
 
 def _half_exponent(x: Tensor) -> Tensor:
-    """The exponent of ``x >= 0``, halved and rounded down, where a float has its exponent.
-
-    (64 more is the exponent of a power of two near the root; 190 less it, that of its inverse.)
-    """
-    return (x.contiguous().view(torch.int32) >> 1) & 0x3F800000
+    """The exponent of ``x >= 0``, halved and rounded down, where a float has its exponent."""
+    return (x.contiguous().view(torch.int32) >> 1) & HALF_EXPONENT
 
 
 def _encode_midrise(
@@ -371,12 +383,12 @@ def _encode_midrise(
     half = format.top_code / 2
     u = x * _inverse_unit(normalizer, format)
     if format.width in MIDRISE_CLIP:
-        share = _reciprocal(valid.sum(1, keepdim=True).float())
+        share = reciprocal(valid.sum(1, keepdim=True).float())
         reach = root(block_sum(u * u) * share) * (MIDRISE_CLIP[format.width] / half)
     else:
         reach = float_from_bits(magnitude_bits(u).amax(1, keepdim=True)) * (MIDRISE_SLACK / half)
     step = _scale_up(magnitude_bits(reach), 16)
-    inverse = _reciprocal(float_from_bits(step << 16))
+    inverse = reciprocal(float_from_bits(step << 16))
     if format.width not in MIDRISE_CLIP:
         inverse = inverse * MIDRISE_SHRINK
     t = torch.clamp(fma(u, inverse, half + 0.5), 0.5, format.top_code + 0.5)

@@ -386,9 +386,8 @@ def _without_diagonal(piece: Piece, where: str) -> Piece:
 
 def _check_codes(piece: Piece, format: Format, where: str) -> None:
     words = piece.scales.to(torch.int32) & 0xFFFF
-    drop, range_bits = (20, 5) if format.kind == "adaptive_log" else (16, 0)
-    scales = (words >> range_bits) << drop
-    least = reference.LEAST_SCALE_BITS[drop]
+    scales = reference.scale_pattern(words, format)
+    least = reference.LEAST_SCALE_BITS[20 if format.kind == "adaptive_log" else 16]
     if bool(((words != 0) & ((scales < least) | (scales >= reference.INFINITY_BITS))).any()):
         raise CheckpointError(
             entry=f"{where}.scales",

@@ -20,6 +20,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -472,21 +473,21 @@ def test_zero_and_the_largest_value_stay_whatever_the_random_number(
 
     format = FORMATS[f"{kind}{width}"]
     x = torch.tensor([1.0, 0.0]).repeat(64)
-    values = decode(*encode(x, format, Extreme(extreme)), format, 128)
+    values = decode(*encode(x, format, Extreme(number=extreme)), format, 128)
     assert (values[::2] == 1).all()
     if format.signed:
         assert (values[1::2] == 0).all()
 
 
+@dataclass(frozen=True)
 class Extreme(Noise):
     """One number for all elements, in [0, 1)."""
 
-    def __init__(self, number: float) -> None:
-        super().__init__(1)
-        object.__setattr__(self, "number", number)
+    key: int | None = 1
+    number: float = 0.0
 
     def uniform(self, first_block: int, blocks: int, device: object = None) -> float:
-        return float(self.number)  # type: ignore[attr-defined]
+        return self.number
 
     def centered(self, first_block: int, blocks: int, device: object = None) -> Tensor:
         number = (self.uniform(0, 0) - 0.5) * 2.0**32
@@ -501,7 +502,7 @@ def test_what_is_on_a_level_stays_whatever_the_random_number(width: int, extreme
     generator = torch.Generator().manual_seed(width)
     x = torch.exp2(2 * torch.randn(blocks, 128, generator=generator)).view(-1)
     codes, scales = encode(x, format, NEAREST)
-    again = encode(decode(codes, scales, format, x.numel()), format, Extreme(extreme))
+    again = encode(decode(codes, scales, format, x.numel()), format, Extreme(number=extreme))
     same = again[1] == scales
     assert float(same.float().mean()) > 0.1
     assert torch.equal(again[0][same], codes[same])

@@ -19,6 +19,7 @@ FACTOR = 0.5
 class Clipped(torch.optim.AdamW):
     """AdamW with the gradients clipped before, and a decay of its own after."""
 
+    # torch's is overloaded
     @torch.no_grad()
     def step(self, closure: Any = None, *, decay: float = 0.01) -> Any:  # type: ignore[override]
         for group in self.param_groups:

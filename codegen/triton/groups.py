@@ -46,14 +46,10 @@ def border(number: int) -> str:
 
 def groups(schedule: Schedule) -> list[Group]:
     """All groups in execution order."""
-    users: dict[int, list[int]] = {}
-    for v in schedule.kernel.body:
-        for a in v.args:
-            users.setdefault(id(a), []).append(id(v))
     found: list[Group] = []
     for number, phase in enumerate(schedule.phases, 1):
         parts = _split(phase)
-        _place(phase.blocks + phase.tables, parts, users)
+        _place(phase.blocks + phase.tables, parts, schedule.users)
         for i, part in enumerate(parts):
             part.title = f"Phase {number}" + (f", part {i + 1}." if len(parts) > 1 else ".")
         found += parts
@@ -63,11 +59,11 @@ def groups(schedule: Schedule) -> list[Group]:
     return found
 
 
-def _place(uniform: list[Value], parts: list[Group], users: dict[int, list[int]]) -> None:
+def _place(uniform: list[Value], parts: list[Group], users: dict[int, list[Value]]) -> None:
     """Operations for a whole phase go to the first of its groups that needs them."""
     number = {id(v): i for i, part in enumerate(parts) for v in part.planes + part.after}
     for v in reversed(uniform):
-        needed = [number[u] for u in users.get(id(v), ()) if u in number]
+        needed = [number[id(u)] for u in users[id(v)] if id(u) in number]
         number[id(v)] = min(needed, default=len(parts) - 1)
         parts[number[id(v)]].uniform.insert(0, v)
 
