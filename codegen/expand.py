@@ -34,6 +34,7 @@ from stq_compile.reference import (
     LEAST_SCALE_BITS,
     LOWEST_BITS,
     ONE_BITS,
+    ORIGIN_SLACK,
     ROOT_BITS,
 )
 
@@ -93,13 +94,18 @@ def _decode_adaptive_log(b: Builder, code: Value, word: Value, format: Format) -
     if id(word) in b.words:
         scale_bits, spacing = b.words[id(word)]
     else:
-        scale_bits = b.op("shift_left", b.op("shift_right", word, 5), 20)
+        scale_bits = _scale_pattern(b, word)
         number = b.op("int_lt", scale_bits, INFINITY_BITS)
         number = b.op("and", b.op("int_lt", 0, scale_bits), number)
         spacing = whole_spacing(b, b.op("int_and", word, 31), format)
         spacing = b.op("int_select", number, spacing, 0)
     lowest = lowest_level(b, scale_bits, spacing, format)
     return b.op("from_bits", b.op("int_add", b.op("int_mul", code, spacing), lowest))
+
+
+def _scale_pattern(b: Builder, word: Value) -> Value:
+    """`reference.scale_pattern` of ``adaptive_log``."""
+    return b.op("shift_left", b.op("shift_right", word, 5), 20)
 
 
 def whole_spacing(b: Builder, step: Value, format: Format) -> Value:
@@ -132,11 +138,11 @@ def _half_exponent(b: Builder, x: Value) -> Value:
 
 
 def encode(
-    b: Builder, x: Value, state: Stored, normalizer: Value | None
+    b: Builder, x: Value, state: Stored, normalizer: Value | None, before: Value | None = None
 ) -> tuple[Value, Value | None]:
     """Encode elements; returns the code and the scale word, not yet stored.
 
-    Without a key it rounds to nearest.
+    Without a key it rounds to nearest. ``before`` is the scale word that the block had, if known.
     """
     format = state.format
     if format.kind == "bfloat16":
@@ -146,7 +152,7 @@ def encode(
     if format.kind == "softsign":
         code, word = _encode_softsign(b, x, state)
     elif format.kind == "adaptive_log":
-        code, word = _encode_adaptive_log(b, x, state)
+        code, word = _encode_adaptive_log(b, x, state, before)
     else:
         assert normalizer is not None
         code, word = _encode_midrise(b, x, normalizer, state)
@@ -218,13 +224,17 @@ def _encode_softsign(b: Builder, x: Value, state: Stored) -> tuple[Value, Value]
     return b.op("to_int", b.op("add", b.op("copysign", level, x), top)), word
 
 
-def _encode_adaptive_log(b: Builder, x: Value, state: Stored) -> tuple[Value, Value]:
+def _encode_adaptive_log(
+    b: Builder, x: Value, state: Stored, before: Value | None
+) -> tuple[Value, Value]:
     format = state.format
     levels = float(format.top_code)
     scale_bits = b.op("shift_left", scale_up(b, absmax(b, x), 20), 20)
     finite = b.op("int_lt", scale_bits, INFINITY_BITS)
-    distance = distance_to(b, x, scale_bits)
-    step = adaptive_range(b, distance, format.width)
+    origin = scale_bits if before is None else _scale_pattern(b, before)
+    moved = None if before is None else b.op("to_float", b.op("int_sub", origin, scale_bits))
+    distance = distance_to(b, x, origin)
+    step = adaptive_range(b, distance, format.width, moved)
     spacing = b.op("mul", b.op("add", step, 1.0), float(format.spacing))
     spacing = b.op("select", finite, spacing, math.inf)
     per_bit = b.op("div", 1.0, spacing)
@@ -235,7 +245,10 @@ def _encode_adaptive_log(b: Builder, x: Value, state: Stored) -> tuple[Value, Va
         pull = b.op("mul", b.op("min", b.op("mul", spacing, OCTAVE), 1.0), MEAN_PULL)
         quarter = b.op("mul", pull, 0.25)
         lowest, highest = b.op("sub", lowest, quarter), b.op("sub", highest, quarter)
-    t = b.op("max", b.op("fma", _counted(b, distance), per_bit, highest), lowest)
+    if moved is not None:
+        offset = b.op("mul", moved, per_bit)
+        highest = b.op("fma", b.op("abs", offset), -ORIGIN_SLACK, b.op("add", highest, offset))
+    t = b.op("max", b.op("fma", distance, per_bit, highest), lowest)
     whole_step = b.op("to_int", step)
     word = b.op("int_or", b.op("shift_right", scale_bits, 15), whole_step)
     word = b.op("int_select", b.op("int_eq", scale_bits, 0), 0, word)
@@ -246,23 +259,20 @@ def _encode_adaptive_log(b: Builder, x: Value, state: Stored) -> tuple[Value, Va
 
 
 def distance_to(b: Builder, x: Value, scale_bits: Value) -> Value:
-    """From the scale's bit pattern to an element's."""
-    return b.op("int_max", b.op("int_sub", magnitude_bits(b, x), scale_bits), LOWEST_BITS)
-
-
-def _counted(b: Builder, distance: Value) -> Value:
-    """Of padding 0."""
+    """From a scale's bit pattern to an element's; of padding 0."""
+    distance = b.op("int_sub", magnitude_bits(b, x), scale_bits)
     return b.op("to_float", b.op("int_select", b.read("valid"), distance, 0))
 
 
-def adaptive_range(b: Builder, distance: Value, width: int) -> Value:
+def adaptive_range(b: Builder, distance: Value, width: int, moved: Value | None = None) -> Value:
     """`reference.adaptive_range`."""
-    counted = _counted(b, distance)
+    counted = b.op("max", distance, LOWEST_BITS)
     share = b.op("div", 1.0, b.read("valid_count"))
     mean = b.op("mul", b.reduce("block_sum", counted), share)
-    square = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
+    square = b.op("mul", b.reduce("block_squares", counted), share)
     variance = b.op("max", b.op("sub", square, b.op("mul", mean, mean)), 0.0)
-    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS[width], b.op("neg", mean))
+    middle = mean if moved is None else b.op("add", mean, moved)
+    spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS[width], b.op("neg", middle))
     step = b.op("sub", b.op("ceil", b.op("mul", spread, OCTAVE / RANGE_STEP)), 1.0)
     return b.op("min", b.op("max", step, 0.0), 31.0)
 
@@ -274,7 +284,7 @@ def _encode_midrise(b: Builder, x: Value, normalizer: Value, state: Stored) -> t
     if format.width in MIDRISE_CLIP:
         counted = b.op("select", b.read("valid"), u, 0.0)
         share = b.op("div", 1.0, b.read("valid_count"))
-        mean = b.op("mul", b.reduce("block_sum", b.op("mul", counted, counted)), share)
+        mean = b.op("mul", b.reduce("block_squares", counted), share)
         reach = b.op("mul", b.op("sqrt", mean), MIDRISE_CLIP[format.width] / half)
     else:
         reach = b.op("mul", b.op("from_bits", absmax(b, u)), MIDRISE_SLACK / half)

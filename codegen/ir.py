@@ -6,8 +6,8 @@
 ``ELEMENT``  one value per element, float32 or int32
 
 A kernel updates one tensor block by block. An operation's space is the highest of its arguments';
-reductions (``block_sum``, ``block_max``) go from ``ELEMENT`` down to ``BLOCK``. An emitter needs to
-know only the table `OPCODES` and the memory operations.
+reductions (``block_sum``, ``block_squares``, ``block_max``) go from ``ELEMENT`` down to ``BLOCK``.
+An emitter needs to know only the table `OPCODES` and the memory operations.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ READS: dict[str, tuple[Space, Type]] = {
 }
 """Operations that bring values in; ``operand`` names where from."""
 
-REDUCTIONS: dict[str, Type] = {"block_sum": F, "block_max": I}
+REDUCTIONS: dict[str, Type] = {"block_sum": F, "block_squares": F, "block_max": I}
 
 STORES: dict[str, tuple[Space, Type]] = {
     "store": (Space.ELEMENT, F),

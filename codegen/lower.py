@@ -176,9 +176,11 @@ def _lower_node(
         return _dequantize(b, node, args, states)
     if node.target is QUANTIZE:
         b.prefix = f"{node.name}_"
-        value, normalizer, format, _ = args
-        key = node.args[3].name if isinstance(node.args[3], fx.Node) else None
-        return encode(b, value, Stored("", "", key, FORMATS[format]), normalizer)
+        value, normalizer, format = args[:3]
+        names = [a.name if isinstance(a, fx.Node) else None for a in node.args]
+        key, before = [*names, None][3:5]
+        word = None if before is None else b.read("load_word", before, name="word")
+        return encode(b, value, Stored("", "", key, FORMATS[format]), normalizer, word)
     if node.target is ROUND_PARAM:
         b.prefix = f"{node.name}_"
         key = node.args[2].name if isinstance(node.args[2], fx.Node) else None

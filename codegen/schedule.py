@@ -10,6 +10,7 @@ the end of its own phase is *gathered*, one register per plane.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from stq_compile.codegen.ir import OPCODES, REDUCTIONS, Kernel, Space, Type, Value
@@ -59,9 +60,39 @@ class Schedule:
         self._classify()
         self.phases = self._phases()
 
-    def _loop(self, v: Value) -> int:
+    def loop(self, v: Value) -> int:
         """The phase in which an operation runs; a reduction's result counts for the next one."""
         return self._phase[id(v)] - (v.opcode in REDUCTIONS)
+
+    def last(self, v: Value) -> int:
+        """The last phase that uses a value."""
+        return max(self.loop(u) for u in self.users[id(v)])
+
+    def heirs(self, kept: Container[int]) -> dict[int, Value]:
+        """Arrays of elements that end in the loop in which another one begins, by ``id``, with the
+        one that takes their place: what a tile keeps is to fit the first-level cache beside what
+        streams through it. Those in ``kept`` live on.
+
+        In that loop nothing is read of the old one after the new one is written.
+        """
+        crosses = self.crossing
+        arrays = [v for v in self.kernel.body if v.space is Space.ELEMENT and id(v) in crosses]
+        heirs: dict[int, Value] = {}
+        for number, phase in enumerate(self.phases):
+            place = {id(v): k for k, v in enumerate(phase.planes)}
+            begin = [v for v in arrays if id(v) in place]
+            for v in arrays:
+                if id(v) in place or id(v) in kept or self.last(v) != number:
+                    continue
+                uses = (u for u in self.users[id(v)] if self.loop(u) == number)
+                # Packing comes after all planes.
+                read = max(place.get(id(u), len(place)) for u in uses)
+                for heir in begin:
+                    if v.type is heir.type and read <= place[id(heir)]:
+                        heirs[id(v)] = heir
+                        begin.remove(heir)
+                        break
+        return heirs
 
     def _sink(self) -> None:
         """Move operations to the phase that needs them, where that makes no more values cross.
@@ -78,11 +109,11 @@ class Schedule:
         for v in reversed(self.kernel.body):
             if _movable(v) and self.users[id(v)]:
                 target = self._needed(v)
-                if target > self._loop(v):
+                if target > self.loop(v):
                     self._sink_cone(v, target)
 
     def _needed(self, v: Value) -> int:
-        return min(self._loop(u) for u in self.users[id(v)])
+        return min(self.loop(u) for u in self.users[id(v)])
 
     def _sink_cone(self, v: Value, target: int) -> None:
         """Move ``v`` and what leads to it alone to phase ``target``, if that pays."""
@@ -92,7 +123,7 @@ class Schedule:
                 if not isinstance(a, Value) or a.space < v.space or id(a) in cone:
                     continue
                 users = self.users[id(a)]
-                if _movable(a) and all(id(u) in cone or self._loop(u) >= target for u in users):
+                if _movable(a) and all(id(u) in cone or self.loop(u) >= target for u in users):
                     cone[id(a)] = a
                     stack.append(a)
                 else:
@@ -102,7 +133,7 @@ class Schedule:
             for a in border.values()
             if a.opcode not in INLINE
             and id(a) not in cone
-            and all(self._loop(u) <= self._loop(a) or id(u) in cone for u in self.users[id(a)])
+            and all(self.loop(u) <= self.loop(a) or id(u) in cone for u in self.users[id(a)])
         ]
         if len(crossing) < (2 if len(cone) == 1 else 1):
             for u in cone.values():
@@ -114,7 +145,7 @@ class Schedule:
                 if not isinstance(a, Value) or a.space is Space.TENSOR or a.opcode in INLINE:
                     continue
                 table = a.space is Space.TABLE and v.space is not Space.TABLE
-                if self._loop(v) > self._loop(a) or table:
+                if self.loop(v) > self.loop(a) or table:
                     self.crossing.add(id(a))
                 elif v.opcode == "pack":
                     self.gathered.add(id(a))
@@ -123,7 +154,7 @@ class Schedule:
     def _phases(self) -> list[Phase]:
         phases = [Phase() for _ in range(max(self._phase.values(), default=0) + 1)]
         for v in self.kernel.body:
-            phase = phases[self._loop(v)]
+            phase = phases[self.loop(v)]
             if v.opcode in REDUCTIONS:
                 phase.planes.append(v)
                 phase.after.append(v)

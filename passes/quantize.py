@@ -8,6 +8,8 @@ stochastic rounding) ``s_key``. The reads of ``s`` become one ``stq::dequantize`
                                        s_new = f(s)
                                        q = stq.quantize(s_new, ...)   # -> s_codes, s_scales
 
+What measures its range from the scale that a block had (``adaptive_log``) is given ``s_scales``.
+
 A normalized format is decoded in units of another state as it *was* stored, and encoded in units
 of that state as it *will be* stored, which fixes an order: the normalizer first.
 """
@@ -172,7 +174,8 @@ def _quantize(
     format: Format,
     inputs: dict[str, fx.Node],
 ) -> tuple[fx.Node, fx.Node]:
-    arguments = (value, normalizer, format.name, inputs.get("key"))
+    before = (inputs["scales"],) if format.kind == "adaptive_log" else ()
+    arguments = (value, normalizer, format.name, inputs.get("key"), *before)
     name = inputs["codes"].name.removesuffix("_codes") + "_new"
     pair = graph.create_node("call_function", QUANTIZE, arguments, name=name)
     pair.meta = {k: value.meta[k] for k in ("stack_trace",) if k in value.meta}

@@ -56,20 +56,29 @@ def _(
 
 @torch.library.custom_op("stq::quantize", mutates_args=())
 def quantize(
-    x: Tensor, normalizer: Tensor | None, format: str, key: Tensor | None
+    x: Tensor,
+    normalizer: Tensor | None,
+    format: str,
+    key: Tensor | None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode a dense float32 tensor; returns (codes, scale words).
 
     ``key`` is the int64 stream key of this step for stochastic rounding; None rounds to nearest.
+    ``before`` are the scale words that the state was read with, which `reference.encode` takes.
     """
     unit = None if normalizer is None else memory_order(normalizer)
     noise = NEAREST if key is None else Noise(int(key) & ((1 << 64) - 1))
-    return reference.encode(memory_order(x), FORMATS[format], noise, unit)
+    return reference.encode(memory_order(x), FORMATS[format], noise, unit, before=before)
 
 
 @quantize.register_fake
 def _(
-    x: Tensor, normalizer: Tensor | None, format: str, key: Tensor | None
+    x: Tensor,
+    normalizer: Tensor | None,
+    format: str,
+    key: Tensor | None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     codes, scales = reference.empty_buffers(FORMATS[format], x.numel())
     return x.new_empty(codes.shape, dtype=codes.dtype), x.new_empty(

@@ -57,6 +57,9 @@ is finite, and for ``adaptive_log`` 2^-112, from which its widest range ends at 
 LOWEST_BITS = int(-(MAX_RANGE + 1) / OCTAVE)
 """Distance of bit patterns below the scale at which elements are cut off: one octave farther than
 the widest range."""
+ORIGIN_SLACK = 2.0**-21
+"""Of the way from one scale to another, in levels: what rounding it may have added to a position,
+which is taken off, so that none lies above the top."""
 CHUNK_BLOCKS = 1 << 14
 """Blocks converted at a time, so that temporaries stay at some tens of megabytes."""
 
@@ -83,12 +86,19 @@ def empty_buffers(
 
 
 def encode(
-    x: Tensor, format: Format, noise: Noise, normalizer: Tensor | None = None, first_block: int = 0
+    x: Tensor,
+    format: Format,
+    noise: Noise,
+    normalizer: Tensor | None = None,
+    first_block: int = 0,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode float32 ``x`` ``[numel]``; returns (codes, scale words), shaped as `empty_buffers`.
 
     ``normalizer`` ``[numel]`` is the state whose square root is the unit of a normalized format;
-    ``first_block`` is the block's index in the whole tensor, for the random counter.
+    ``first_block`` is the block's index in the whole tensor, for the random counter; ``before`` are
+    the scale words that the state had, from which ``adaptive_log`` measures its range if it gets
+    them (design/0025).
     """
     if format.whole:
         return matrices.encode(x, format, lambda part, coded: encode(part, coded, noise))
@@ -121,7 +131,8 @@ def encode(
         if format.kind == "softsign":
             code, scale = _encode_softsign(tile, format, uniform)
         elif format.kind == "adaptive_log":
-            code, scale = _encode_adaptive_log(tile, valid, format, centered)
+            words = None if before is None else before[block : block + blocks]
+            code, scale = _encode_adaptive_log(tile, valid, format, centered, words)
         else:
             assert normalizer is not None
             unit = _pad(normalizer[start : start + span])
@@ -152,7 +163,7 @@ def decode(
         count = min(span, numel - start)
         rows = slice(start // BLOCK, start // BLOCK + block_count(count))
         code = unpack(codes[rows], format.width)
-        word = (scales[rows].to(torch.int32) & 0xFFFF)[:, None]
+        word = _words(scales[rows])
         if format.kind == "softsign":
             value = _decode_softsign(code, word, format)
         elif format.kind == "adaptive_log":
@@ -210,6 +221,20 @@ def block_sum(x: Tensor) -> Tensor:
     total = planes[:, 0]
     for plane in range(1, PLANES):
         total = total + planes[:, plane]
+    return _sum_lanes(total)
+
+
+def block_squares(x: Tensor) -> Tensor:
+    """Sum of squares over a block, in the order of `block_sum`; a square is not rounded by itself
+    where it is added to another."""
+    planes = x.view(-1, PLANES, LANES)
+    total = planes[:, 0] * planes[:, 0]
+    for plane in range(1, PLANES):
+        total = fma(planes[:, plane], planes[:, plane], total)
+    return _sum_lanes(total)
+
+
+def _sum_lanes(total: Tensor) -> Tensor:
     width = LANES
     while width > 1:
         width //= 2
@@ -247,6 +272,11 @@ def _scale_up(absmax: Tensor, drop: int) -> Tensor:
 def block_scale(x: Tensor, drop: int) -> Tensor:
     """The scale word of each block of ``[blocks, 128]``, before the range of ``adaptive_log``."""
     return _scale_up(magnitude_bits(x).amax(1, keepdim=True), drop)
+
+
+def _words(scales: Tensor) -> Tensor:
+    """Scale words as int32, ``[blocks]`` to ``[blocks, 1]``."""
+    return (scales.to(torch.int32) & 0xFFFF)[:, None]
 
 
 def scale_pattern(word: Tensor, format: Format) -> Tensor:
@@ -293,20 +323,26 @@ def _decode_softsign(code: Tensor, word: Tensor, format: Format) -> Tensor:
 
 
 def _encode_adaptive_log(
-    x: Tensor, valid: Tensor, format: Format, noise: Tensor | float
+    x: Tensor, valid: Tensor, format: Format, noise: Tensor | float, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Distances are from the scale that the block had, if that is known: mean and deviation then
+    need not wait for the new one, and are moved when it is there."""
     levels = float(format.top_code)
     top = block_scale(x, 20)
     bits, scale_bits = magnitude_bits(x), top << 20
-    distance = torch.maximum(bits - scale_bits, torch.tensor(LOWEST_BITS, dtype=torch.int32))
-    step = adaptive_range(distance, valid, format.width)
+    origin = scale_bits if before is None else scale_pattern(_words(before), format)
+    distance, moved = (bits - origin).float(), (origin - scale_bits).float()
+    step = adaptive_range(distance, valid, format.width, moved)
     spacing = (step + 1.0) * float(format.spacing)
     spacing = torch.where(scale_bits < INFINITY_BITS, spacing, math.inf)
     per_bit = torch.ones_like(spacing) / spacing
     leaning = isinstance(noise, Tensor) and format.width <= PULLED
     pull = torch.clamp_max(spacing * OCTAVE, 1.0) * (MEAN_PULL if leaning else 0.0)
     quarter = 0.25 * pull
-    t = torch.maximum(fma(distance.float(), per_bit, levels + 0.5 - quarter), 0.5 - quarter)
+    highest = levels + 0.5 - quarter
+    offset = moved * per_bit
+    highest = fma(offset.abs(), torch.tensor(-ORIGIN_SLACK), highest + offset)
+    t = torch.maximum(fma(distance, per_bit, highest), 0.5 - quarter)
     code = _code(t, noise, format, pull)
     word = (top << 5) | step.to(torch.int32)
     word = torch.where(top == 0, 0, word)
@@ -326,17 +362,20 @@ def _code(t: Tensor, noise: Tensor | float, format: Format, pull: Tensor | None 
     return torch.nan_to_num(torch.floor(t), nan=0.0).to(torch.int32)
 
 
-def adaptive_range(distance: Tensor, valid: Tensor, width: int) -> Tensor:
+def adaptive_range(
+    distance: Tensor, valid: Tensor, width: int, moved: Tensor | float = 0.0
+) -> Tensor:
     """The range of each block at a width in steps - 1, ``[blocks, 1]``.
 
-    ``distance`` is how far the elements' bit patterns lie below the scale's, `LOWEST_BITS` at most:
-    mean and deviation need no exact logarithm, and this one is off by 0.09 octaves at most.
+    ``distance`` is how far the elements' bit patterns lie from a scale's, of which `LOWEST_BITS`
+    count at most: mean and deviation need no exact logarithm, and this one is off by 0.09 octaves
+    at most. ``moved`` is how far that scale's pattern lies from the one of the block's own scale.
     """
-    counted = torch.where(valid, distance, 0).float()
+    counted = torch.where(valid, distance.float().clamp_min(LOWEST_BITS), 0.0)
     share = reciprocal(valid.sum(1, keepdim=True).float())
     mean = block_sum(counted) * share
-    variance = torch.clamp_min(block_sum(counted * counted) * share - mean * mean, 0.0)
-    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS[width]), -mean)
+    variance = torch.clamp_min(block_squares(counted) * share - mean * mean, 0.0)
+    spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS[width]), -(mean + moved))
     step = torch.ceil(spread * (OCTAVE / RANGE_STEP)) - 1.0
     return step.clamp(0.0, 31.0)
 
@@ -384,7 +423,7 @@ def _encode_midrise(
     u = x * _inverse_unit(normalizer, format)
     if format.width in MIDRISE_CLIP:
         share = reciprocal(valid.sum(1, keepdim=True).float())
-        reach = root(block_sum(u * u) * share) * (MIDRISE_CLIP[format.width] / half)
+        reach = root(block_squares(u) * share) * (MIDRISE_CLIP[format.width] / half)
     else:
         reach = float_from_bits(magnitude_bits(u).amax(1, keepdim=True)) * (MIDRISE_SLACK / half)
     step = _scale_up(magnitude_bits(reach), 16)

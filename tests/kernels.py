@@ -185,7 +185,8 @@ class Rig:
             if self.rounding == "stochastic":
                 noise = Noise(step_key(SEED, step, stream_id(i, key)))
             unit = stored.get(self.normalizers.get(key, ""))
-            codes, scales = reference.encode(new[key], format, noise, unit)
+            before = _live(key, row.states[key])[f"{key} scales"]
+            codes, scales = reference.encode(new[key], format, noise, unit, before=before)
             stored[key] = reference.decode(codes, scales, format, param.numel(), unit)
             named |= {f"{key} codes": codes, f"{key} scales": scales}
         return named

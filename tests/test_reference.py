@@ -36,6 +36,7 @@ Ints = NDArray[np.int64]
 
 CASES = settings(deadline=None, derandomize=True, database=None, max_examples=20)
 BLOCKED = [f for f in FORMATS.values() if f.blocked]
+ADAPTIVE = [f for f in BLOCKED if f.kind == "adaptive_log"]
 SCALED = [f for f in BLOCKED if not f.normalized]  # the scale is the largest magnitude
 DROPPED_BITS = {"softsign": 16, "adaptive_log": 20}
 CLIP = {2: 1.6, 3: 2.6}
@@ -307,6 +308,63 @@ def test_the_range_follows_mean_and_deviation_of_log2(format: Format, tail: int)
         wanted = (TAIL_DEVIATIONS[format.width] * octaves.std() - octaves.mean()) / (14 / 32)
         near = {np.clip(math.ceil(wanted + e) - 1, 0, 31) for e in (-1e-4, 1e-4)}
         assert top[block] == 0 or step[block] in near
+
+
+# A range measured from the scale that the block had ------------------------------------------
+
+
+@by_name(ADAPTIVE)
+@pytest.mark.parametrize("noise", [NEAREST, Noise(3)], ids=["nearest", "stochastic"])
+def test_from_its_own_scale_a_block_is_encoded_as_without(format: Format, noise: Noise) -> None:
+    x, _ = sample(format, 60, seed=6)
+    plain = encode(x, format, noise)
+    assert all(map(torch.equal, encode(x, format, noise, before=plain[1]), plain))
+
+
+@by_name(ADAPTIVE)
+@pytest.mark.parametrize("octaves", [-126, -30, -3, -1, 1, 3, 13])
+def test_from_another_scale_codes_lie_where_they_should(format: Format, octaves: int) -> None:
+    """The range counts what lies up to 15 octaves below the old scale, in float64; codes are the
+    nearest ones to where float64 sees the elements, whatever the old scale was."""
+    rng = np.random.default_rng(octaves + 200)
+    x = torch.from_numpy(2 ** (rng.uniform(0, 3, (40, 1)) * rng.standard_normal((40, 128)))).float()
+    scale = words_of(encode(x.view(-1), format, NEAREST)[1]) >> 5
+    old = np.maximum(scale + 8 * octaves, 0)
+    before = torch.from_numpy((old << 5).astype(np.uint16).view(np.int16))
+    codes, scales = encode(x.view(-1), format, NEAREST, before=before)
+    assert (words_of(scales) >> 5 == scale).all()
+    step = words_of(scales) & 31
+    bits = x.view(torch.int32).numpy().astype(np.int64)
+    from_old = np.maximum((bits - (old << 20)[:, None]) / 2.0**23, -15.0)
+    mean = from_old.mean(1) + (old - scale) / 8
+    wanted = (TAIL_DEVIATIONS[format.width] * from_old.std(1) - mean) / (14 / 32)
+    near = [np.clip(np.ceil(wanted + e) - 1, 0, 31) for e in (-1e-3, 1e-3)]
+    assert ((step >= near[0]) & (step <= near[1])).all()
+    below = ((scale << 20)[:, None] - bits) / (format.spacing * (step + 1))[:, None]
+    position = np.maximum(format.top_code - below, 0)
+    got = unpack(codes, format.width).numpy()
+    assert np.abs(got - position).max() <= 0.5 + (0.05 if octaves < -100 else 0.01)
+
+
+@by_name(ADAPTIVE)
+@CASES
+@given(
+    origin=st.integers(0, 2044),
+    top=st.floats(2.0**-100, 2.0**100, width=32),
+    low=st.floats(0, 1, width=32),
+)
+def test_no_noise_leads_past_the_codes_wherever_the_old_scale_was(
+    format: Format, origin: int, top: float, low: float
+) -> None:
+    x = torch.full((1, 128), top)
+    x[:, 1::2] *= low
+    before = torch.tensor([origin << 5], dtype=torch.int32).to(torch.int16)
+    valid = torch.ones_like(x, dtype=torch.bool)
+    for extreme in (-(2.0**31), 2.0**31):
+        noise = torch.full_like(x, extreme)
+        code, _ = reference._encode_adaptive_log(x, valid, format, noise, before)
+        assert code.min() >= 0
+        assert code.max() <= format.top_code
 
 
 def normalized_sample(format: Format, tail: int) -> tuple[Doubles, Doubles]:

@@ -33,6 +33,11 @@ from stq_compile.codegen.schedule import Phase, Schedule
 WHOLE = (OperandKind.FLOATS, OperandKind.HALVES, OperandKind.BYTES)
 """Operands that have one number for each element."""
 
+LANES = {Type.FLOAT: "stq::f32v", Type.INT: "stq::i32v"}
+"""The lanes that a reduction leaves of a block, by its type."""
+
+REDUCED = {"block_sum": "sum_lanes", "block_squares": "sum_lanes", "block_max": "max_lanes"}
+
 INLINED = {
     "iota": "stq::iota()",
     "valid": "(tail ? stq::valid(p, count) : stq::all(true))",
@@ -51,6 +56,7 @@ class _Emitter:
         self.said: set[str] = set()
         self.measures = kernel.slots > 0
         self.held = self._held()
+        self.heirs = self.schedule.heirs(self.held)
         self.exact = {
             id(a)
             for v in kernel.body
@@ -90,9 +96,12 @@ class _Emitter:
         tensor = [v for v in self.kernel.body if v.space is Space.TENSOR and v.opcode not in STORES]
         stores = [v for v in self.kernel.body if v.opcode == "store_scalar"]
         used = self._used_below()
-        fields = [f"  {self._field_type(v)} {c_name(v.name)};" for v in tensor if id(v) in used]
+        keys = [c_name(o.name) for o in self.kernel.operands if o.kind is OperandKind.KEY]
+        fields = [f"  uint64_t {key};" for key in keys]
+        fields += [f"  {self._field_type(v)} {c_name(v.name)};" for v in tensor if id(v) in used]
         lines = ["struct Scalars {", *fields, "};", ""]
-        lines.append("static void scalars(const Row& row, Scalars& s) {")
+        lines.append("static void scalars(const Row& row, uint64_t step, Scalars& s) {")
+        lines += [f"  s.{key} = stq::stream_key(row.{key}, step);" for key in keys]
         for v in tensor:
             type_ = {Type.FLOAT: "double", Type.BOOL: "bool", Type.INT: "int"}[v.type]
             lines.append(f"  const {type_} {c_name(v.name)} = {self._tensor(v)};{self._note(v)}")
@@ -197,27 +206,33 @@ class _Emitter:
         if self.held:
             lines += ["  held.first = first;", "  held.blocks = blocks;"]
         for phase in phases:
-            if self.held and phase is phases[-1]:
-                call = "finish<false>(row, s, step, *before, stq::kBlock)"
-                lines.append(f"  if (before != nullptr) {call};")
-            lines += self._phase(phase)
+            lines += self._phase(phase, gap=bool(self.held) and phase is phases[-1])
         lines += self._copy_back()
         return "\n".join([*lines, "}"])
 
-    def _phase(self, phase: Phase) -> list[str]:
+    def _phase(self, phase: Phase, *, gap: bool = False) -> list[str]:
+        """``gap``: the tile before is finished while ranges are waited for, and memory is asked for
+        what the next tile reads."""
         place = "first + j * stride" if self.measures else "first + j"
         lines = [f"  {self._block(v)}{self._note(v)}" for v in phase.blocks]
+        if gap:
+            call = "finish<false>(row, s, step, *before, stq::kBlock)"
+            lines.append(f"  if (before != nullptr) {call};")
         tables = [
             f"    {self._assign(v, self._expression(v))}{self._note(v)}" for v in phase.tables
         ]
-        elements = self._pointers(phase) + self._planes(phase)
+        elements = self._prefetches() if gap else []
+        elements += self._pointers(phase) + self._planes(phase)
         elements += [f"    {self._after(v)}{self._note(v)}" for v in phase.after]
+        reductions = [v for v in phase.after if v.opcode in REDUCTIONS]
+        for v in reductions:
+            lines.append(f"  {LANES[v.type]} {c_name(v.name)}_tile[stq::kTile]{{}};")
         for body in (tables, elements):
             if body:
                 lines.append("  for (int j = 0; j < blocks; ++j) {")
                 lines.append(f"    const int64_t index = {place};")
                 lines += [*body, "  }"]
-        return lines
+        return lines + [f"  {self._block(v)}{self._note(v)}" for v in reductions]
 
     def _tail_buffers(self) -> list[str]:
         """The last, partial block of a tensor is computed in buffers padded with zeros."""
@@ -232,22 +247,20 @@ class _Emitter:
         return lines
 
     def _crossing(self, *phases: Phase) -> list[str]:
-        lines = []
+        arrays, names = [], []
         inside = {id(v) for phase in phases for v in phase.body}
         for v in self.kernel.body:
             if id(v) not in inside:
                 continue
-            if v.space is Space.BLOCK and v.opcode in REDUCTIONS:
-                if id(v) in self.held:
-                    lines.append(f"  {self._name(v)} = {c_type(v)}{{}};{self._note(v)}")
-                else:
-                    lines.append(f"  {c_type(v)} {c_name(v.name)}{{}};")
-            elif id(v) in self.held:
+            if v.space is Space.BLOCK or id(v) not in self.schedule.crossing or id(v) in self.held:
                 continue
-            elif v.space is not Space.BLOCK and id(v) in self.schedule.crossing:
-                planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
-                lines.append(f"  {c_type(v)} {c_name(v.name)}[size]{planes};")
-        return lines
+            name, heir = c_name(v.name), self.heirs.get(id(v))
+            if heir is not None:
+                names.append(f"  auto& {name} = {self._name(heir)};  // which begins as this ends")
+                continue
+            planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
+            arrays.append(f"  {c_type(v)} {name}[size]{planes};")
+        return arrays + names[::-1]  # what takes the place of another may lose it to a third
 
     def _pointers(self, phase: Phase) -> list[str]:
         lines = []
@@ -266,9 +279,19 @@ class _Emitter:
                     nibbles = f"stq::nibbles<{o.width}>({name})"
                     lines.append(f"    const stq::Nibbles {name}_nibbles = {nibbles};")
             elif o.kind is OperandKind.KEY:
-                key = f"stq::block_key(row.{name}, step, row.first_block + index)"
+                key = f"stq::block_key(s.{name}, step, row.first_block + index)"
                 lines.append(f"    stq::BlockKey {name} = {key};")
         return lines
+
+    def _prefetches(self) -> list[str]:
+        """The same block of the next tile; that there is none does no harm."""
+        read = {v.operand for v in self.kernel.body if v.opcode == "load"}
+        place = "(index + stq::kTile) * stq::kBlock"
+        return [
+            f"    if constexpr (!tail) stq::prefetch(row.{c_name(o.name)} + {place});"
+            for o in self.kernel.operands
+            if o.name in read and o.kind in WHOLE
+        ]
 
     def _copy_back(self) -> list[str]:
         lines = []
@@ -282,8 +305,6 @@ class _Emitter:
 
     def _assign(self, v: Value, expression: str) -> str:
         """Define a value where it lives: in the tile, in the planes of a block, or nowhere else."""
-        if v.space is Space.BLOCK:
-            return f"{self._name(v)}[j] = {expression};"
         if id(v) in self.schedule.crossing:
             planes = "[p]" if v.space is Space.ELEMENT else ""
             return f"{self._name(v)}[j]{planes} = {expression};"
@@ -296,6 +317,8 @@ class _Emitter:
         if v.opcode == "load_word":
             stride = "stride" if self.measures else "1"
             expression = f"stq::load_words(row.{c_name(v.operand)} + first, blocks, {stride})"
+        elif v.opcode in REDUCTIONS:
+            expression = f"stq::{REDUCED[v.opcode]}({c_name(v.name)}_tile)"
         elif v.opcode == "valid_count":
             expression = "stq::each(tail ? static_cast<float>(count) : 128.0f)"
         else:
@@ -313,8 +336,7 @@ class _Emitter:
         for v in phase.planes:
             name = c_name(v.name)
             if v.opcode in REDUCTIONS:
-                type_ = "stq::f32v" if v.type is Type.FLOAT else "stq::i32v"
-                lines.append(f"    {type_} {name}_lanes{{}};")
+                lines.append(f"    {LANES[v.type]} {name}_lanes{{}};")
             elif id(v) in self.schedule.gathered:
                 lines.append(f"    {c_type(v)} {name}[stq::kPlanes];")
         # A measuring kernel is large and seldom runs: it is to be compiled soon.
@@ -328,6 +350,9 @@ class _Emitter:
         if v.opcode == "block_sum":
             x = self._argument(v.args[0], Space.ELEMENT)
             return f"{name}_lanes = p == 0 ? {x} : {name}_lanes + {x};"
+        if v.opcode == "block_squares":
+            x = self._argument(v.args[0], Space.ELEMENT)
+            return f"{name}_lanes = p == 0 ? {x} * {x} : stq::fma({x}, {x}, {name}_lanes);"
         if v.opcode == "block_max":
             x = self._argument(v.args[0], Space.ELEMENT)
             return f"{name}_lanes = stq::max({name}_lanes, {x});"
@@ -348,10 +373,8 @@ class _Emitter:
 
     def _after(self, v: Value) -> str:
         name, operand = c_name(v.name), c_name(v.operand)
-        if v.opcode == "block_sum":
-            return self._assign(v, f"stq::sum_lanes({name}_lanes)")
-        if v.opcode == "block_max":
-            return self._assign(v, f"stq::max_lanes({name}_lanes)")
+        if v.opcode in REDUCTIONS:
+            return f"{name}_tile[j] = {name}_lanes;"
         if v.opcode == "store_word":
             word = self._argument(v.args[0], Space.ELEMENT)
             return f"row.{operand}[index] = static_cast<uint16_t>({word});"

@@ -13,7 +13,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
   Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
   start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
+    scalars(rows[r], step, s[r]);
     start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
   }
   const int64_t blocks = start[n_rows];
@@ -29,6 +29,8 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
       const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
+      const Row row = rows[r];  // copies, which no store through a pointer can change
+      const Scalars scalar = s[r];
 @tiles
       b = start[r] + stop;
     }
@@ -47,11 +49,11 @@ TILES = """\
       for (; i < whole; i += stq::kTile) {
         const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+        tile<false>(row, scalar, step, i, blocks, stq::kBlock);
       }
       if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count);
+        const int count = static_cast<int>(row.numel - last * stq::kBlock);
+        tile<true>(row, scalar, step, last, 1, count);
       }"""
 
 HELD_TILES = """\
@@ -60,14 +62,14 @@ HELD_TILES = """\
       for (int at = 0; i < whole; i += stq::kTile, at ^= 1) {
         const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock, pair[at], before);
+        tile<false>(row, scalar, step, i, blocks, stq::kBlock, pair[at], before);
         before = &pair[at];
       }
-      if (before != nullptr) finish<false>(rows[r], s[r], step, *before, stq::kBlock);
+      if (before != nullptr) finish<false>(row, scalar, step, *before, stq::kBlock);
       if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count, pair[0], nullptr);
-        finish<true>(rows[r], s[r], step, pair[0], count);
+        const int count = static_cast<int>(row.numel - last * stq::kBlock);
+        tile<true>(row, scalar, step, last, 1, count, pair[0], nullptr);
+        finish<true>(row, scalar, step, pair[0], count);
       }"""
 
 
@@ -81,7 +83,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
   Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
   start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
+    scalars(rows[r], step, s[r]);
     const int64_t stride = rows[r].stride, blocks = (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
     begin[r] = ((rows[r].offset - rows[r].first_block) % stride + stride) % stride;
     start[r + 1] = start[r] + (blocks > begin[r] ? (blocks - 1 - begin[r]) / stride + 1 : 0);

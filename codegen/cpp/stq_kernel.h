@@ -197,6 +197,11 @@ STQ_INLINE u8v narrow(i32v x) { return __builtin_convertvector(x, u8v); }
 // Memory: one plane of 16 elements, any alignment.
 STQ_INLINE f32v load(const float* p) { f32v r; std::memcpy(&r, p, 64); return r; }
 STQ_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, 64); }
+// Ask for a block of elements.
+template <typename T> STQ_INLINE void prefetch(const T* p) {
+  constexpr int line = 64 / sizeof(T);
+  for (int i = 0; i < kBlock; i += line) __builtin_prefetch(p + i);
+}
 STQ_INLINE i32v load_half(const uint16_t* p) { u16v r; std::memcpy(&r, p, 32); return widen(r); }
 STQ_INLINE void store_half(uint16_t* p, i32v x) { u16v r = __builtin_convertvector(x, u16v); std::memcpy(p, &r, 32); }
 STQ_INLINE i32v load_byte(const int8_t* p) { typedef int8_t i8v __attribute__((vector_size(16))); i8v r; std::memcpy(&r, p, 16); return __builtin_convertvector(r, i32v); }
@@ -337,23 +342,31 @@ template <int width> STQ_INLINE void pack(uint8_t* p, const i32v* code) {
   }
 }
 
-// Reductions over the lanes: by halves, in the order of the reference.
-template <typename V, typename F> STQ_INLINE auto fold_lanes(V x, F f) {
-  typedef decltype(x[0] + x[0]) T;
+// Reductions over the lanes of every block of a tile: by halves, in the order of the reference.
+template <typename V, typename F> STQ_INLINE auto fold_lanes(const V (&x)[kTile], F f) {
+  static_assert(kTile == 4);
+  typedef decltype(x[0][0] + x[0][0]) T;
   typedef T v8 __attribute__((vector_size(32)));
   typedef T v4 __attribute__((vector_size(16)));
-  v8 eight[2];
-  std::memcpy(eight, &x, 64);
-  const v8 a = f(eight[0], eight[1]);
-  v4 four[2];
-  std::memcpy(four, &a, 32);
-  const v4 b = f(four[0], four[1]);
-  const v4 c = f(b, __builtin_shufflevector(b, b, 2, 3, 2, 3));
-  const v4 d = f(c, __builtin_shufflevector(c, c, 1, 1, 1, 1));
-  return d[0];
+  v4 four[kTile];
+  for (int j = 0; j < kTile; ++j) {
+    v8 eight[2];
+    std::memcpy(eight, &x[j], 64);
+    const v8 a = f(eight[0], eight[1]);
+    v4 halves[2];
+    std::memcpy(halves, &a, 32);
+    four[j] = f(halves[0], halves[1]);
+  }
+  v4 two[2];  // of two blocks each
+  for (int j = 0; j < 2; ++j) {
+    const v4 a = four[2 * j], b = four[2 * j + 1];
+    two[j] = f(__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7));
+  }
+  return f(__builtin_shufflevector(two[0], two[1], 0, 2, 4, 6),
+           __builtin_shufflevector(two[0], two[1], 1, 3, 5, 7));
 }
-STQ_INLINE float sum_lanes(f32v x) { return fold_lanes(x, [](auto a, auto b) { return a + b; }); }
-STQ_INLINE int max_lanes(i32v x) { return fold_lanes(x, [](auto a, auto b) { return a > b ? a : b; }); }
+STQ_INLINE f32b sum_lanes(const f32v (&x)[kTile]) { return fold_lanes(x, [](auto a, auto b) { return a + b; }); }
+STQ_INLINE i32b max_lanes(const i32v (&x)[kTile]) { return fold_lanes(x, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // Random bits from the counter (seed, step, stream, block, element); see rounding.py.
 STQ_INLINE uint64_t mix64(uint64_t x) {
@@ -365,10 +378,13 @@ STQ_INLINE uint64_t mix64(uint64_t x) {
 struct BlockKey {
   u32v next, per_plane;
 };
-STQ_INLINE BlockKey block_key(uint64_t stream, uint64_t step, int64_t block) {
+// What the keys of all blocks of a tensor begin with.
+STQ_INLINE uint64_t stream_key(uint64_t stream, uint64_t step) {
   constexpr uint64_t upper = 0xFFFFFFFF00000000ull;  // below: the step, by which numbers rotate
-  const uint64_t base = mix64((step & upper) ^ stream) & upper;
-  const uint64_t key = mix64(base + 0x9E3779B97F4A7C15ull * static_cast<uint64_t>(block + 1));
+  return mix64((step & upper) ^ stream) & upper;
+}
+STQ_INLINE BlockKey block_key(uint64_t stream, uint64_t step, int64_t block) {
+  const uint64_t key = mix64(stream + 0x9E3779B97F4A7C15ull * static_cast<uint64_t>(block + 1));
   const uint32_t first = static_cast<uint32_t>(key) + static_cast<uint32_t>(step) * 0x9E3779B9u;
   const uint32_t each = static_cast<uint32_t>(key >> 32) | 1u;
   return {reinterpret_cast<u32v>(iota()) * each + first, u32v{} + each * kLanes};

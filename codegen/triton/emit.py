@@ -209,7 +209,7 @@ class _Emitter:
         if v.opcode in REDUCTIONS:
             assert isinstance(v.args[0], Value)
             planes = python_name(v.args[0].name)
-            blocks = ", BLOCKS" if v.opcode == "block_sum" else ""
+            blocks = "" if v.opcode == "block_max" else ", BLOCKS"
             return f"{name} = {v.opcode}({planes}{blocks})"
         word = self.words.argument(v.args[0], Type.INT)
         return f"store_word({operand}, {word}, lane, present)"

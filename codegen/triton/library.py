@@ -197,6 +197,19 @@ def block_sum(planes, BLOCKS: tl.constexpr):
     x = planes[0]
     for p in tl.static_range(1, 8):
         x = x + planes[plane(p)]
+    return sum_lanes(x, BLOCKS)
+
+
+@triton.jit
+def block_squares(planes, BLOCKS: tl.constexpr):
+    x = planes[0] * planes[0]
+    for p in tl.static_range(1, 8):
+        x = tl.fma(planes[plane(p)], planes[plane(p)], x)
+    return sum_lanes(x, BLOCKS)
+
+
+@triton.jit
+def sum_lanes(x, BLOCKS: tl.constexpr):
     x = halves(x, BLOCKS, 8)
     x = halves(x, BLOCKS, 4)
     x = halves(x, BLOCKS, 2)

@@ -86,8 +86,10 @@ def _line(v: Value, kernel: Kernel, words: Expressions) -> str:
         return f"tl.store(sums + program * {kernel.slots} + {v.slot}, tl.sum({value}))"
     if v.opcode in REDUCTIONS:
         assert isinstance(v.args[0], Value)
+        x = python_name(v.args[0].name)
         reduce = "tl.max" if v.opcode == "block_max" else "tl.sum"
-        return f"{name} = {reduce}({python_name(v.args[0].name)}, 1, keep_dims=True)"
+        counted = f"{x} * {x}" if v.opcode == "block_squares" else x
+        return f"{name} = {reduce}({counted}, 1, keep_dims=True)"
     reads = {
         "load": f"tl.load({operand}, mask=inside, other=0.0).to(tl.float32)",
         "load_half": f"tl.load({operand}, mask=inside, other=0).to(tl.int32)",

@@ -111,6 +111,7 @@ POINTEES = {
 LIBRARY = (
     "block_key",
     "block_max",
+    "block_squares",
     "block_sum",
     "copysign",
     "elements_left",

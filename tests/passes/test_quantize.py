@@ -49,13 +49,16 @@ class ByHand:
         # Normalizers first, for what is stored in their units.
         self.formats = dict(sorted(named.items(), key=lambda pair: pair[1].normalized))
 
-    def encode(self, values: Values, noise: bool) -> tuple[Values, Values]:
-        """(codes, scales and what stays as it is; the values as stored)"""
+    def encode(self, values: Values, before: Values | None = None) -> tuple[Values, Values]:
+        """(codes, scales and what stays as it is; the values as stored); at random ``before``
+        something was there."""
         packed, stored = {}, dict(values)
         for name, format in self.formats.items():
             unit = stored["exp_avg_sq_0"].flatten() if format.normalized else None
-            source = noise_of(name, self.rounding) if noise else NEAREST
-            codes, scales = reference.encode(values[name].flatten(), format, source, unit)
+            source = noise_of(name, self.rounding) if before else NEAREST
+            words = before[f"{name}_scales"] if before else None
+            flat = values[name].flatten()
+            codes, scales = reference.encode(flat, format, source, unit, before=words)
             packed |= {f"{name}_codes": codes, f"{name}_scales": scales}
             numel = values[name].numel()
             flat = reference.decode(codes, scales, format, numel, unit)
@@ -65,8 +68,8 @@ class ByHand:
 
     def step(self, inputs: Values) -> tuple[Values, Values]:
         """Packed inputs, and what the step must leave of them."""
-        packed, stored = self.encode(inputs, noise=False)
-        after, _ = self.encode(run(self.unit, stored), noise=True)
+        packed, stored = self.encode(inputs)
+        after, _ = self.encode(run(self.unit, stored), packed)
         return packed, after
 
 

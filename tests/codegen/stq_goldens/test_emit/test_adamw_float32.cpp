@@ -18,7 +18,7 @@ struct Scalars {
   float div_1;
 };
 
-static void scalars(const Row& row, Scalars& s) {
+static void scalars(const Row& row, uint64_t step, Scalars& s) {
   const double lr_1 = row.lr;  // lr  scalar
   const double step_0_1 = *row.step_0;  // step_0  state
   const double add_1 = step_0_1 + 1.0;  // add  adam.py:414 step_t += 1
@@ -89,7 +89,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
   Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
   start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
+    scalars(rows[r], step, s[r]);
     start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
   }
   const int64_t blocks = start[n_rows];
@@ -105,14 +105,16 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
       const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
+      const Row row = rows[r];  // copies, which no store through a pointer can change
+      const Scalars scalar = s[r];
       for (; i < whole; i += stq::kTile) {
         const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+        tile<false>(row, scalar, step, i, blocks, stq::kBlock);
       }
       if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count);
+        const int count = static_cast<int>(row.numel - last * stq::kBlock);
+        tile<true>(row, scalar, step, last, 1, count);
       }
       b = start[r] + stop;
     }

@@ -17,12 +17,16 @@ struct Row {
 };
 
 struct Scalars {
+  uint64_t exp_avg_0_key;
+  uint64_t exp_avg_sq_0_key;
   float sub_1;
   float mul_4_1;
   float div_1;
 };
 
-static void scalars(const Row& row, Scalars& s) {
+static void scalars(const Row& row, uint64_t step, Scalars& s) {
+  s.exp_avg_0_key = stq::stream_key(row.exp_avg_0_key, step);
+  s.exp_avg_sq_0_key = stq::stream_key(row.exp_avg_sq_0_key, step);
   const double lr_1 = row.lr;  // lr  scalar
   const double step_0_1 = *row.step_0;  // step_0  state
   const double add_1 = step_0_1 + 1.0;  // add  adam.py:414 step_t += 1
@@ -41,77 +45,9 @@ static void scalars(const Row& row, Scalars& s) {
   s.div_1 = static_cast<float>(div_1);
 }
 
-struct Held {
-  int64_t first;
-  int blocks;
-  stq::f32b exp_avg_sq_0_new_block_sum;
-  stq::f32b exp_avg_sq_0_new_block_sum_1;
-  stq::i32b exp_avg_sq_0_new_int_lt_2;
-  stq::i32b exp_avg_sq_0_new_shift_left;
-  stq::i32b exp_avg_sq_0_new_int_eq_1;
-  stq::f32v exp_avg_sq_0_new_to_float[stq::kTile][stq::kPlanes];
-};
-
-template <bool tail>
-STQ_INLINE void finish(const Row& row, const Scalars& s, uint64_t step,
-                       const Held& held, int count) {
-  constexpr int size = tail ? 1 : stq::kTile;
-  const int64_t first = held.first;
-  const int blocks = held.blocks;
-  const stq::f32b exp_avg_sq_0_new_valid_count = stq::each(tail ? static_cast<float>(count) : 128.0f);  // exp_avg_sq_0_new  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-  const stq::f32b exp_avg_sq_0_new_div = 1.0f / exp_avg_sq_0_new_valid_count;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul = held.exp_avg_sq_0_new_block_sum * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_2 = held.exp_avg_sq_0_new_block_sum_1 * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_3 = exp_avg_sq_0_new_mul * exp_avg_sq_0_new_mul;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub = exp_avg_sq_0_new_mul_2 - exp_avg_sq_0_new_mul_3;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_max = stq::max(exp_avg_sq_0_new_sub, stq::each(0.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sqrt = stq::sqrt(exp_avg_sq_0_new_max);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_neg = -(exp_avg_sq_0_new_mul);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_fma = stq::fma(exp_avg_sq_0_new_sqrt, stq::each(1.2815515f), exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_4 = exp_avg_sq_0_new_fma * 2.724784e-07f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_ceil = stq::ceil(exp_avg_sq_0_new_mul_4);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_ceil - 1.0f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_max_1 = stq::max(exp_avg_sq_0_new_sub_1, stq::each(0.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_min = stq::min(exp_avg_sq_0_new_max_1, stq::each(31.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_add = exp_avg_sq_0_new_min + 1.0f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_add * 524288.0f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_select = stq::select(held.exp_avg_sq_0_new_int_lt_2, exp_avg_sq_0_new_mul_5, stq::each(INFINITY));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_div_1 = 1.0f / exp_avg_sq_0_new_select;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_select * 1.1920929e-07f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_6, stq::each(1.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_min_1 * 0.125f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_8 = exp_avg_sq_0_new_mul_7 * 0.25f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub_2 = 0.5f - exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_sub_3 = 7.5f - exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_shift_right_1 = held.exp_avg_sq_0_new_shift_left >> 15;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_shift_right_1 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_select_5 = stq::select(held.exp_avg_sq_0_new_int_eq_1, stq::each(0), exp_avg_sq_0_new_int_or);  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_9 = exp_avg_sq_0_new_mul_7 * 5.420928e-20f;  // exp_avg_sq_0_new
-  for (int j = 0; j < blocks; ++j) {
-    const int64_t index = first + j;
-    uint8_t* exp_avg_sq_0_codes = row.exp_avg_sq_0_codes + index * 48;
-    stq::BlockKey exp_avg_sq_0_key = stq::block_key(row.exp_avg_sq_0_key, step, row.first_block + index);
-    stq::i32v getitem_2[stq::kPlanes];
-#pragma GCC unroll 8
-    for (int p = 0; p < stq::kPlanes; ++p) {
-      const stq::f32v exp_avg_sq_0_new_fma_1 = stq::fma(held.exp_avg_sq_0_new_to_float[j][p], stq::all(exp_avg_sq_0_new_div_1[j]), stq::all(exp_avg_sq_0_new_sub_3[j]));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_max_2 = stq::max(exp_avg_sq_0_new_fma_1, stq::all(exp_avg_sq_0_new_sub_2[j]));  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random(exp_avg_sq_0_key);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_to_float_1 = stq::to_float(exp_avg_sq_0_new_exp_avg_sq_0_key);  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_2 = stq::fma(exp_avg_sq_0_new_to_float_1, stq::all(exp_avg_sq_0_new_mul_9[j]), stq::all(2.3282887e-10f));  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_fma_3 = stq::fma(exp_avg_sq_0_new_to_float_1, exp_avg_sq_0_new_fma_2, exp_avg_sq_0_new_max_2);  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_fma_3);  // exp_avg_sq_0_new
-      getitem_2[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_to_int_1, stq::all(0));  // exp_avg_sq_0_new
-    }
-    stq::pack<3>(exp_avg_sq_0_codes, getitem_2);  // -> exp_avg_sq_0_codes
-    row.exp_avg_sq_0_scales[index] = static_cast<uint16_t>(exp_avg_sq_0_new_int_select_5[j]);  // -> exp_avg_sq_0_scales
-  }
-}
-
 template <bool tail>
 STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t first,
-                     int blocks, int count, Held& held, const Held* before) {
+                     int blocks, int count) {
   constexpr int size = tail ? 1 : stq::kTile;
   float param_0_tail[tail ? stq::kBlock : 1] = {};
   if constexpr (tail) std::memcpy(param_0_tail, row.param_0 + first * stq::kBlock, count * 4);
@@ -120,13 +56,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   stq::f32v exp_avg_0_table[size];
   stq::f32v fma_1[size][stq::kPlanes];
   stq::f32v mul_2_1_table[size];
-  stq::i32b exp_avg_0_new_absmax{};
-  stq::i32v exp_avg_sq_0_new_int_and[size][stq::kPlanes];
-  stq::i32b exp_avg_sq_0_new_absmax{};
-  held.exp_avg_sq_0_new_block_sum = stq::f32b{};  // exp_avg_sq_0_new
-  held.exp_avg_sq_0_new_block_sum_1 = stq::f32b{};  // exp_avg_sq_0_new
-  held.first = first;
-  held.blocks = blocks;
+  stq::f32v exp_avg_sq_0_new_to_float_1[size][stq::kPlanes];
   const stq::i32b exp_avg_0_word = stq::load_words(row.exp_avg_0_scales + first, blocks, 1);  // exp_avg_0
   const stq::i32b exp_avg_0_shift_left = exp_avg_0_word << 16;  // exp_avg_0
   const stq::f32b exp_avg_0_from_bits = stq::from_bits(exp_avg_0_shift_left);  // exp_avg_0
@@ -142,6 +72,10 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::i32b exp_avg_sq_0_int_select = stq::select(exp_avg_sq_0_and, exp_avg_sq_0_int_mul, stq::each(0));  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_int_mul_1 = exp_avg_sq_0_int_select * 7;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_int_sub = exp_avg_sq_0_shift_left - exp_avg_sq_0_int_mul_1;  // exp_avg_sq_0
+  stq::i32v exp_avg_0_new_absmax_tile[stq::kTile]{};
+  stq::i32v exp_avg_sq_0_new_absmax_tile[stq::kTile]{};
+  stq::f32v exp_avg_sq_0_new_block_sum_tile[stq::kTile]{};
+  stq::f32v exp_avg_sq_0_new_block_squares_tile[stq::kTile]{};
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     const stq::i32v exp_avg_0_int_sub_table = stq::iota() - 7;  // exp_avg_0
@@ -166,6 +100,8 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     const stq::Nibbles exp_avg_sq_0_codes_nibbles = stq::nibbles<3>(exp_avg_sq_0_codes);
     stq::i32v exp_avg_0_new_absmax_lanes{};
     stq::i32v exp_avg_sq_0_new_absmax_lanes{};
+    stq::f32v exp_avg_sq_0_new_block_sum_lanes{};
+    stq::f32v exp_avg_sq_0_new_block_squares_lanes{};
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
       const stq::f32v param_0_1 = stq::load(param_0 + p * stq::kLanes);  // param_0  param
@@ -189,16 +125,27 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::i32v exp_avg_0_new_int_and = exp_avg_0_new_bits_of & 2147483647;  // exp_avg_0_new
       const stq::i32v exp_avg_0_new_int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_0_new_int_and, stq::all(0));  // exp_avg_0_new
       exp_avg_0_new_absmax_lanes = stq::max(exp_avg_0_new_absmax_lanes, exp_avg_0_new_int_select);  // exp_avg_0_new
-      const stq::i32v exp_avg_sq_0_new_bits_of = stq::bits_of(fma_1_1);  // exp_avg_sq_0_new
-      exp_avg_sq_0_new_int_and[j][p] = exp_avg_sq_0_new_bits_of & 2147483647;  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_int_and[j][p], stq::all(0));  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_bits_of = stq::bits_of(fma_1_1);  // exp_avg_sq_0_new  adam.py:471 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+      const stq::i32v exp_avg_sq_0_new_int_and = exp_avg_sq_0_new_bits_of & 2147483647;  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_int_select = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_int_and, stq::all(0));  // exp_avg_sq_0_new
       exp_avg_sq_0_new_absmax_lanes = stq::max(exp_avg_sq_0_new_absmax_lanes, exp_avg_sq_0_new_int_select);  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_int_sub_1 = exp_avg_sq_0_new_int_and - exp_avg_sq_0_shift_left[j];  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_int_select_4 = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_int_sub_1, stq::all(0));  // exp_avg_sq_0_new
+      exp_avg_sq_0_new_to_float_1[j][p] = stq::to_float(exp_avg_sq_0_new_int_select_4);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_max = stq::max(exp_avg_sq_0_new_to_float_1[j][p], stq::all(-1.2582912e+08f));  // exp_avg_sq_0_new
+      exp_avg_sq_0_new_block_sum_lanes = p == 0 ? exp_avg_sq_0_new_max : exp_avg_sq_0_new_block_sum_lanes + exp_avg_sq_0_new_max;  // exp_avg_sq_0_new
+      exp_avg_sq_0_new_block_squares_lanes = p == 0 ? exp_avg_sq_0_new_max * exp_avg_sq_0_new_max : stq::fma(exp_avg_sq_0_new_max, exp_avg_sq_0_new_max, exp_avg_sq_0_new_block_squares_lanes);  // exp_avg_sq_0_new
       stq::store(param_0 + p * stq::kLanes, sub_4_1);  // -> param_0
     }
-    exp_avg_0_new_absmax[j] = stq::max_lanes(exp_avg_0_new_absmax_lanes);  // exp_avg_0_new
-    exp_avg_sq_0_new_absmax[j] = stq::max_lanes(exp_avg_sq_0_new_absmax_lanes);  // exp_avg_sq_0_new
+    exp_avg_0_new_absmax_tile[j] = exp_avg_0_new_absmax_lanes;  // exp_avg_0_new
+    exp_avg_sq_0_new_absmax_tile[j] = exp_avg_sq_0_new_absmax_lanes;  // exp_avg_sq_0_new
+    exp_avg_sq_0_new_block_sum_tile[j] = exp_avg_sq_0_new_block_sum_lanes;  // exp_avg_sq_0_new
+    exp_avg_sq_0_new_block_squares_tile[j] = exp_avg_sq_0_new_block_squares_lanes;  // exp_avg_sq_0_new
   }
-  if (before != nullptr) finish<false>(row, s, step, *before, stq::kBlock);
+  const stq::i32b exp_avg_0_new_absmax = stq::max_lanes(exp_avg_0_new_absmax_tile);  // exp_avg_0_new
+  const stq::i32b exp_avg_sq_0_new_absmax = stq::max_lanes(exp_avg_sq_0_new_absmax_tile);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_block_sum = stq::sum_lanes(exp_avg_sq_0_new_block_sum_tile);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_block_squares = stq::sum_lanes(exp_avg_sq_0_new_block_squares_tile);  // exp_avg_sq_0_new
   const stq::i32b exp_avg_0_new_int_add = exp_avg_0_new_absmax + 65535;  // exp_avg_0_new
   const stq::i32b exp_avg_0_new_shift_right = exp_avg_0_new_int_add >> 16;  // exp_avg_0_new
   const stq::i32b exp_avg_0_new_int_max = stq::max(exp_avg_0_new_shift_right, stq::each(128));  // exp_avg_0_new
@@ -224,16 +171,54 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::i32b exp_avg_sq_0_new_int_select_2 = stq::select(exp_avg_sq_0_new_int_lt, stq::each(2044), stq::each(2040));  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_lt_1 = exp_avg_sq_0_new_absmax < 2139095040;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_select_3 = stq::select(exp_avg_sq_0_new_int_lt_1, exp_avg_sq_0_new_int_select_1, exp_avg_sq_0_new_int_select_2);  // exp_avg_sq_0_new
-  held.exp_avg_sq_0_new_shift_left = exp_avg_sq_0_new_int_select_3 << 20;  // exp_avg_sq_0_new
-  held.exp_avg_sq_0_new_int_lt_2 = held.exp_avg_sq_0_new_shift_left < 2139095040;  // exp_avg_sq_0_new
-  held.exp_avg_sq_0_new_int_eq_1 = held.exp_avg_sq_0_new_shift_left == 0;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_shift_left = exp_avg_sq_0_new_int_select_3 << 20;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_lt_2 = exp_avg_sq_0_new_shift_left < 2139095040;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_sub = exp_avg_sq_0_shift_left - exp_avg_sq_0_new_shift_left;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_to_float = stq::to_float(exp_avg_sq_0_new_int_sub);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_valid_count = stq::each(tail ? static_cast<float>(count) : 128.0f);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_div = 1.0f / exp_avg_sq_0_new_valid_count;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul = exp_avg_sq_0_new_block_sum * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_1 = exp_avg_sq_0_new_block_squares * exp_avg_sq_0_new_div;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_2 = exp_avg_sq_0_new_mul * exp_avg_sq_0_new_mul;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub = exp_avg_sq_0_new_mul_1 - exp_avg_sq_0_new_mul_2;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_max_1 = stq::max(exp_avg_sq_0_new_sub, stq::each(0.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_add = exp_avg_sq_0_new_mul + exp_avg_sq_0_new_to_float;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sqrt = stq::sqrt(exp_avg_sq_0_new_max_1);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_neg = -(exp_avg_sq_0_new_add);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_fma = stq::fma(exp_avg_sq_0_new_sqrt, stq::each(1.2815515f), exp_avg_sq_0_new_neg);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_3 = exp_avg_sq_0_new_fma * 2.724784e-07f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_ceil = stq::ceil(exp_avg_sq_0_new_mul_3);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_ceil - 1.0f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_max_2 = stq::max(exp_avg_sq_0_new_sub_1, stq::each(0.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_min = stq::min(exp_avg_sq_0_new_max_2, stq::each(31.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_add_1 = exp_avg_sq_0_new_min + 1.0f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_4 = exp_avg_sq_0_new_add_1 * 524288.0f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_select = stq::select(exp_avg_sq_0_new_int_lt_2, exp_avg_sq_0_new_mul_4, stq::each(INFINITY));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_div_1 = 1.0f / exp_avg_sq_0_new_select;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_select * 1.1920929e-07f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_5, stq::each(1.0f));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_min_1 * 0.125f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_mul_6 * 0.25f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub_2 = 0.5f - exp_avg_sq_0_new_mul_7;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_sub_3 = 7.5f - exp_avg_sq_0_new_mul_7;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_8 = exp_avg_sq_0_new_to_float * exp_avg_sq_0_new_div_1;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_abs = stq::abs(exp_avg_sq_0_new_mul_8);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_add_2 = exp_avg_sq_0_new_sub_3 + exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_fma_1 = stq::fma(exp_avg_sq_0_new_abs, stq::each(-4.7683716e-07f), exp_avg_sq_0_new_add_2);  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_shift_right_1 = exp_avg_sq_0_new_shift_left >> 15;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_shift_right_1 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_eq_1 = exp_avg_sq_0_new_shift_left == 0;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_select_5 = stq::select(exp_avg_sq_0_new_int_eq_1, stq::each(0), exp_avg_sq_0_new_int_or);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_9 = exp_avg_sq_0_new_mul_6 * 5.420928e-20f;  // exp_avg_sq_0_new
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     uint8_t* exp_avg_0_codes = row.exp_avg_0_codes + index * 64;
-    stq::BlockKey exp_avg_0_key = stq::block_key(row.exp_avg_0_key, step, row.first_block + index);
+    stq::BlockKey exp_avg_0_key = stq::block_key(s.exp_avg_0_key, step, row.first_block + index);
+    uint8_t* exp_avg_sq_0_codes = row.exp_avg_sq_0_codes + index * 48;
+    stq::BlockKey exp_avg_sq_0_key = stq::block_key(s.exp_avg_sq_0_key, step, row.first_block + index);
     stq::i32v getitem[stq::kPlanes];
-    stq::f32v exp_avg_sq_0_new_block_sum_lanes{};
-    stq::f32v exp_avg_sq_0_new_block_sum_1_lanes{};
+    stq::i32v getitem_2[stq::kPlanes];
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
       const stq::f32v exp_avg_0_new_abs = stq::abs(fma_1[j][p]);  // exp_avg_0_new
@@ -256,18 +241,19 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v exp_avg_0_new_add_2 = exp_avg_0_new_copysign + 7.0f;  // exp_avg_0_new
       const stq::i32v exp_avg_0_new_to_int = stq::to_int(exp_avg_0_new_add_2);  // exp_avg_0_new
       getitem[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_0_new_to_int, stq::all(0));  // exp_avg_0_new
-      const stq::i32v exp_avg_sq_0_new_int_sub = exp_avg_sq_0_new_int_and[j][p] - held.exp_avg_sq_0_new_shift_left[j];  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_int_max_1 = stq::max(exp_avg_sq_0_new_int_sub, stq::all(-125829120));  // exp_avg_sq_0_new
-      const stq::i32v exp_avg_sq_0_new_int_select_4 = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_int_max_1, stq::all(0));  // exp_avg_sq_0_new
-      held.exp_avg_sq_0_new_to_float[j][p] = stq::to_float(exp_avg_sq_0_new_int_select_4);  // exp_avg_sq_0_new
-      exp_avg_sq_0_new_block_sum_lanes = p == 0 ? held.exp_avg_sq_0_new_to_float[j][p] : exp_avg_sq_0_new_block_sum_lanes + held.exp_avg_sq_0_new_to_float[j][p];  // exp_avg_sq_0_new
-      const stq::f32v exp_avg_sq_0_new_mul_1 = held.exp_avg_sq_0_new_to_float[j][p] * held.exp_avg_sq_0_new_to_float[j][p];  // exp_avg_sq_0_new
-      exp_avg_sq_0_new_block_sum_1_lanes = p == 0 ? exp_avg_sq_0_new_mul_1 : exp_avg_sq_0_new_block_sum_1_lanes + exp_avg_sq_0_new_mul_1;  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_2 = stq::fma(exp_avg_sq_0_new_to_float_1[j][p], stq::all(exp_avg_sq_0_new_div_1[j]), stq::all(exp_avg_sq_0_new_fma_1[j]));  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_max_3 = stq::max(exp_avg_sq_0_new_fma_2, stq::all(exp_avg_sq_0_new_sub_2[j]));  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_exp_avg_sq_0_key = stq::random(exp_avg_sq_0_key);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_to_float_2 = stq::to_float(exp_avg_sq_0_new_exp_avg_sq_0_key);  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_3 = stq::fma(exp_avg_sq_0_new_to_float_2, stq::all(exp_avg_sq_0_new_mul_9[j]), stq::all(2.3282887e-10f));  // exp_avg_sq_0_new
+      const stq::f32v exp_avg_sq_0_new_fma_4 = stq::fma(exp_avg_sq_0_new_to_float_2, exp_avg_sq_0_new_fma_3, exp_avg_sq_0_new_max_3);  // exp_avg_sq_0_new
+      const stq::i32v exp_avg_sq_0_new_to_int_1 = stq::to_int(exp_avg_sq_0_new_fma_4);  // exp_avg_sq_0_new
+      getitem_2[p] = stq::select((tail ? stq::valid(p, count) : stq::all(true)), exp_avg_sq_0_new_to_int_1, stq::all(0));  // exp_avg_sq_0_new
     }
-    held.exp_avg_sq_0_new_block_sum[j] = stq::sum_lanes(exp_avg_sq_0_new_block_sum_lanes);  // exp_avg_sq_0_new
-    held.exp_avg_sq_0_new_block_sum_1[j] = stq::sum_lanes(exp_avg_sq_0_new_block_sum_1_lanes);  // exp_avg_sq_0_new
     stq::pack<4>(exp_avg_0_codes, getitem);  // -> exp_avg_0_codes
     row.exp_avg_0_scales[index] = static_cast<uint16_t>(exp_avg_0_new_int_select_3[j]);  // -> exp_avg_0_scales
+    stq::pack<3>(exp_avg_sq_0_codes, getitem_2);  // -> exp_avg_sq_0_codes
+    row.exp_avg_sq_0_scales[index] = static_cast<uint16_t>(exp_avg_sq_0_new_int_select_5[j]);  // -> exp_avg_sq_0_scales
   }
   if constexpr (tail) std::memcpy(row.param_0 + first * stq::kBlock, param_0_tail, count * 4);
 }
@@ -278,7 +264,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
   Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
   start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
+    scalars(rows[r], step, s[r]);
     start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
   }
   const int64_t blocks = start[n_rows];
@@ -294,19 +280,16 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
       const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
-      Held pair[2];
-      const Held* before = nullptr;  // the tile whose last phase is still to come
-      for (int at = 0; i < whole; i += stq::kTile, at ^= 1) {
+      const Row row = rows[r];  // copies, which no store through a pointer can change
+      const Scalars scalar = s[r];
+      for (; i < whole; i += stq::kTile) {
         const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock, pair[at], before);
-        before = &pair[at];
+        tile<false>(row, scalar, step, i, blocks, stq::kBlock);
       }
-      if (before != nullptr) finish<false>(rows[r], s[r], step, *before, stq::kBlock);
       if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count, pair[0], nullptr);
-        finish<true>(rows[r], s[r], step, pair[0], count);
+        const int count = static_cast<int>(row.numel - last * stq::kBlock);
+        tile<true>(row, scalar, step, last, 1, count);
       }
       b = start[r] + stop;
     }

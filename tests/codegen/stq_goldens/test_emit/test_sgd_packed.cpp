@@ -12,9 +12,11 @@ struct Row {
 };
 
 struct Scalars {
+  uint64_t momentum_buffer_0_key;
 };
 
-static void scalars(const Row& row, Scalars& s) {
+static void scalars(const Row& row, uint64_t step, Scalars& s) {
+  s.momentum_buffer_0_key = stq::stream_key(row.momentum_buffer_0_key, step);
 }
 
 template <bool tail>
@@ -27,10 +29,10 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   if constexpr (tail) std::memcpy(grad_0_tail, row.grad_0 + first * stq::kBlock, count * 4);
   stq::f32v mul_tensor_table[size];
   stq::f32v add_tensor[size][stq::kPlanes];
-  stq::i32b momentum_buffer_0_new_absmax{};
   const stq::i32b momentum_buffer_0_word = stq::load_words(row.momentum_buffer_0_scales + first, blocks, 1);  // momentum_buffer_0
   const stq::i32b momentum_buffer_0_shift_left = momentum_buffer_0_word << 16;  // momentum_buffer_0
   const stq::f32b momentum_buffer_0_from_bits = stq::from_bits(momentum_buffer_0_shift_left);  // momentum_buffer_0
+  stq::i32v momentum_buffer_0_new_absmax_tile[stq::kTile]{};
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     const stq::i32v momentum_buffer_0_int_sub_table = stq::iota() - 7;  // momentum_buffer_0
@@ -63,8 +65,9 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       momentum_buffer_0_new_absmax_lanes = stq::max(momentum_buffer_0_new_absmax_lanes, momentum_buffer_0_new_int_select);  // momentum_buffer_0_new
       stq::store(param_0 + p * stq::kLanes, sub_tensor);  // -> param_0
     }
-    momentum_buffer_0_new_absmax[j] = stq::max_lanes(momentum_buffer_0_new_absmax_lanes);  // momentum_buffer_0_new
+    momentum_buffer_0_new_absmax_tile[j] = momentum_buffer_0_new_absmax_lanes;  // momentum_buffer_0_new
   }
+  const stq::i32b momentum_buffer_0_new_absmax = stq::max_lanes(momentum_buffer_0_new_absmax_tile);  // momentum_buffer_0_new
   const stq::i32b momentum_buffer_0_new_int_add = momentum_buffer_0_new_absmax + 65535;  // momentum_buffer_0_new
   const stq::i32b momentum_buffer_0_new_shift_right = momentum_buffer_0_new_int_add >> 16;  // momentum_buffer_0_new
   const stq::i32b momentum_buffer_0_new_int_max = stq::max(momentum_buffer_0_new_shift_right, stq::each(128));  // momentum_buffer_0_new
@@ -83,7 +86,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j;
     uint8_t* momentum_buffer_0_codes = row.momentum_buffer_0_codes + index * 64;
-    stq::BlockKey momentum_buffer_0_key = stq::block_key(row.momentum_buffer_0_key, step, row.first_block + index);
+    stq::BlockKey momentum_buffer_0_key = stq::block_key(s.momentum_buffer_0_key, step, row.first_block + index);
     stq::i32v getitem[stq::kPlanes];
 #pragma GCC unroll 8
     for (int p = 0; p < stq::kPlanes; ++p) {
@@ -120,7 +123,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
   Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
   start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
+    scalars(rows[r], step, s[r]);
     start[r + 1] = start[r] + (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
   }
   const int64_t blocks = start[n_rows];
@@ -136,14 +139,16 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
       const int64_t stop = (end < start[r + 1] ? end : start[r + 1]) - start[r];
       const int64_t whole = stop < last ? stop : last;
       int64_t i = b - start[r];
+      const Row row = rows[r];  // copies, which no store through a pointer can change
+      const Scalars scalar = s[r];
       for (; i < whole; i += stq::kTile) {
         const int64_t left = whole - i;
         const int blocks = left < stq::kTile ? static_cast<int>(left) : stq::kTile;
-        tile<false>(rows[r], s[r], step, i, blocks, stq::kBlock);
+        tile<false>(row, scalar, step, i, blocks, stq::kBlock);
       }
       if (stop > last) {
-        const int count = static_cast<int>(rows[r].numel - last * stq::kBlock);
-        tile<true>(rows[r], s[r], step, last, 1, count);
+        const int count = static_cast<int>(row.numel - last * stq::kBlock);
+        tile<true>(row, scalar, step, last, 1, count);
       }
       b = start[r] + stop;
     }

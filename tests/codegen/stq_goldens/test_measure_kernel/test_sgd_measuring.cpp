@@ -18,7 +18,7 @@ struct Scalars {
   float mul_59;
 };
 
-static void scalars(const Row& row, Scalars& s) {
+static void scalars(const Row& row, uint64_t step, Scalars& s) {
   const double _to_copy_8 = 1.0 * 0.9;  // mul_5
   const double _to_copy_17 = _to_copy_8 * 0.01;  // mul_8
   const double _to_copy_20 = _to_copy_17 * -1.0;  // mul_11
@@ -37,33 +37,18 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   if constexpr (tail) std::memcpy(grad_0_tail, row.grad_0 + first * stq::kBlock, count * 4);
   stq::f32v momentum_buffer_0_table[size];
   stq::f32v mul_1_table[size];
-  stq::i32b absmax{};
   stq::f32v abs[size][stq::kPlanes];
   stq::f32v abs_1[size][stq::kPlanes];
-  stq::f32b block_sum{};
-  stq::f32b block_sum_1{};
-  stq::f32b block_sum_2{};
-  stq::f32b block_sum_3{};
-  stq::f32b block_sum_4{};
-  stq::f32b block_sum_5{};
-  stq::f32b block_sum_6{};
-  stq::f32b block_sum_7{};
-  stq::f32b block_sum_8{};
-  stq::f32b block_sum_9{};
-  stq::f32b block_sum_10{};
-  stq::f32b block_sum_11{};
-  stq::f32b block_sum_12{};
-  stq::f32b block_sum_13{};
-  stq::f32b block_sum_14{};
-  stq::f32b block_sum_15{};
-  stq::f32b block_sum_16{};
-  stq::f32b block_sum_17{};
-  stq::f32b block_sum_18{};
-  stq::f32b block_sum_19{};
-  stq::f32b block_sum_20{};
   const stq::i32b momentum_buffer_0_word = stq::load_words(row.momentum_buffer_0_scales + first, blocks, stride);  // momentum_buffer_0
   const stq::i32b momentum_buffer_0_shift_left = momentum_buffer_0_word << 16;  // momentum_buffer_0
   const stq::f32b momentum_buffer_0_from_bits = stq::from_bits(momentum_buffer_0_shift_left);  // momentum_buffer_0
+  stq::i32v absmax_tile[stq::kTile]{};
+  stq::f32v block_sum_tile[stq::kTile]{};
+  stq::f32v block_sum_1_tile[stq::kTile]{};
+  stq::f32v block_sum_2_tile[stq::kTile]{};
+  stq::f32v block_sum_9_tile[stq::kTile]{};
+  stq::f32v block_sum_15_tile[stq::kTile]{};
+  stq::f32v block_sum_18_tile[stq::kTile]{};
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j * stride;
     const stq::i32v momentum_buffer_0_int_sub_table = stq::iota() - 7;  // momentum_buffer_0
@@ -153,14 +138,21 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v select_40 = stq::select((tail ? stq::valid(p, count) : stq::all(true)), select_39, stq::all(0.0f));  // sums_1
       block_sum_18_lanes = p == 0 ? select_40 : block_sum_18_lanes + select_40;  // sums_1
     }
-    absmax[j] = stq::max_lanes(absmax_lanes);  // settled_error
-    block_sum[j] = stq::sum_lanes(block_sum_lanes);  // sums_1
-    block_sum_1[j] = stq::sum_lanes(block_sum_1_lanes);  // sums_1
-    block_sum_2[j] = stq::sum_lanes(block_sum_2_lanes);  // sums_1
-    block_sum_9[j] = stq::sum_lanes(block_sum_9_lanes);  // sums_1
-    block_sum_15[j] = stq::sum_lanes(block_sum_15_lanes);  // sums_1
-    block_sum_18[j] = stq::sum_lanes(block_sum_18_lanes);  // sums_1
+    absmax_tile[j] = absmax_lanes;  // settled_error
+    block_sum_tile[j] = block_sum_lanes;  // sums_1
+    block_sum_1_tile[j] = block_sum_1_lanes;  // sums_1
+    block_sum_2_tile[j] = block_sum_2_lanes;  // sums_1
+    block_sum_9_tile[j] = block_sum_9_lanes;  // sums_1
+    block_sum_15_tile[j] = block_sum_15_lanes;  // sums_1
+    block_sum_18_tile[j] = block_sum_18_lanes;  // sums_1
   }
+  const stq::i32b absmax = stq::max_lanes(absmax_tile);  // settled_error
+  const stq::f32b block_sum = stq::sum_lanes(block_sum_tile);  // sums_1
+  const stq::f32b block_sum_1 = stq::sum_lanes(block_sum_1_tile);  // sums_1
+  const stq::f32b block_sum_2 = stq::sum_lanes(block_sum_2_tile);  // sums_1
+  const stq::f32b block_sum_9 = stq::sum_lanes(block_sum_9_tile);  // sums_1
+  const stq::f32b block_sum_15 = stq::sum_lanes(block_sum_15_tile);  // sums_1
+  const stq::f32b block_sum_18 = stq::sum_lanes(block_sum_18_tile);  // sums_1
   const stq::i32b int_add = absmax + 65535;  // settled_error
   const stq::i32b shift_right = int_add >> 16;  // settled_error
   const stq::i32b int_max = stq::max(shift_right, stq::each(128));  // settled_error
@@ -198,6 +190,21 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b abs_21 = stq::abs(getitem_10);  // sums_1
   const stq::i32b lt_20 = abs_21 < 1.329228e+36f;  // sums_1
   const stq::f32b select_43 = stq::select(lt_20, getitem_10, stq::each(0.0f));  // sums_1
+  stq::f32v block_sum_3_tile[stq::kTile]{};
+  stq::f32v block_sum_4_tile[stq::kTile]{};
+  stq::f32v block_sum_5_tile[stq::kTile]{};
+  stq::f32v block_sum_6_tile[stq::kTile]{};
+  stq::f32v block_sum_7_tile[stq::kTile]{};
+  stq::f32v block_sum_8_tile[stq::kTile]{};
+  stq::f32v block_sum_10_tile[stq::kTile]{};
+  stq::f32v block_sum_11_tile[stq::kTile]{};
+  stq::f32v block_sum_12_tile[stq::kTile]{};
+  stq::f32v block_sum_13_tile[stq::kTile]{};
+  stq::f32v block_sum_14_tile[stq::kTile]{};
+  stq::f32v block_sum_16_tile[stq::kTile]{};
+  stq::f32v block_sum_17_tile[stq::kTile]{};
+  stq::f32v block_sum_19_tile[stq::kTile]{};
+  stq::f32v block_sum_20_tile[stq::kTile]{};
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j * stride;
     stq::f32v block_sum_3_lanes{};
@@ -386,21 +393,21 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
       const stq::f32v select_44 = stq::select((tail ? stq::valid(p, count) : stq::all(true)), stq::all(select_43[j]), stq::all(0.0f));  // sums_1
       block_sum_20_lanes = p == 0 ? select_44 : block_sum_20_lanes + select_44;  // sums_1
     }
-    block_sum_3[j] = stq::sum_lanes(block_sum_3_lanes);  // sums_1
-    block_sum_4[j] = stq::sum_lanes(block_sum_4_lanes);  // sums_1
-    block_sum_5[j] = stq::sum_lanes(block_sum_5_lanes);  // sums_1
-    block_sum_6[j] = stq::sum_lanes(block_sum_6_lanes);  // sums_1
-    block_sum_7[j] = stq::sum_lanes(block_sum_7_lanes);  // sums_1
-    block_sum_8[j] = stq::sum_lanes(block_sum_8_lanes);  // sums_1
-    block_sum_10[j] = stq::sum_lanes(block_sum_10_lanes);  // sums_1
-    block_sum_11[j] = stq::sum_lanes(block_sum_11_lanes);  // sums_1
-    block_sum_12[j] = stq::sum_lanes(block_sum_12_lanes);  // sums_1
-    block_sum_13[j] = stq::sum_lanes(block_sum_13_lanes);  // sums_1
-    block_sum_14[j] = stq::sum_lanes(block_sum_14_lanes);  // sums_1
-    block_sum_16[j] = stq::sum_lanes(block_sum_16_lanes);  // sums_1
-    block_sum_17[j] = stq::sum_lanes(block_sum_17_lanes);  // sums_1
-    block_sum_19[j] = stq::sum_lanes(block_sum_19_lanes);  // sums_1
-    block_sum_20[j] = stq::sum_lanes(block_sum_20_lanes);  // sums_1
+    block_sum_3_tile[j] = block_sum_3_lanes;  // sums_1
+    block_sum_4_tile[j] = block_sum_4_lanes;  // sums_1
+    block_sum_5_tile[j] = block_sum_5_lanes;  // sums_1
+    block_sum_6_tile[j] = block_sum_6_lanes;  // sums_1
+    block_sum_7_tile[j] = block_sum_7_lanes;  // sums_1
+    block_sum_8_tile[j] = block_sum_8_lanes;  // sums_1
+    block_sum_10_tile[j] = block_sum_10_lanes;  // sums_1
+    block_sum_11_tile[j] = block_sum_11_lanes;  // sums_1
+    block_sum_12_tile[j] = block_sum_12_lanes;  // sums_1
+    block_sum_13_tile[j] = block_sum_13_lanes;  // sums_1
+    block_sum_14_tile[j] = block_sum_14_lanes;  // sums_1
+    block_sum_16_tile[j] = block_sum_16_lanes;  // sums_1
+    block_sum_17_tile[j] = block_sum_17_lanes;  // sums_1
+    block_sum_19_tile[j] = block_sum_19_lanes;  // sums_1
+    block_sum_20_tile[j] = block_sum_20_lanes;  // sums_1
     totals[0] += block_sum[j];  // -> sums
     totals[1] += block_sum_1[j];  // -> sums
     totals[2] += block_sum_2[j];  // -> sums
@@ -408,6 +415,21 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
     totals[15] += block_sum_15[j];  // -> sums
     totals[18] += block_sum_18[j];  // -> sums
   }
+  const stq::f32b block_sum_3 = stq::sum_lanes(block_sum_3_tile);  // sums_1
+  const stq::f32b block_sum_4 = stq::sum_lanes(block_sum_4_tile);  // sums_1
+  const stq::f32b block_sum_5 = stq::sum_lanes(block_sum_5_tile);  // sums_1
+  const stq::f32b block_sum_6 = stq::sum_lanes(block_sum_6_tile);  // sums_1
+  const stq::f32b block_sum_7 = stq::sum_lanes(block_sum_7_tile);  // sums_1
+  const stq::f32b block_sum_8 = stq::sum_lanes(block_sum_8_tile);  // sums_1
+  const stq::f32b block_sum_10 = stq::sum_lanes(block_sum_10_tile);  // sums_1
+  const stq::f32b block_sum_11 = stq::sum_lanes(block_sum_11_tile);  // sums_1
+  const stq::f32b block_sum_12 = stq::sum_lanes(block_sum_12_tile);  // sums_1
+  const stq::f32b block_sum_13 = stq::sum_lanes(block_sum_13_tile);  // sums_1
+  const stq::f32b block_sum_14 = stq::sum_lanes(block_sum_14_tile);  // sums_1
+  const stq::f32b block_sum_16 = stq::sum_lanes(block_sum_16_tile);  // sums_1
+  const stq::f32b block_sum_17 = stq::sum_lanes(block_sum_17_tile);  // sums_1
+  const stq::f32b block_sum_19 = stq::sum_lanes(block_sum_19_tile);  // sums_1
+  const stq::f32b block_sum_20 = stq::sum_lanes(block_sum_20_tile);  // sums_1
   for (int j = 0; j < blocks; ++j) {
     const int64_t index = first + j * stride;
     totals[3] += block_sum_3[j];  // -> sums
@@ -437,7 +459,7 @@ extern "C" void run(const Row* rows, int64_t n_rows, uint64_t step, int threads,
   Scalars* s = reinterpret_cast<Scalars*>(start + n_rows + 1);
   start[0] = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
-    scalars(rows[r], s[r]);
+    scalars(rows[r], step, s[r]);
     const int64_t stride = rows[r].stride, blocks = (rows[r].numel + stq::kBlock - 1) / stq::kBlock;
     begin[r] = ((rows[r].offset - rows[r].first_block) % stride + stride) % stride;
     start[r + 1] = start[r] + (blocks > begin[r] ? (blocks - 1 - begin[r]) / stride + 1 : 0);
