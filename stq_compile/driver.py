@@ -49,7 +49,7 @@ from stq_compile.passes.runner import TRACING
 from stq_compile.runtime import recording
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.state_tree import Leaf
-from stq_compile.steps import captured_step, own_code, raw_step
+from stq_compile.steps import captured_step, is_followed, own_code, raw_step
 from stq_compile.symbolic_math import symbolic_math, symbolic_numbers
 
 Backend = Callable[[Any, Exemplars | None], Any]
@@ -121,14 +121,19 @@ class Driver:
                 self._opt_called = True  # type: ignore[attr-defined]  # the schedulers' own mark
             return driver.step(self, args, kwargs)
 
-        hooked: Any = step
+        bound: Any = step
         # A wrapper that never called Optimizer.__init__ has no hooks, and its step runs none.
         if hasattr(self.session.optimizer, "_optimizer_step_pre_hooks"):
-            hooked = Optimizer.profile_hook_step(step)
-        hooked = torch.compiler.disable(hooked)  # type: ignore[no-untyped-call]  # torch's
+            followed = Optimizer.profile_hook_step(step)
+
+            @functools.wraps(step)
+            def bound(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+                return (followed if is_followed(self) else step)(self, *args, **kwargs)
+
+        bound = torch.compiler.disable(bound)  # type: ignore[no-untyped-call]  # torch's
         if scheduled:
-            hooked._wrapped_by_lr_sched = True
-        return cast("Callable[..., Any]", hooked)
+            bound._wrapped_by_lr_sched = True
+        return cast("Callable[..., Any]", bound)
 
     def step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step with the arguments that the user gave.

@@ -13,6 +13,7 @@ kernel delivers to this one thread.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -41,10 +42,10 @@ class _Scope:
         if self.former:
             return
         for number in HELD:
-            handler = signal.getsignal(number)
+            handler = _signal.getsignal(number)  # `signal`'s own take ten times as long, for enums
             if callable(handler):
                 self.former[number] = handler
-                signal.signal(number, self._note)
+                _signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.released:  # a handler that was put back before this one has raised meanwhile
@@ -55,7 +56,7 @@ class _Scope:
     def release(self) -> None:
         self.released = True
         for number, handler in self.former.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
         for number, frame in self.received:
             self.former[number](number, frame)
 

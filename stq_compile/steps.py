@@ -20,7 +20,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from torch.autograd import profiler
 from torch.optim import Optimizer
+from torch.optim import optimizer as optim
 
 _COUNTER = itertools.count()
 
@@ -129,3 +131,16 @@ def _copied(
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def is_followed(optimizer: Optimizer) -> bool:
+    """Whether a profiler or a hook is to hear of a step. To tell them costs a fifth of what a small
+    step takes, so that nobody is told where nobody listens."""
+    hooks: Any = optimizer
+    return bool(
+        profiler._is_profiler_enabled
+        or hooks._optimizer_step_pre_hooks
+        or hooks._optimizer_step_post_hooks
+        or optim._global_optimizer_pre_hooks
+        or optim._global_optimizer_post_hooks
+    )

@@ -2,7 +2,7 @@
 
 Dynamo replaces ``math.f`` of a symbolic number by ``torch._sym_f`` where torch has that, and where
 it has not, it compiles one graph for each value of the number: ``1 - math.pow(beta, step)`` would
-cost one graph per step. These are the missing ones, in place while a step is captured.
+cost one graph per step. These are the missing ones, in place while a step is traced.
 
 And it takes a number for a constant until it has seen it change, which costs a graph more: what
 is known to count is named to it (`symbolic_numbers`).
@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._dynamo.callback import CallbackArgs, callback_handler
 
 
 def sym_pow(x: Any, y: Any) -> Any:
@@ -38,30 +39,46 @@ def sym_log(x: Any) -> Any:
 MISSING = {"_sym_pow": sym_pow, "_sym_exp": sym_exp, "_sym_log": sym_log}
 
 
-_LOCK = threading.Lock()
-_blocks = 0
+class _Blocks(threading.local):
+    """The blocks below that this thread is in, and the names that it gave to torch."""
+
+    open = 0
+    given: tuple[str, ...] = ()
+
+
+_here = _Blocks()
+
+
+def _give(_: CallbackArgs) -> None:
+    """Dynamo begins to trace. It does one function at a time, of all threads."""
+    if _here.open:
+        _here.given = tuple(name for name in MISSING if not hasattr(torch, name))
+        for name in _here.given:
+            setattr(torch, name, MISSING[name])
+
+
+def _take_back(_: CallbackArgs) -> None:
+    for name in _here.given:
+        delattr(torch, name)
+    _here.given = ()
 
 
 @contextmanager
 def symbolic_math() -> Iterator[None]:
-    """Dynamo finds the functions above during the block, unless torch has its own by now.
+    """Where Dynamo traces during the block, in this thread, it finds the functions above, unless
+    torch has its own by now.
 
-    They are there as long as any thread is in such a block.
+    Not during the whole block: for every attribute that comes or goes, the interpreter forgets
+    where in `torch` it found all others.
     """
-    global _blocks
-    with _LOCK:
-        _blocks += 1
-        for name, function in MISSING.items():
-            if not hasattr(torch, name):
-                setattr(torch, name, function)
+    if _give not in callback_handler.start_callbacks:  # `torch._dynamo.reset` drops them
+        callback_handler.register_start_callback(_give)
+        callback_handler.register_end_callback(_take_back)
+    _here.open += 1
     try:
         yield
     finally:
-        with _LOCK:
-            _blocks -= 1
-            for name, function in MISSING.items() if _blocks == 0 else ():
-                if getattr(torch, name) is function:
-                    delattr(torch, name)
+        _here.open -= 1
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import stq_compile as stq
@@ -154,6 +155,37 @@ def test_hooks_closure_and_loss() -> None:
     assert calls == ["pre", "closure", "post"]
     assert isinstance(loss, Tensor)
     assert loss > 0
+
+
+@pytest.mark.parametrize("first", ["pre", "post"])
+def test_hooks_of_all_optimizers_run_as_well(first: str) -> None:
+    """Whoever is there: a step without any of them is told to nobody."""
+    model = make_model()
+    optimizer = stq.compile(adamw(model), **PACKED)
+    calls: list[str] = []
+    register = {
+        "pre": optim.register_optimizer_step_pre_hook,
+        "post": optim.register_optimizer_step_post_hook,
+    }
+    handle = register[first](lambda *_: calls.append("all"))
+    try:
+        backward(model, 0)
+        optimizer.step()
+    finally:
+        handle.remove()
+    optimizer.step()
+    assert calls == ["all"]
+
+
+def test_a_profiler_sees_the_step_under_its_name() -> None:
+    model = make_model()
+    optimizer = stq.compile(adamw(model), **PACKED)
+    backward(model, 0)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    optimizer.step()
+    names = [event.key for event in profile.key_averages()]
+    assert "Optimizer.step#AdamW.step" in names
 
 
 def test_parameters_without_gradient_are_skipped() -> None:

@@ -211,7 +211,7 @@ def test_a_handler_that_raises_leaves_all_handlers_in_place(
         taken.append(number)
 
     signal.signal(signal.SIGUSR1, note)
-    real = signal.signal
+    real = interrupts._signal.signal
 
     def interrupted(number: int, handler: Any) -> Any:
         result = real(number, handler)
@@ -222,7 +222,7 @@ def test_a_handler_that_raises_leaves_all_handlers_in_place(
     def work() -> None:
         with interrupts.scope() as hold:
             hold()
-            monkeypatch.setattr(interrupts.signal, "signal", interrupted)
+            monkeypatch.setattr(interrupts._signal, "signal", interrupted)
 
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from kernels import torch_threads
 from models import make_model
 from stq_compile import symbolic_math
 from stq_compile.planner.turns import one_thread
+from stq_compile.steps import own_code
 from stq_compile.storage import PackedStorage
 from trajectory import Expected, Run, planned
 
@@ -110,16 +113,32 @@ def test_settings_of_the_process_are_put_back_by_threads_that_overlap() -> None:
     def work() -> None:
         barrier.wait()
         for _ in range(200):
-            with one_thread(), symbolic_math.symbolic_math():
-                assert hasattr(torch, "_sym_pow")
+            with one_thread():
+                assert torch.get_num_threads() == 1
 
     with torch_threads(3):
         together(work, work, work, work)
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == threads
-    missing = [name for name in symbolic_math.MISSING if hasattr(torch, name)]
-    for name in missing:
-        assert getattr(torch, name) is not symbolic_math.MISSING[name]
+
+
+def test_torch_has_our_functions_only_where_a_thread_that_asked_for_them_traces() -> None:
+    seen: dict[bool, list[bool]] = {True: [], False: []}
+
+    def work(asks: bool) -> None:
+        def backend(gm: Any, _: Any) -> Any:
+            seen[asks].append(hasattr(torch, "_sym_pow"))
+            return gm
+
+        for n in range(5):
+            function = own_code(lambda x, n=n: x + n)
+            with symbolic_math.symbolic_math() if asks else contextlib.nullcontext():
+                torch.compile(function, backend=backend)(torch.ones(2))
+
+    torch._dynamo.reset()
+    together(*(partial(work, asks) for asks in (True, False, True)))
+    assert seen == {True: [True] * 10, False: [False] * 5}
+    assert not any(hasattr(torch, name) for name in symbolic_math.MISSING)
 
 
 def test_no_number_of_replacements_comes_twice() -> None:
