@@ -389,7 +389,8 @@ class CompiledStep:
             hold()  # whole from here on; nothing below takes memory, but for regions
             session.changing = True
             written = [tensor for bucket in self.buckets for tensor in bucket.launch(step)]
-            self._launch_regions(step)
+            if self.regions or self.cut_regions:
+                self._launch_regions(step)
             torch.autograd.graph.increment_version(written)  # autograd must see that they changed
             session.steps += 1
             session.changing = False

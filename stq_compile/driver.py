@@ -15,6 +15,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -288,7 +289,8 @@ class Driver:
                 if "fail_on_recompile" in str(error):
                     raise self._too_many_graphs() from error
                 raise
-        with symbolic_math(), symbolic_numbers(self.counters):
+        numbers = symbolic_numbers(self.counters) if self.counters else nullcontext()
+        with symbolic_math(), numbers:
             capture = self._capture(optimizer)
             try:
                 return self._run(capture, optimizer)

@@ -52,7 +52,6 @@ class Column:
     params: list[Operand]
     format: Format | None = None
     written: bool = False
-    replacements: int = -1
     versions: list[tuple[int, int]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
 
@@ -91,6 +90,7 @@ class Bucket:
 
     extra_fields = 0
     sums: Sums | None = None
+    replacements = -1  # of packed states' buffers in the process, when they were looked up
 
     def __init__(self, unit: Unit, resolve: Resolve) -> None:
         self.unit = unit
@@ -134,16 +134,37 @@ class Bucket:
             ChangedTensorError: a tensor is not what the kernel was compiled for.
         """
         self.copies: list[tuple[Tensor, Tensor]] = []
+        for fill, column in self.filled:
+            fill(column, args, created)
+        if self.replacements != PackedStorage.replacements:
+            replacements = PackedStorage.replacements
+            for column in self.resting:
+                self._fill_packed(column, args, created)
+            self.replacements = replacements  # last: what is interrupted before is not done
+        self.prepare()
+
+    @cached_property
+    def resting(self) -> list[Column]:
+        """Columns of packed states that the step does not pass: their buffers stay where they are
+        until one is replaced."""
+        return [c for c in self.columns if c.packed and not c.from_arguments]
+
+    @cached_property
+    def filled(self) -> list[tuple[Callable[..., None], Column]]:
+        """The other columns, with what fills them at every step."""
+        fillers = []
         for column in self.columns:
             if column.role is Role.INTERMEDIATE:
                 continue  # made later
             if column.packed:
-                self._fill_packed(column, args)
+                if column.from_arguments:
+                    fillers.append((self._fill_packed, column))
             elif column.kind is OperandKind.NUMBER:
-                self._fill_numbers(column, args)
+                if any(o.value is None for o in column.operands):
+                    fillers.append((self._fill_numbers, column))
             elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
-                self._fill_tensors(column, args, created)
-        self.prepare()
+                fillers.append((self._fill_tensors, column))
+        return fillers
 
     def prepare(self) -> None:
         """Take what memory a run needs."""
@@ -180,18 +201,14 @@ class Bucket:
             if column.role is Role.GRAD:
                 column.tensors = []
 
-    def _fill_packed(self, column: Column, args: Sequence[Any]) -> None:
+    def _fill_packed(self, column: Column, args: Sequence[Any], created: dict[int, Tensor]) -> None:
         """Buffers of packed states: looked up again only when one was replaced."""
         states = column.objects
         if column.from_arguments:
             states = [present(o, args) for o in states]
-        elif column.replacements == PackedStorage.replacements:
-            return
-        replacements = PackedStorage.replacements
         storages: list[PackedStorage] = [local(state).packed for state in states]
         versions = [(id(storage), storage.version) for storage in storages]
         if versions == column.versions:
-            column.replacements = replacements
             return
         for storage, operand in zip(storages, column.operands, strict=True):
             if column.format is not None and storage.format != column.format:
@@ -202,9 +219,11 @@ class Bucket:
                 )
         self.table[:, column.index] = [_buffer(s, column.role).data_ptr() for s in storages]
         # Last: what is interrupted before that must not count as done.
-        column.versions, column.replacements = versions, replacements
+        column.versions = versions
 
-    def _fill_numbers(self, column: Column, args: Sequence[Any]) -> None:
+    def _fill_numbers(
+        self, column: Column, args: Sequence[Any], created: dict[int, Tensor]
+    ) -> None:
         """Hyperparameters that are inputs of the step: call arguments, or tensors of a group."""
         for r, (operand, source) in enumerate(zip(column.operands, column.objects, strict=True)):
             if operand.value is None:
@@ -406,9 +425,14 @@ def _as_expected(column: Column, args: Sequence[Any]) -> list[Tensor] | None:
 def recording() -> bool:
     """Whether a CUDA graph is being captured. It holds the addresses of codes and scales, and no
     host code runs when it is replayed: from then on the planner leaves widths alone."""
+    if not HAS_CUDA:
+        return False
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
     return bool(started) and torch.cuda.is_current_stream_capturing()
 
+
+HAS_CUDA: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # torch's
+"""Whether this torch knows CUDA, or ROCm, which goes by that name."""
 
 SPOILED = "spoiled"
 """Name of the sum that counts gradients that are not finite."""

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._dynamo import config
 from torch._dynamo.callback import CallbackArgs, callback_handler
 
 
@@ -40,10 +41,12 @@ MISSING = {"_sym_pow": sym_pow, "_sym_exp": sym_exp, "_sym_log": sym_log}
 
 
 class _Blocks(threading.local):
-    """The blocks below that this thread is in, and the names that it gave to torch."""
+    """The blocks below that this thread is in, the names that it gave to torch, and whether Dynamo
+    was to time what its own code takes, which a fifth of a small step would be."""
 
     open = 0
     given: tuple[str, ...] = ()
+    timed: bool | None = None
 
 
 _here = _Blocks()
@@ -55,29 +58,32 @@ def _give(_: CallbackArgs) -> None:
         _here.given = tuple(name for name in MISSING if not hasattr(torch, name))
         for name in _here.given:
             setattr(torch, name, MISSING[name])
+        _here.timed, config.record_runtime_overhead = config.record_runtime_overhead, False
 
 
 def _take_back(_: CallbackArgs) -> None:
     for name in _here.given:
         delattr(torch, name)
-    _here.given = ()
+    if _here.timed is not None:
+        config.record_runtime_overhead = _here.timed
+    _here.given, _here.timed = (), None
 
 
-@contextmanager
-def symbolic_math() -> Iterator[None]:
+class symbolic_math:
     """Where Dynamo traces during the block, in this thread, it finds the functions above, unless
     torch has its own by now.
 
     Not during the whole block: for every attribute that comes or goes, the interpreter forgets
     where in `torch` it found all others.
     """
-    if _give not in callback_handler.start_callbacks:  # `torch._dynamo.reset` drops them
-        callback_handler.register_start_callback(_give)
-        callback_handler.register_end_callback(_take_back)
-    _here.open += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        if _give not in callback_handler.start_callbacks:  # `torch._dynamo.reset` drops them
+            callback_handler.register_start_callback(_give)
+            callback_handler.register_end_callback(_take_back)
+        _here.open += 1
+
+    def __exit__(self, *_: object) -> None:
         _here.open -= 1
 
 
@@ -88,13 +94,13 @@ def symbolic_numbers(keys: frozenset[str]) -> Iterator[None]:
     if not keys:
         yield
         return
-    config: Any = torch.compiler.config
-    before = config.dynamic_sources  # the user's
-    config.dynamic_sources = ",".join(filter(None, [before, _sources(keys)]))
+    settings: Any = torch.compiler.config
+    before = settings.dynamic_sources  # the user's
+    settings.dynamic_sources = ",".join(filter(None, [before, _sources(keys)]))
     try:
         yield
     finally:
-        config.dynamic_sources = before
+        settings.dynamic_sources = before
 
 
 @cache

@@ -57,8 +57,11 @@ class CompiledKernel:
         self, table: NDArray[np.int64], step: int, threads: int, scratch: NDArray[np.uint8]
     ) -> None:
         """Update every tensor of a table ``[rows, fields]``; ``step`` is the mixed counter."""
-        threads = _TEAM.usable(threads)
-        self.library.run(table.ctypes.data, len(table), step, threads, scratch.ctypes.data)
+        self.run_at(table.ctypes.data, len(table), step, threads, scratch.ctypes.data)
+
+    def run_at(self, table: int, n_rows: int, step: int, threads: int, scratch: int) -> None:
+        """`run`, of addresses."""
+        self.library.run(table, n_rows, step, _TEAM.usable(threads), scratch)
 
     def bind(self, table: Table, sums: Sums | None = None) -> CompiledRun:
         """`Executable.bind`; sums are found by their addresses in the table."""
@@ -71,18 +74,21 @@ class CompiledRun:
     def __init__(self, kernel: CompiledKernel, table: Table) -> None:
         self.kernel, self.table = kernel, table
         self.threads, self.scratch = 0, np.empty(0, dtype=np.uint8)
+        self.addresses = (0, 0)  # of table and scratch: numpy takes microseconds to tell them
 
     def prepare(self) -> None:
         """Take memory for as many threads as torch has now."""
         threads = torch.get_num_threads()
         if threads != self.threads:
             self.scratch = self.kernel.scratch(len(self.table), threads)
+            self.addresses = self.table.ctypes.data, self.scratch.ctypes.data
             self.threads = threads
 
     def __call__(self, step: int) -> None:
         if not self.threads:
             self.prepare()
-        self.kernel.run(self.table, step, self.threads, self.scratch)
+        table, scratch = self.addresses
+        self.kernel.run_at(table, len(self.table), step, self.threads, scratch)
 
     def replayed(self) -> int:
         """None: nothing runs but by the host."""
