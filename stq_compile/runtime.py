@@ -135,7 +135,7 @@ class Bucket:
         """
         self.copies: list[tuple[Tensor, Tensor]] = []
         for fill, column in self.filled:
-            fill(column, args, created)
+            fill(self, column, args, created)
         if self.replacements != PackedStorage.replacements:
             replacements = PackedStorage.replacements
             for column in self.resting:
@@ -158,12 +158,12 @@ class Bucket:
                 continue  # made later
             if column.packed:
                 if column.from_arguments:
-                    fillers.append((self._fill_packed, column))
+                    fillers.append((Bucket._fill_packed, column))
             elif column.kind is OperandKind.NUMBER:
                 if any(o.value is None for o in column.operands):
-                    fillers.append((self._fill_numbers, column))
+                    fillers.append((Bucket._fill_numbers, column))
             elif column.kind not in (OperandKind.KEY, OperandKind.SUMS):
-                fillers.append((self._fill_tensors, column))
+                fillers.append((Bucket._fill_tensors, column))
         return fillers
 
     def prepare(self) -> None:

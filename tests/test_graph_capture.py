@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import stq_compile as stq
+from stq_compile import runtime
 from stq_compile import session as session_module
 from stq_compile.backend import session_of
 from stq_compile.codegen.cpp.build import CompiledRun
@@ -31,6 +32,7 @@ CUDA = torch.device("cuda", 0)
 def capturing(monkeypatch: pytest.MonkeyPatch) -> Capturing:
     """Says whether torch is capturing; it is not at first."""
     now = [False]
+    monkeypatch.setattr(runtime, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0])
     return lambda value: now.__setitem__(0, value)

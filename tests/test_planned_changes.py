@@ -162,7 +162,7 @@ def test_gradients_that_stay_as_they_are_raise_none() -> None:
 def test_zeros_raise_a_width_where_first_moments_use_up_the_tolerance(change: str) -> None:
     """First moments get worse under zeros, which second ones of a longer memory make up for."""
     steps = range(65, 65 + 2 * INTERVAL)
-    _, history = run(change, steps, tolerance=0.06, betas=(0.9, 0.95))
+    _, history = run(change, steps, tolerance=0.0625, betas=(0.9, 0.95))
     assert (raised(history, steps.start) >= 1) == (change == "zeros")
 
 
