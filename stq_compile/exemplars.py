@@ -19,6 +19,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -136,7 +137,7 @@ def _entries(optimizer: Optimizer, params: Sequence[Tensor]) -> list[dict[Any, A
 
 def _values(entries: Sequence[dict[Any, Any]]) -> list[Any]:
     """All states, and how many each parameter has (small numbers are the same objects)."""
-    return [*map(len, entries), *(value for entry in entries for value in entry.values())]
+    return [*map(len, entries), *chain.from_iterable(map(dict.values, entries))]
 
 
 def _same(found: Any, known: Any) -> bool:

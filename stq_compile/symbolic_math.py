@@ -5,7 +5,7 @@ it has not, it compiles one graph for each value of the number: ``1 - math.pow(b
 cost one graph per step. These are the missing ones, in place while a step is traced.
 
 And it takes a number for a constant until it has seen it change, which costs a graph more: what
-is known to count is named to it (`symbolic_numbers`).
+is known to count is named to it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -71,36 +69,31 @@ def _take_back(_: CallbackArgs) -> None:
 
 class symbolic_math:
     """Where Dynamo traces during the block, in this thread, it finds the functions above, unless
-    torch has its own by now.
+    torch has its own by now; and makes whole numbers with these ``keys`` in an optimizer's states
+    and groups inputs of a graph, as soon as it sees them.
 
-    Not during the whole block: for every attribute that comes or goes, the interpreter forgets
-    where in `torch` it found all others.
+    Functions are there while it traces and not during the whole block: for every attribute that
+    comes or goes, the interpreter forgets where in `torch` it found all others.
     """
+
+    def __init__(self, keys: frozenset[str] = frozenset()) -> None:
+        self.keys = keys
 
     def __enter__(self) -> None:
         if _give not in callback_handler.start_callbacks:  # `torch._dynamo.reset` drops them
             callback_handler.register_start_callback(_give)
             callback_handler.register_end_callback(_take_back)
+        if self.keys:  # the setting is this thread's alone
+            settings: Any = torch.compiler.config
+            self.before = settings.dynamic_sources  # the user's
+            settings.dynamic_sources = ",".join(filter(None, [self.before, _sources(self.keys)]))
         _here.open += 1
 
     def __exit__(self, *_: object) -> None:
         _here.open -= 1
-
-
-@contextmanager
-def symbolic_numbers(keys: frozenset[str]) -> Iterator[None]:
-    """During the block, Dynamo makes whole numbers with these keys in an optimizer's states and
-    groups inputs of a graph, as soon as it sees them. The setting is this thread's alone."""
-    if not keys:
-        yield
-        return
-    settings: Any = torch.compiler.config
-    before = settings.dynamic_sources  # the user's
-    settings.dynamic_sources = ",".join(filter(None, [before, _sources(keys)]))
-    try:
-        yield
-    finally:
-        settings.dynamic_sources = before
+        if self.keys:
+            settings: Any = torch.compiler.config
+            settings.dynamic_sources = self.before
 
 
 @cache

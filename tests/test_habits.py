@@ -12,7 +12,7 @@ from torch._dynamo.variables.builder import is_dynamic_source
 import stq_compile as stq
 from stq_compile import PackedState
 from stq_compile.errors import EagerStepWarning
-from stq_compile.symbolic_math import symbolic_numbers
+from stq_compile.symbolic_math import symbolic_math
 from test_hard_optimizers import MIN_NUMEL, Base, make_params, run, run_all_ways, vector
 
 
@@ -211,7 +211,7 @@ def test_sources_that_the_user_names_stay() -> None:
     config: Any = torch.compiler.config
     with (
         config.patch(dynamic_sources="L['x']"),
-        symbolic_numbers(frozenset({"step", "not, a name"})),
+        symbolic_math(frozenset({"step", "not, a name"})),
     ):
         assert config.dynamic_sources.split(",")[0] == "L['x']"
         assert is_dynamic_source("L['self'].param_groups[0]['step']")
