@@ -28,6 +28,7 @@ from stq_compile.formats import (
     Format,
 )
 from stq_compile.reference import (
+    FAR_FALL,
     HALF_EXPONENT,
     INFINITY_BITS,
     INVERSE_ROOT_BITS,
@@ -95,8 +96,7 @@ def _decode_adaptive_log(b: Builder, code: Value, word: Value, format: Format) -
         scale_bits, spacing = b.words[id(word)]
     else:
         scale_bits = _scale_pattern(b, word)
-        number = b.op("int_lt", scale_bits, INFINITY_BITS)
-        number = b.op("and", b.op("int_lt", 0, scale_bits), number)
+        number = _is_number(b, scale_bits)
         spacing = whole_spacing(b, b.op("int_and", word, 31), format)
         spacing = b.op("int_select", number, spacing, 0)
     lowest = lowest_level(b, scale_bits, spacing, format)
@@ -106,6 +106,11 @@ def _decode_adaptive_log(b: Builder, code: Value, word: Value, format: Format) -
 def _scale_pattern(b: Builder, word: Value) -> Value:
     """`reference.scale_pattern` of ``adaptive_log``."""
     return b.op("shift_left", b.op("shift_right", word, 5), 20)
+
+
+def _is_number(b: Builder, scale_bits: Value) -> Value:
+    """Whether a scale is neither zero nor infinite nor NaN."""
+    return b.op("and", b.op("int_lt", 0, scale_bits), b.op("int_lt", scale_bits, INFINITY_BITS))
 
 
 def whole_spacing(b: Builder, step: Value, format: Format) -> Value:
@@ -230,13 +235,13 @@ def _encode_adaptive_log(
     format = state.format
     levels = float(format.top_code)
     scale_bits = b.op("shift_left", scale_up(b, absmax(b, x), 20), 20)
-    finite = b.op("int_lt", scale_bits, INFINITY_BITS)
+    number = _is_number(b, scale_bits)
     origin = scale_bits if before is None else _scale_pattern(b, before)
     moved = None if before is None else b.op("to_float", b.op("int_sub", origin, scale_bits))
     distance = distance_to(b, x, origin)
     step = adaptive_range(b, distance, format.width, moved)
     spacing = b.op("mul", b.op("add", step, 1.0), float(format.spacing))
-    spacing = b.op("select", finite, spacing, math.inf)
+    spacing = b.op("select", number, spacing, math.inf)  # else every position is the top
     per_bit = b.op("div", 1.0, spacing)
     pull: Value | None = None
     lowest: Argument = 0.5
@@ -252,8 +257,7 @@ def _encode_adaptive_log(
     whole_step = b.op("to_int", step)
     word = b.op("int_or", b.op("shift_right", scale_bits, 15), whole_step)
     word = b.op("int_select", b.op("int_eq", scale_bits, 0), 0, word)
-    # Where the scale is zero all codes are the top one, which is what a known word stands for.
-    whole = b.op("int_select", finite, whole_spacing(b, whole_step, format), 0)
+    whole = b.op("int_select", number, whole_spacing(b, whole_step, format), 0)
     b.words[id(word)] = (scale_bits, whole)
     return _code(b, t, state, pull), word
 
@@ -274,7 +278,8 @@ def adaptive_range(b: Builder, distance: Value, width: int, moved: Value | None 
     middle = mean if moved is None else b.op("add", mean, moved)
     spread = b.op("fma", b.op("sqrt", variance), TAIL_DEVIATIONS[width], b.op("neg", middle))
     step = b.op("sub", b.op("ceil", b.op("mul", spread, OCTAVE / RANGE_STEP)), 1.0)
-    return b.op("min", b.op("max", step, 0.0), 31.0)
+    step = b.op("min", b.op("max", step, 0.0), 31.0)
+    return step if moved is None else b.op("select", b.op("gt", moved, FAR_FALL), 31.0, step)
 
 
 def _encode_midrise(b: Builder, x: Value, normalizer: Value, state: Stored) -> tuple[Value, Value]:

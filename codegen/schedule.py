@@ -71,7 +71,7 @@ class Schedule:
     def heirs(self, kept: Container[int]) -> dict[int, Value]:
         """Arrays of elements that end in the loop in which another one begins, by ``id``, with the
         one that takes their place: what a tile keeps is to fit the first-level cache beside what
-        streams through it. Those in ``kept`` live on.
+        streams through it. Those in ``kept`` live on, and may be heirs themselves.
 
         In that loop nothing is read of the old one after the new one is written.
         """

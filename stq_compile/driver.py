@@ -49,7 +49,7 @@ from stq_compile.passes.runner import TRACING
 from stq_compile.runtime import recording
 from stq_compile.session import GRAPH_WINDOW, MOST_GRAPHS, Session
 from stq_compile.state_tree import Leaf
-from stq_compile.steps import captured_step, is_followed, own_code, raw_step
+from stq_compile.steps import captured_step, followed_step, own_code, raw_step
 from stq_compile.symbolic_math import symbolic_math
 
 Backend = Callable[[Any, Exemplars | None], Any]
@@ -121,15 +121,7 @@ class Driver:
                 self._opt_called = True  # type: ignore[attr-defined]  # the schedulers' own mark
             return driver.step(self, args, kwargs)
 
-        bound: Any = step
-        # A wrapper that never called Optimizer.__init__ has no hooks, and its step runs none.
-        if hasattr(self.session.optimizer, "_optimizer_step_pre_hooks"):
-            followed = Optimizer.profile_hook_step(step)
-
-            @functools.wraps(step)
-            def bound(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-                return (followed if is_followed(self) else step)(self, *args, **kwargs)
-
+        bound: Any = followed_step(step, self.session.optimizer)
         bound = torch.compiler.disable(bound)  # type: ignore[no-untyped-call]  # torch's
         if scheduled:
             bound._wrapped_by_lr_sched = True

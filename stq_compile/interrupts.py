@@ -16,7 +16,8 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # what `signal` wraps
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -28,7 +29,7 @@ HELD = tuple(
 """What schedulers, timers and terminals send to a process that is to stop or to save."""
 
 
-class _Held:
+class _Scope:
     """Handlers that were replaced, and the signals that came since."""
 
     def __init__(self) -> None:
@@ -60,30 +61,29 @@ class _Held:
             self.former[number](number, frame)
 
 
-_open: _Held | None = None  # of the main thread, which alone runs handlers
+_open: _Scope | None = None  # of the main thread, which alone runs handlers
 
 
-class scope:
+@contextmanager
+def scope() -> Iterator[Callable[[], None]]:
     """Gives ``hold``: signals that come after its call run their handlers when the scope ends.
 
     Inside another scope, it is the outer one that ends. In a thread that is not the main one there
     is nothing to hold back.
+
+    A generator, which is closed if it is let go: an interrupt may come before ``__exit__`` begins.
     """
-
-    def __enter__(self) -> Callable[[], None]:
-        global _open
-        self.outermost = False
-        if threading.current_thread() is not threading.main_thread():
-            return _nothing
-        if _open is None:
-            self.outermost, _open = True, _Held()
-        return _open.hold
-
-    def __exit__(self, *_: object) -> None:
-        global _open
-        if self.outermost:
-            assert _open is not None
-            mine, _open = _open, None
+    global _open
+    if threading.current_thread() is not threading.main_thread():
+        yield _nothing
+    elif _open is not None:
+        yield _open.hold
+    else:
+        _open = mine = _Scope()
+        try:
+            yield mine.hold
+        finally:
+            _open = None
             mine.release()
 
 

@@ -57,6 +57,9 @@ is finite, and for ``adaptive_log`` 2^-112, from which its widest range ends at 
 LOWEST_BITS = int(-(MAX_RANGE + 1) / OCTAVE)
 """Distance of bit patterns below the scale at which elements are cut off: one octave farther than
 the widest range."""
+FAR_FALL = 6.0 / OCTAVE
+"""How far a scale may fall in one step, in bit patterns, until its block is given the widest range
+for that step: from there on elements were not seen that lie 9 octaves below the new scale."""
 ORIGIN_SLACK = 2.0**-21
 """Of the way from one scale to another, in levels: what rounding it may have added to a position,
 which is taken off, so that none lies above the top."""
@@ -334,7 +337,8 @@ def _encode_adaptive_log(
     distance, moved = (bits - origin).float(), (origin - scale_bits).float()
     step = adaptive_range(distance, valid, format.width, moved)
     spacing = (step + 1.0) * float(format.spacing)
-    spacing = torch.where(scale_bits < INFINITY_BITS, spacing, math.inf)
+    number = (scale_bits > 0) & (scale_bits < INFINITY_BITS)
+    spacing = torch.where(number, spacing, math.inf)  # else every position is the top
     per_bit = torch.ones_like(spacing) / spacing
     leaning = isinstance(noise, Tensor) and format.width <= PULLED
     pull = torch.clamp_max(spacing * OCTAVE, 1.0) * (MEAN_PULL if leaning else 0.0)
@@ -369,7 +373,8 @@ def adaptive_range(
 
     ``distance`` is how far the elements' bit patterns lie from a scale's, of which `LOWEST_BITS`
     count at most: mean and deviation need no exact logarithm, and this one is off by 0.09 octaves
-    at most. ``moved`` is how far that scale's pattern lies from the one of the block's own scale.
+    at most. ``moved`` is how far that scale's pattern lies from the one of the block's own scale:
+    where it lies so far above that most elements may not count, the range is the widest.
     """
     counted = torch.where(valid, distance.float().clamp_min(LOWEST_BITS), 0.0)
     share = reciprocal(valid.sum(1, keepdim=True).float())
@@ -377,7 +382,7 @@ def adaptive_range(
     variance = torch.clamp_min(block_squares(counted) * share - mean * mean, 0.0)
     spread = fma(root(variance), torch.tensor(TAIL_DEVIATIONS[width]), -(mean + moved))
     step = torch.ceil(spread * (OCTAVE / RANGE_STEP)) - 1.0
-    return step.clamp(0.0, 31.0)
+    return torch.where(torch.as_tensor(moved) > FAR_FALL, 31.0, step.clamp(0.0, 31.0))
 
 
 def _decode_adaptive_log(code: Tensor, word: Tensor, format: Format) -> Tensor:

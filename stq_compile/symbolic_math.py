@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -38,36 +40,60 @@ def sym_log(x: Any) -> Any:
 MISSING = {"_sym_pow": sym_pow, "_sym_exp": sym_exp, "_sym_log": sym_log}
 
 
-class _Blocks(threading.local):
-    """The blocks below that this thread is in, the names that it gave to torch, and whether Dynamo
-    was to time what its own code takes, which a fifth of a small step would be."""
+class _Here(threading.local):
+    """How many of the blocks below this thread is in, and what Dynamo's setting was before it was
+    told not to time what its own code takes, which a fifth of a small step would be."""
 
-    open = 0
-    given: tuple[str, ...] = ()
+    blocks = 0
     timed: bool | None = None
 
 
-_here = _Blocks()
+_here = _Here()
+_LOCK = threading.RLock()  # of what follows
+_blocks = 0  # of all threads
+_given: tuple[str, ...] = ()  # names that torch has from here
 
 
 def _give(_: CallbackArgs) -> None:
-    """Dynamo begins to trace. It does one function at a time, of all threads."""
-    if _here.open:
-        _here.given = tuple(name for name in MISSING if not hasattr(torch, name))
-        for name in _here.given:
-            setattr(torch, name, MISSING[name])
+    """Dynamo begins to trace. (Where another thread is in the midst of a compilation of another
+    kind, it does not say so, and the functions are missing this once.)"""
+    global _given
+    if not _here.blocks:
+        return
+    with _LOCK:
+        if not _given:
+            _given = tuple(name for name in MISSING if not hasattr(torch, name))
+            for name in _given:
+                setattr(torch, name, MISSING[name])
+    if _here.timed is None:
         _here.timed, config.record_runtime_overhead = config.record_runtime_overhead, False
 
 
-def _take_back(_: CallbackArgs) -> None:
-    for name in _here.given:
-        delattr(torch, name)
+def _take_back(_: CallbackArgs | None = None) -> None:
+    """Dynamo has ended, in whichever thread, or no block is left."""
+    global _given
+    with _LOCK:
+        for name in _given:
+            delattr(torch, name)
+        _given = ()
     if _here.timed is not None:
-        config.record_runtime_overhead = _here.timed
-    _here.given, _here.timed = (), None
+        config.record_runtime_overhead, _here.timed = _here.timed, None
 
 
-class symbolic_math:
+def _register() -> None:
+    """Have Dynamo call the two; `torch._dynamo.reset` drops them."""
+    starts, ends = callback_handler.start_callbacks, callback_handler.end_callbacks
+    if _give in starts and _take_back in ends:
+        return
+    with _LOCK:
+        if _take_back not in ends:
+            callback_handler.register_end_callback(_take_back)
+        if _give not in starts:
+            callback_handler.register_start_callback(_give)
+
+
+@contextmanager
+def symbolic_math(keys: frozenset[str] = frozenset()) -> Iterator[None]:
     """Where Dynamo traces during the block, in this thread, it finds the functions above, unless
     torch has its own by now; and makes whole numbers with these ``keys`` in an optimizer's states
     and groups inputs of a graph, as soon as it sees them.
@@ -75,25 +101,26 @@ class symbolic_math:
     Functions are there while it traces and not during the whole block: for every attribute that
     comes or goes, the interpreter forgets where in `torch` it found all others.
     """
-
-    def __init__(self, keys: frozenset[str] = frozenset()) -> None:
-        self.keys = keys
-
-    def __enter__(self) -> None:
-        if _give not in callback_handler.start_callbacks:  # `torch._dynamo.reset` drops them
-            callback_handler.register_start_callback(_give)
-            callback_handler.register_end_callback(_take_back)
-        if self.keys:  # the setting is this thread's alone
-            settings: Any = torch.compiler.config
-            self.before = settings.dynamic_sources  # the user's
-            settings.dynamic_sources = ",".join(filter(None, [self.before, _sources(self.keys)]))
-        _here.open += 1
-
-    def __exit__(self, *_: object) -> None:
-        _here.open -= 1
-        if self.keys:
-            settings: Any = torch.compiler.config
-            settings.dynamic_sources = self.before
+    global _blocks
+    _register()
+    settings: Any = torch.compiler.config
+    before = settings.dynamic_sources if keys else None  # the user's
+    with _LOCK:
+        _blocks += 1
+    _here.blocks += 1
+    try:
+        if keys:  # the setting is this thread's alone
+            settings.dynamic_sources = ",".join(filter(None, [before, _sources(keys)]))
+        yield
+    finally:
+        if keys:
+            settings.dynamic_sources = before
+        _here.blocks -= 1
+        with _LOCK:
+            _blocks -= 1
+            left = _blocks == 0 and bool(_given)
+        if left or _here.timed is not None:
+            _take_back()
 
 
 @cache

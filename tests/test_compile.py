@@ -177,6 +177,20 @@ def test_hooks_of_all_optimizers_run_as_well(first: str) -> None:
     assert calls == ["all"]
 
 
+def test_a_closure_registers_a_hook_of_its_own_step() -> None:
+    model = make_model()
+    optimizer = stq.compile(adamw(model), **PACKED)
+    calls: list[str] = []
+
+    def closure() -> Tensor:
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+        backward(model, 0)
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    assert calls == ["post"]
+
+
 def test_a_profiler_sees_the_step_under_its_name() -> None:
     model = make_model()
     optimizer = stq.compile(adamw(model), **PACKED)

@@ -236,6 +236,28 @@ def test_a_handler_that_raises_leaves_all_handlers_in_place(
                 signal.signal(number, handler)
 
 
+def test_a_handler_that_raises_anywhere_leaves_no_scope_open() -> None:
+    """Also one without ``hold``, as of a step that fails: a later scope would hold for ever."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    def work(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while True:
+            with interrupts.scope():
+                pass
+
+    former = signal.signal(signal.SIGALRM, late)
+    try:
+        for n in range(400):
+            with pytest.raises(TimeoutError):
+                work(3e-6 + n * 1e-7)
+            assert interrupts._open is None
+    finally:
+        signal.signal(signal.SIGALRM, former)
+
+
 def test_a_thread_has_nothing_to_hold() -> None:
     found: list[Any] = []
 

@@ -206,3 +206,21 @@ def distance(a: nn.Module, b: nn.Module) -> float:
         for p, q in zip(a.parameters(), b.parameters(), strict=True)
     )
     return float(total**0.5)
+
+
+def test_first_moments_survive_second_ones_that_become_zero() -> None:
+    """Their units are then those of zeros: beta2 is 0 for a step, and half of the gradients are."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(64, 256) * 0.1)
+    optimizer = stq.compile(torch.optim.Adam([param]), precision=8)
+    for step in range(4):
+        param.grad = torch.randn(64, 256) * 1e-2
+        if step == 3:
+            optimizer.param_groups[0]["betas"] = (0.9, 0.0)
+            param.grad[32:] = 0
+            before = optimizer.state[param]["exp_avg"].dequantize()
+        optimizer.step()
+    wanted = 0.9 * before[32:]
+    got = optimizer.state[param]["exp_avg"].dequantize()[32:]
+    assert (optimizer.state[param]["exp_avg_sq"].dequantize()[32:] == 0).all()
+    assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()

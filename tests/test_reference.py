@@ -339,6 +339,8 @@ def test_from_another_scale_codes_lie_where_they_should(format: Format, octaves:
     mean = from_old.mean(1) + (old - scale) / 8
     wanted = (TAIL_DEVIATIONS[format.width] * from_old.std(1) - mean) / (14 / 32)
     near = [np.clip(np.ceil(wanted + e) - 1, 0, 31) for e in (-1e-3, 1e-3)]
+    if octaves > 6:
+        near = [31, 31]  # what lies far below the new scale was not seen
     assert ((step >= near[0]) & (step <= near[1])).all()
     below = ((scale << 20)[:, None] - bits) / (format.spacing * (step + 1))[:, None]
     position = np.maximum(format.top_code - below, 0)
@@ -347,24 +349,48 @@ def test_from_another_scale_codes_lie_where_they_should(format: Format, octaves:
 
 
 @by_name(ADAPTIVE)
-@CASES
-@given(
-    origin=st.integers(0, 2044),
-    top=st.floats(2.0**-100, 2.0**100, width=32),
-    low=st.floats(0, 1, width=32),
-)
+@pytest.mark.parametrize("extreme", [-(2.0**31), 2.0**31], ids=["down", "up"])
 def test_no_noise_leads_past_the_codes_wherever_the_old_scale_was(
-    format: Format, origin: int, top: float, low: float
+    format: Format, extreme: float
 ) -> None:
-    x = torch.full((1, 128), top)
-    x[:, 1::2] *= low
-    before = torch.tensor([origin << 5], dtype=torch.int32).to(torch.int16)
-    valid = torch.ones_like(x, dtype=torch.bool)
-    for extreme in (-(2.0**31), 2.0**31):
-        noise = torch.full_like(x, extreme)
-        code, _ = reference._encode_adaptive_log(x, valid, format, noise, before)
-        assert code.min() >= 0
-        assert code.max() <= format.top_code
+    """Every scale that a block can have had, with new ones and ranges of all sizes."""
+    rng = np.random.default_rng(3)
+    old = np.tile(np.arange(2048), 6)
+    top = 2.0 ** rng.uniform(-110, 127, (len(old), 1))
+    x = torch.from_numpy(top * 2.0 ** -(rng.uniform(0, 9, top.shape) * rng.random((len(old), 128))))
+    x[:, ::2] = x.amax(1, keepdim=True)
+    before = torch.from_numpy((old << 5).astype(np.uint16).view(np.int16))
+    valid, noise = torch.ones(x.shape, dtype=torch.bool), torch.full(x.shape, extreme)
+    code, _ = reference._encode_adaptive_log(x.float(), valid, format, noise, before)
+    assert code.min() >= 0
+    assert code.max() <= format.top_code
+
+
+@by_name(ADAPTIVE)
+def test_a_block_that_becomes_zero_has_the_code_of_zeros(format: Format) -> None:
+    """Wherever its scale was: what is decoded before it is stored knows the codes alone."""
+    before = torch.from_numpy((np.arange(2040) << 5).astype(np.uint16).view(np.int16))
+    codes, scales = encode(torch.zeros(2040 * 128), format, Noise(3), before=before)
+    assert (unpack(codes, format.width) == format.top_code).all()
+    assert (scales == 0).all()
+
+
+@by_name(ADAPTIVE)
+@pytest.mark.parametrize("octaves", [0, 4, 8, 14, 40])
+def test_a_scale_that_falls_far_costs_distance_of_levels_and_no_small_numbers(
+    format: Format, octaves: int
+) -> None:
+    """A state that is set anew within a step: none of its elements ends far too large."""
+    rng = np.random.default_rng(octaves)
+    x = torch.from_numpy(2.0 ** (2 * rng.standard_normal(64 * 128))).float()
+    words = words_of(encode(x, format, NEAREST)[1])
+    before = torch.from_numpy((words + (8 * octaves << 5)).astype(np.uint16).view(np.int16))
+    codes, scales = encode(x, format, NEAREST, before=before)
+    read = decode(codes, scales, format, x.numel())
+    lowest = decode(torch.zeros_like(codes), scales, format, x.numel())
+    raised = (read > 2 * x) & (read == lowest)
+    allowed = 0.08 if octaves < 6 else 0.001  # that a range leaves out, or the widest one
+    assert raised.float().mean() <= allowed
 
 
 def normalized_sample(format: Format, tail: int) -> tuple[Doubles, Doubles]:

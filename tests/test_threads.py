@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import config
+from torch._dynamo.callback import CallbackTrigger, callback_handler
 from torch.utils.data import DataLoader, Dataset
 
 import stq_compile as stq
@@ -127,7 +129,9 @@ def test_torch_has_our_functions_only_where_a_thread_that_asked_for_them_traces(
 
     def work(asks: bool) -> None:
         def backend(gm: Any, _: Any) -> Any:
-            seen[asks].append(hasattr(torch, "_sym_pow"))
+            there = hasattr(torch, "_sym_pow")
+            assert there != config.record_runtime_overhead
+            seen[asks].append(there)
             return gm
 
         for n in range(5):
@@ -138,7 +142,50 @@ def test_torch_has_our_functions_only_where_a_thread_that_asked_for_them_traces(
     torch._dynamo.reset()
     together(*(partial(work, asks) for asks in (True, False, True)))
     assert seen == {True: [True] * 10, False: [False] * 5}
+    assert config.record_runtime_overhead
     assert not any(hasattr(torch, name) for name in symbolic_math.MISSING)
+
+
+def test_nothing_is_left_of_a_trace_that_another_compilation_outlives() -> None:
+    """Then Dynamo says that it has ended in another thread, or not before all blocks are left."""
+    begun, over = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with callback_handler.install_callbacks(CallbackTrigger.LAZY_BACKWARD, "other"):
+            begun.set()
+            over.wait(WAIT)
+
+    thread = threading.Thread(target=other, daemon=True)
+
+    def backend(gm: Any, _: Any) -> Any:
+        assert hasattr(torch, "_sym_pow")
+        thread.start()
+        begun.wait(WAIT)
+        return gm
+
+    torch._dynamo.reset()
+    with symbolic_math.symbolic_math():
+        torch.compile(own_code(lambda x: x + 1), backend=backend)(torch.ones(2))
+    assert not any(hasattr(torch, name) for name in symbolic_math.MISSING)
+    over.set()
+    thread.join(WAIT)
+    assert config.record_runtime_overhead
+    assert not any(hasattr(torch, name) for name in symbolic_math.MISSING)
+
+
+def test_dynamo_is_told_once_however_many_threads_ask() -> None:
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait()
+        with symbolic_math.symbolic_math():
+            pass
+
+    for _ in range(50):
+        torch._dynamo.reset()
+        together(work, work, work, work)
+        assert callback_handler.start_callbacks.count(symbolic_math._give) == 1
+        assert callback_handler.end_callbacks.count(symbolic_math._take_back) == 1
 
 
 def test_no_number_of_replacements_comes_twice() -> None:

@@ -80,6 +80,7 @@ class CompiledRun:
         """Take memory for as many threads as torch has now."""
         threads = torch.get_num_threads()
         if threads != self.threads:
+            self.threads = 0  # what is interrupted here begins anew
             self.scratch = self.kernel.scratch(len(self.table), threads)
             self.addresses = self.table.ctypes.data, self.scratch.ctypes.data
             self.threads = threads

@@ -260,7 +260,7 @@ class _Emitter:
                 continue
             planes = "[stq::kPlanes]" if v.space is Space.ELEMENT else ""
             arrays.append(f"  {c_type(v)} {name}[size]{planes};")
-        return arrays + names[::-1]  # what takes the place of another may lose it to a third
+        return arrays + names[::-1]  # an heir may be a name for its own heir, which comes first
 
     def _pointers(self, phase: Phase) -> list[str]:
         lines = []

@@ -9,13 +9,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from graphs import Sketch, aten, only, program, with_sizes
 from kernels import Rig, compiled, differing, kernel_of, quantized, sgd_math
-from stq_compile.codegen.cpp.build import build
+from stq_compile.codegen.cpp.build import CompiledRun, build
 from stq_compile.codegen.cpp.emit import emit
 from stq_compile.codegen.ir import STORES, Builder, KernelOperand, OperandKind, Value
 from stq_compile.codegen.schedule import INLINE
@@ -191,3 +193,38 @@ def test_the_source_does_not_depend_on_the_tensors() -> None:
 def test_a_compiler_error_names_the_kernel_and_shows_the_output() -> None:
     with pytest.raises(KernelBuildError, match=r"kernel broken[\s\S]*error[\s\S]*g\+\+"):
         build("broken", "this is no C++")
+
+
+def test_a_run_that_was_interrupted_takes_its_memory_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between taking memory and noting where it is, numpy's code is run."""
+
+    class Kernel:
+        def scratch(self, n_rows: int, threads: int) -> Any:
+            return np.empty(1000 * threads, dtype=np.uint8)
+
+    class Table:
+        def __init__(self) -> None:
+            self.interrupts = False
+
+        def __len__(self) -> int:
+            return 1
+
+        @property
+        def ctypes(self) -> Any:
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return np.zeros(1).ctypes
+
+    table: Any = Table()
+    kernel: Any = Kernel()
+    run = CompiledRun(kernel, table)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    run.prepare()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    table.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        run.prepare()
+    table.interrupts = False
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    run.prepare()
+    assert run.addresses[1] == run.scratch.ctypes.data

@@ -63,9 +63,9 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::i32b exp_avg_sq_0_word = stq::load_words(row.exp_avg_sq_0_scales + first, blocks, 1);  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_shift_right = exp_avg_sq_0_word >> 5;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_shift_left = exp_avg_sq_0_shift_right << 20;  // exp_avg_sq_0
-  const stq::i32b exp_avg_sq_0_int_lt = exp_avg_sq_0_shift_left < 2139095040;  // exp_avg_sq_0
-  const stq::i32b exp_avg_sq_0_int_lt_1 = 0 < exp_avg_sq_0_shift_left;  // exp_avg_sq_0
-  const stq::i32b exp_avg_sq_0_and = exp_avg_sq_0_int_lt_1 & exp_avg_sq_0_int_lt;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_lt = 0 < exp_avg_sq_0_shift_left;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_int_lt_1 = exp_avg_sq_0_shift_left < 2139095040;  // exp_avg_sq_0
+  const stq::i32b exp_avg_sq_0_and = exp_avg_sq_0_int_lt & exp_avg_sq_0_int_lt_1;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_int_and = exp_avg_sq_0_word & 31;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_int_add = exp_avg_sq_0_int_and + 1;  // exp_avg_sq_0
   const stq::i32b exp_avg_sq_0_int_mul = exp_avg_sq_0_int_add * 524288;  // exp_avg_sq_0
@@ -172,7 +172,9 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::i32b exp_avg_sq_0_new_int_lt_1 = exp_avg_sq_0_new_absmax < 2139095040;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_select_3 = stq::select(exp_avg_sq_0_new_int_lt_1, exp_avg_sq_0_new_int_select_1, exp_avg_sq_0_new_int_select_2);  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_shift_left = exp_avg_sq_0_new_int_select_3 << 20;  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_int_lt_2 = exp_avg_sq_0_new_shift_left < 2139095040;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_lt_2 = 0 < exp_avg_sq_0_new_shift_left;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_int_lt_3 = exp_avg_sq_0_new_shift_left < 2139095040;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_and = exp_avg_sq_0_new_int_lt_2 & exp_avg_sq_0_new_int_lt_3;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_sub = exp_avg_sq_0_shift_left - exp_avg_sq_0_new_shift_left;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_to_float = stq::to_float(exp_avg_sq_0_new_int_sub);  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_valid_count = stq::each(tail ? static_cast<float>(count) : 128.0f);  // exp_avg_sq_0_new
@@ -191,11 +193,13 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b exp_avg_sq_0_new_sub_1 = exp_avg_sq_0_new_ceil - 1.0f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_max_2 = stq::max(exp_avg_sq_0_new_sub_1, stq::each(0.0f));  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_min = stq::min(exp_avg_sq_0_new_max_2, stq::each(31.0f));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_add_1 = exp_avg_sq_0_new_min + 1.0f;  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_gt = exp_avg_sq_0_new_to_float > 5.033165e+07f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_select = stq::select(exp_avg_sq_0_new_gt, stq::each(31.0f), exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_add_1 = exp_avg_sq_0_new_select + 1.0f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_mul_4 = exp_avg_sq_0_new_add_1 * 524288.0f;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_select = stq::select(exp_avg_sq_0_new_int_lt_2, exp_avg_sq_0_new_mul_4, stq::each(INFINITY));  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_div_1 = 1.0f / exp_avg_sq_0_new_select;  // exp_avg_sq_0_new
-  const stq::f32b exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_select * 1.1920929e-07f;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_select_1 = stq::select(exp_avg_sq_0_new_and, exp_avg_sq_0_new_mul_4, stq::each(INFINITY));  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_div_1 = 1.0f / exp_avg_sq_0_new_select_1;  // exp_avg_sq_0_new
+  const stq::f32b exp_avg_sq_0_new_mul_5 = exp_avg_sq_0_new_select_1 * 1.1920929e-07f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_min_1 = stq::min(exp_avg_sq_0_new_mul_5, stq::each(1.0f));  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_mul_6 = exp_avg_sq_0_new_min_1 * 0.125f;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_mul_7 = exp_avg_sq_0_new_mul_6 * 0.25f;  // exp_avg_sq_0_new
@@ -205,7 +209,7 @@ STQ_INLINE void tile(const Row& row, const Scalars& s, uint64_t step, int64_t fi
   const stq::f32b exp_avg_sq_0_new_abs = stq::abs(exp_avg_sq_0_new_mul_8);  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_add_2 = exp_avg_sq_0_new_sub_3 + exp_avg_sq_0_new_mul_8;  // exp_avg_sq_0_new
   const stq::f32b exp_avg_sq_0_new_fma_1 = stq::fma(exp_avg_sq_0_new_abs, stq::each(-4.7683716e-07f), exp_avg_sq_0_new_add_2);  // exp_avg_sq_0_new
-  const stq::i32b exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_min);  // exp_avg_sq_0_new
+  const stq::i32b exp_avg_sq_0_new_to_int = stq::to_int(exp_avg_sq_0_new_select);  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_shift_right_1 = exp_avg_sq_0_new_shift_left >> 15;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_or = exp_avg_sq_0_new_shift_right_1 | exp_avg_sq_0_new_to_int;  // exp_avg_sq_0_new
   const stq::i32b exp_avg_sq_0_new_int_eq_1 = exp_avg_sq_0_new_shift_left == 0;  // exp_avg_sq_0_new
