@@ -7,6 +7,7 @@ before the step, or as it would have been after it, to the bit.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from models import backward, make_model
 from stq_compile.backend import session_of
 from stq_compile.planner.planner import CALIBRATIONS
 from stq_compile.session import Session
+
+RANDOM = threading.Lock()
+"""Models and data are made by torch's generator, of which a process has one."""
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -81,8 +85,9 @@ class Run:
 
     def gradients(self) -> None:
         """Those of the present step, computed from a model that never changes."""
-        still = make_model()
-        backward(still, self.step)
+        with RANDOM:
+            still = make_model()
+            backward(still, self.step)
         for param, other in zip(self.model.parameters(), still.parameters(), strict=True):
             param.grad = other.grad
 
