@@ -177,10 +177,10 @@ def _lower_node(
     if node.target is QUANTIZE:
         b.prefix = f"{node.name}_"
         value, normalizer, format = args[:3]
-        names = [a.name if isinstance(a, fx.Node) else None for a in node.args]
-        key, before = [*names, None][3:5]
-        word = None if before is None else b.read("load_word", before, name="word")
-        return encode(b, value, Stored("", "", key, FORMATS[format]), normalizer, word)
+        _, _, _, key, *before = node.args
+        stored = Stored("", "", key.name if isinstance(key, fx.Node) else None, FORMATS[format])
+        words = [b.read("load_word", n.name, name="word") for n in before if isinstance(n, fx.Node)]
+        return encode(b, value, stored, normalizer, *words)
     if node.target is ROUND_PARAM:
         b.prefix = f"{node.name}_"
         key = node.args[2].name if isinstance(node.args[2], fx.Node) else None

@@ -13,7 +13,7 @@ kernel delivers to this one thread.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # what `signal` wraps
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps; it has no stubs
 import signal
 import threading
 from collections.abc import Callable, Iterator

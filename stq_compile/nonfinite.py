@@ -29,7 +29,7 @@ from stq_compile.options import Options
 from stq_compile.packed_state import PackedState
 from stq_compile.planner.history import LIMIT, Incident
 from stq_compile.planner.planner import StateKey
-from stq_compile.reference import INFINITY_BITS, scale_pattern
+from stq_compile.reference import INFINITY_BITS, scale_pattern, scale_words
 from stq_compile.shards import gradient, local, region_of
 from stq_compile.step_graph import Source
 from stq_compile.storage import PackedStorage
@@ -176,6 +176,5 @@ def _count(values: Tensor) -> int:
 
 def _broken_blocks(storage: PackedStorage) -> Tensor:
     """The numbers of the blocks whose scale is an infinity or a NaN."""
-    words = storage.scales.to(torch.int32) & 0xFFFF
-    patterns = scale_pattern(words, storage.format)
+    patterns = scale_pattern(scale_words(storage.scales), storage.format)
     return ((patterns & INFINITY_BITS) == INFINITY_BITS).nonzero()[:, 0]

@@ -166,7 +166,7 @@ def decode(
         count = min(span, numel - start)
         rows = slice(start // BLOCK, start // BLOCK + block_count(count))
         code = unpack(codes[rows], format.width)
-        word = _words(scales[rows])
+        word = scale_words(scales[rows])[:, None]
         if format.kind == "softsign":
             value = _decode_softsign(code, word, format)
         elif format.kind == "adaptive_log":
@@ -277,9 +277,9 @@ def block_scale(x: Tensor, drop: int) -> Tensor:
     return _scale_up(magnitude_bits(x).amax(1, keepdim=True), drop)
 
 
-def _words(scales: Tensor) -> Tensor:
-    """Scale words as int32, ``[blocks]`` to ``[blocks, 1]``."""
-    return (scales.to(torch.int32) & 0xFFFF)[:, None]
+def scale_words(scales: Tensor) -> Tensor:
+    """Scale words, which are stored as int16, as int32 without a sign."""
+    return scales.to(torch.int32) & 0xFFFF
 
 
 def scale_pattern(word: Tensor, format: Format) -> Tensor:
@@ -333,7 +333,7 @@ def _encode_adaptive_log(
     levels = float(format.top_code)
     top = block_scale(x, 20)
     bits, scale_bits = magnitude_bits(x), top << 20
-    origin = scale_bits if before is None else scale_pattern(_words(before), format)
+    origin = scale_bits if before is None else scale_pattern(scale_words(before), format)[:, None]
     distance, moved = (bits - origin).float(), (origin - scale_bits).float()
     step = adaptive_range(distance, valid, format.width, moved)
     spacing = (step + 1.0) * float(format.spacing)

@@ -385,7 +385,7 @@ def _without_diagonal(piece: Piece, where: str) -> Piece:
 
 
 def _check_codes(piece: Piece, format: Format, where: str) -> None:
-    words = piece.scales.to(torch.int32) & 0xFFFF
+    words = reference.scale_words(piece.scales)
     scales = reference.scale_pattern(words, format)
     least = reference.LEAST_SCALE_BITS[20 if format.kind == "adaptive_log" else 16]
     if bool(((words != 0) & ((scales < least) | (scales >= reference.INFINITY_BITS))).any()):

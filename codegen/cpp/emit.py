@@ -36,7 +36,15 @@ WHOLE = (OperandKind.FLOATS, OperandKind.HALVES, OperandKind.BYTES)
 LANES = {Type.FLOAT: "stq::f32v", Type.INT: "stq::i32v"}
 """The lanes that a reduction leaves of a block, by its type."""
 
+PLANE_BY_PLANE = {
+    "block_sum": "p == 0 ? {1} : {0} + {1}",
+    "block_squares": "p == 0 ? {1} * {1} : stq::fma({1}, {1}, {0})",
+    "block_max": "stq::max({0}, {1})",
+}
+"""How a reduction takes another plane {1} into its lanes {0}."""
+
 REDUCED = {"block_sum": "sum_lanes", "block_squares": "sum_lanes", "block_max": "max_lanes"}
+"""How the lanes of all blocks of a tile become one number a block."""
 
 INLINED = {
     "iota": "stq::iota()",
@@ -347,15 +355,9 @@ class _Emitter:
 
     def _plane(self, v: Value) -> str:
         name, operand = c_name(v.name), c_name(v.operand)
-        if v.opcode == "block_sum":
+        if v.opcode in REDUCTIONS:
             x = self._argument(v.args[0], Space.ELEMENT)
-            return f"{name}_lanes = p == 0 ? {x} : {name}_lanes + {x};"
-        if v.opcode == "block_squares":
-            x = self._argument(v.args[0], Space.ELEMENT)
-            return f"{name}_lanes = p == 0 ? {x} * {x} : stq::fma({x}, {x}, {name}_lanes);"
-        if v.opcode == "block_max":
-            x = self._argument(v.args[0], Space.ELEMENT)
-            return f"{name}_lanes = stq::max({name}_lanes, {x});"
+            return f"{name}_lanes = {PLANE_BY_PLANE[v.opcode].format(f'{name}_lanes', x)};"
         if v.opcode in ("store", "store_half", "store_byte"):
             kind = Type.FLOAT if v.opcode == "store" else Type.INT
             x = self._broadcast(v.args[0], kind)
